@@ -1,0 +1,132 @@
+"""Publish files and folders atomically, and digest content. Nothing here imports torch.
+
+A reader sees a published file whole or not at all: the bytes are written under a temporary name in the same
+folder, synced, renamed, and the folder is synced, so that this also holds across a power cut.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+DIGEST_BYTES = 16
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def digest_bytes(data: bytes | bytearray | memoryview) -> bytes:
+    """BLAKE2b-128 of ``data`` (16 bytes)."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+def digest_file(path: Path) -> bytes:
+    """BLAKE2b-128 of a file's content, read in pieces of 1 MiB."""
+    state = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            state.update(piece)
+    return state.digest()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces, the same text for equal values; refuses NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(path: Path) -> Path:
+    """A fresh hidden name beside ``path``, carrying the process id so that leftovers can be told apart."""
+    return path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"
+
+
+def publish_file(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, replacing what was there, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; nothing is left under ``path``'s name
+            that was not there before, and the temporary file is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def publishing_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``path`` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        FileExistsError: ``path`` exists already; it is left alone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary, topdown=False):
+            for name in names:
+                with open(os.path.join(folder, name), "rb") as file:
+                    os.fsync(file.fileno())
+            sync_folder(Path(folder))
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists already")
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def file_lock(path: Path, *, shared: bool, blocking: bool = True) -> Iterator[None]:
+    """Hold an advisory lock on ``path``; the kernel drops it when the process dies, so no lock goes stale.
+
+    Args:
+        shared: many holders at once (writers of a cache) or only one (its garbage collector).
+        blocking: wait for the lock, or raise at once.
+
+    Raises:
+        BlockingIOError: somebody else holds the lock and ``blocking`` is false.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(descriptor, operation if blocking else operation | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def human_bytes(count: float) -> str:
+    """``123456`` -> ``123.5 kB`` (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

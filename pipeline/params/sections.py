@@ -1,0 +1,261 @@
+"""The sections of params.yaml, one frozen model each, with every default and its rule.
+
+params.yaml in the project's root shows the same keys with the same defaults and explains them to users;
+a test keeps the two together.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+# The extensions of torchvision's ImageFolder, repeated here so that reading params does not import torch.
+IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+SHARD_PATTERN = r"^\d+/[1-9]\d*$"
+UNFREEZE_PATTERN = r"^(none|all|gradual|last-[1-9]\d*)$"
+RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    """A frozen section: unknown keys are errors, numbers are not read from text, NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DataParams(Section):
+    root: Path = Field(Path("data/demo"), strict=False)
+    layout: Literal["auto", "flat", "split"] = "auto"
+    extensions: list[str] | Literal["all"] = list(IMAGE_EXTENSIONS)
+    group_pattern: str | None = None
+    val_fraction: Fraction = 0.2
+    test_fraction: Fraction = 0.0
+    seed: int = 0
+    on_bad_image: Literal["skip", "raise"] = "skip"
+    max_pixels: Count = 178_956_970
+
+    @field_validator("extensions")
+    @classmethod
+    def _lower_with_dot(cls, value: list[str] | str) -> list[str] | str:
+        if isinstance(value, str):
+            return value
+        if not value:
+            raise ValueError("must name at least one extension, or be `all`")
+        return sorted({f".{item.lower().lstrip('.')}" for item in value})
+
+    @field_validator("group_pattern")
+    @classmethod
+    def _pattern_with_one_group(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"must be a regular expression ({error})") from error
+        if groups != 1:
+            raise ValueError(f"must have exactly one (capturing) group that holds the name of the group, not {groups}")
+        return value
+
+    @model_validator(mode="after")
+    def _leaves_a_train_split(self) -> DataParams:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction + test_fraction must stay below 1, or nothing is left to train on")
+        return self
+
+
+class BackboneParams(Section):
+    name: str = "resnet18"
+    weights: str = "DEFAULT"
+    layer: str | None = None
+    pooling: Literal["default", "avg", "max", "cls", "cls_avg"] = "default"
+    seed: int = 0
+
+
+class TransformParams(Section):
+    """``None`` means: as the preset of the weights says."""
+
+    resize: Count | None = None
+    crop: Count | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
+    mean: tuple[float, float, float] | None = Field(None, strict=False)
+    std: tuple[Positive, Positive, Positive] | None = Field(None, strict=False)
+    exif: bool = True
+    background: tuple[
+        Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
+    ] = Field((255, 255, 255), strict=False)
+
+
+class ExtractParams(Section):
+    device: str = Field("auto", pattern=DEVICE_PATTERN)
+    precision: Precision = "auto"
+    batch_size: Count | Auto = "auto"
+    workers: Count | Auto = "auto"
+    views: Annotated[int, Field(ge=0)] = 0
+    part_seconds: Positive = 30.0
+    compile: bool = False
+    decoder: Literal["pillow", "draft", "nvjpeg"] = "pillow"
+    shard: str | None = Field(None, pattern=SHARD_PATTERN)
+
+    @field_validator("shard")
+    @classmethod
+    def _shard_below_count(cls, value: str | None) -> str | None:
+        if value is not None:
+            index, count = map(int, value.split("/"))
+            if index >= count:
+                raise ValueError(f"must be i/n with i from 0 to n - 1, so at most {count - 1}/{count}")
+        return value
+
+
+class CacheParams(Section):
+    dir: Path = Field(Path("cache"), strict=False)
+    dtype: Literal["float16", "float32"] = "float16"
+
+
+class LogisticParams(Section):
+    strengths: Count = 45
+    c_min: Positive = 1e-6
+    c_max: Positive = 1e5
+    path: Literal["auto", "full"] = "auto"
+    tolerance: Positive = 1e-5
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LogisticParams:
+        if self.c_min > self.c_max:
+            raise ValueError("c_min must not be above c_max")
+        return self
+
+
+class NetworkParams(Section):
+    """A torch head trained by minibatches; ``hidden: []`` is a linear layer."""
+
+    hidden: list[Count] = []
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
+    lr: Positive = 1e-3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 1e-4
+    batch_size: Count = 256
+    epochs: Count = 100
+    patience: Count = 10
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+
+class SklearnParams(Section):
+    estimator: str = "svm"
+    params: dict[str, Any] = {}
+
+
+class HeadParams(Section):
+    kind: str | list[str] = "logistic"
+    folds: Annotated[int, Field(ge=2)] = 5
+    seed: int = 0
+    standardize: bool = True
+    class_weight: Literal["balanced"] | dict[str, Positive] | None = None
+    calibrate: Literal["none", "temperature"] = "none"
+    search: dict[str, list[Any]] = {}
+    logistic: LogisticParams = LogisticParams()
+    linear: NetworkParams = NetworkParams()
+    mlp: NetworkParams = NetworkParams(hidden=[256], dropout=0.4)
+    sklearn: SklearnParams = SklearnParams()
+
+    @field_validator("linear")
+    @classmethod
+    def _linear_is_linear(cls, value: NetworkParams) -> NetworkParams:
+        if value.hidden:
+            raise ValueError("linear has no hidden layers; choose kind mlp for them")
+        return value
+
+    @field_validator("kind")
+    @classmethod
+    def _at_least_one(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, list) and (not value or len(set(value)) != len(value)):
+            raise ValueError("must be a name, or a list of different names")
+        return value
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds to train, one or several."""
+        return (self.kind,) if isinstance(self.kind, str) else tuple(self.kind)
+
+
+class AugmentParams(Section):
+    """Random changes of training images (torchvision v2); 0 or false switches one off."""
+
+    crop: Count | None = None
+    crop_scale: tuple[Probability, Probability] = Field((0.35, 1.0), strict=False)
+    horizontal_flip: Probability = 0.5
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    brightness: NonNegative = 0.0
+    contrast: NonNegative = 0.0
+    saturation: NonNegative = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    trivial_augment: bool = False
+    erasing: Probability = 0.0
+
+
+class FinetuneParams(Section):
+    epochs: Count = 5
+    batch_size: Count = 32
+    device: str = Field("auto", pattern=DEVICE_PATTERN)
+    precision: Precision = "auto"
+    workers: Count | Auto = "auto"
+    seed: int = 0
+    start: Literal["probe", "random"] = "probe"
+    selection_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    backbone_lr: NonNegative = 1e-5
+    head_lr: NonNegative = 1e-3
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    unfreeze: str = Field("all", pattern=UNFREEZE_PATTERN)
+    batchnorm: Literal["auto", "frozen", "train"] = "auto"
+    sync_batchnorm: bool = False
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 0.01
+    schedule: Literal["one_cycle", "cosine", "step", "none"] = "cosine"
+    warmup_epochs: NonNegative = 0.5
+    one_cycle_peak: Annotated[float, Field(ge=1)] = 10.0
+    step_epochs: Count = 7
+    step_gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_norm: NonNegative = 1.0
+    accumulate: Count = 1
+    patience: Annotated[int, Field(ge=0)] = 0
+    class_weight: Literal["balanced"] | dict[str, Positive] | None = None
+    interpolate: bool = False
+    checkpoint_minutes: Positive = 10.0
+    tensorboard: bool = False
+    augment: AugmentParams = AugmentParams()
+
+
+class RunsParams(Section):
+    dir: Path = Field(Path("runs"), strict=False)
+    name: str | None = Field(None, pattern=RUN_NAME_PATTERN)
+
+
+class Params(Section):
+    """The whole file. Functions below the composition root take one section, never this."""
+
+    data: DataParams = DataParams()
+    backbone: BackboneParams = BackboneParams()
+    transform: TransformParams = TransformParams()
+    extract: ExtractParams = ExtractParams()
+    cache: CacheParams = CacheParams()
+    head: HeadParams = HeadParams()
+    finetune: FinetuneParams = FinetuneParams()
+    runs: RunsParams = RunsParams()

@@ -1,0 +1,39 @@
+"""Resolve devices and precisions to something concrete, and know how many cores are ours."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ..errors import DeviceError
+from .distributed import World
+
+
+def usable_cores() -> int:
+    """Cores this process may run on (affinity and cgroup masks respected)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolve_device(name: str, world: World | None = None) -> torch.device:
+    """``auto`` is CUDA where there is one, then MPS, else the CPU; under torchrun each local rank takes its own GPU.
+
+    Raises:
+        DeviceError: the device asked for by name is not on this machine.
+    """
+    local_rank = world.local_rank if world else 0
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}"
+    device = torch.device(name)
+    count = torch.cuda.device_count()
+    missing_cuda = device.type == "cuda" and (device.index or 0) >= count
+    if missing_cuda or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise DeviceError(
+            f"The device {name} is not on this machine.",
+            where="extract.device",
+            why=f"torch {torch.__version__} sees {count} CUDA device(s)",
+            remedy="use extract.device=auto or cpu, or install a torch build for your GPU",
+        )
+    return device

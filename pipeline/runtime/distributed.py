@@ -1,0 +1,35 @@
+"""Which of how many processes this is: torchrun's environment, or an explicit shard."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's ``rank`` among ``size`` processes; ``local_rank`` numbers those on one machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """The one that prints and writes what exists once."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """The positions, out of ``count``, that fall to this process: every size-th, from its rank on."""
+        return range(self.rank, count, self.size)
+
+
+def world_from_environment() -> World:
+    """torchrun's RANK, WORLD_SIZE and LOCAL_RANK; a single process without them."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return World()
+    return World(
+        rank=int(os.environ["RANK"]),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+    )
