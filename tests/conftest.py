@@ -1,0 +1,19 @@
+"""Fixtures every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real images and weights, named by PIPELINE_SHARED (default: beside the project)."""
+    folder = Path(os.environ.get("PIPELINE_SHARED", PROJECT.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no real images: {folder} is not there (set PIPELINE_SHARED)")
+    return folder
