@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class World:
@@ -19,9 +22,9 @@ class World:
         """The one that prints and writes what exists once."""
         return self.rank == 0
 
-    def share(self, count: int) -> range:
-        """The positions, out of ``count``, that fall to this process: every size-th, from its rank on."""
-        return range(self.rank, count, self.size)
+    def share(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The positions in a scan that fall to this process: every size-th, whatever the others have done already."""
+        return positions[positions % self.size == self.rank]
 
 
 def world_from_environment() -> World:

@@ -1,0 +1,83 @@
+"""The entry point: parse, run a verb, turn errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from ..errors import PipelineError
+from .options import Reporter
+
+GENERAL_FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+
+
+class _LazyGroup(click.Group):
+    """Verbs by name; their modules are imported when one is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from .verbs import VERBS
+
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        from .verbs import VERBS
+
+        return VERBS.get(cmd_name)
+
+
+@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="image-transfer-pipeline")
+def cli() -> None:
+    """A folder of images becomes a classifier, and the expensive part is paid once."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 the work failed, 2 usage or params, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    reporter = Reporter(as_json="--json" in arguments, verbose=bool({"-v", "--verbose"} & set(arguments)))
+    sys.exit(_run(arguments, reporter))
+
+
+def _run(arguments: list[str], reporter: Reporter) -> int:
+    try:
+        cli.main(args=arguments, prog_name="pipeline", standalone_mode=False)
+    except PipelineError as error:
+        return _fail(reporter, error.as_dict(), str(error), error.exit_code)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _fail(reporter, {"type": "Interrupted", "what": "Interrupted."}, "Interrupted.", INTERRUPTED)
+    except click.ClickException as error:
+        return _fail(reporter, {"type": "UsageError", "what": error.format_message()}, _usage(error), USAGE)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); there is nobody left to tell.
+        sys.stdout = None  # type: ignore[assignment]
+        return GENERAL_FAILURE
+    except Exception as error:  # noqa: BLE001 - the last line of defence: a message, and a traceback with -v
+        remedy = "run again with -v for the traceback, and report it: this is a fault of the program"
+        what = f"Unexpected {type(error).__name__}: {error}"
+        return _fail(reporter, {"type": type(error).__name__, "what": what}, f"{what}\n  remedy: {remedy}", 1)
+    return 0
+
+
+def _fail(reporter: Reporter, error: dict[str, Any], text: str, code: int) -> int:
+    if reporter.verbose:
+        traceback.print_exc()
+    click.echo(f"Error: {_printable(text)}", err=True)
+    if reporter.as_json:
+        click.echo(json.dumps({"error": error}))
+    return code
+
+
+def _usage(error: click.ClickException) -> str:
+    hint = f"\n{error.ctx.get_usage()}" if isinstance(error, click.UsageError) and error.ctx else ""
+    return f"{error.format_message()}{hint}"
+
+
+def _printable(text: str) -> str:
+    """Text that any terminal takes: names that are not UTF-8 are shown escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()

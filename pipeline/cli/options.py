@@ -1,0 +1,68 @@
+"""What verbs share: the params options, and where words and numbers are printed."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..params import Params, load_params
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Lines for people on standard output, or on standard error when standard output holds the JSON summary."""
+
+    as_json: bool = False
+    verbose: bool = False
+    quiet: bool = False
+
+    def say(self, line: str) -> None:
+        """Print a line for people."""
+        if not self.quiet:
+            click.echo(line.encode("utf-8", "backslashreplace").decode(), err=self.as_json)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Print the one JSON object of ``--json``."""
+        if self.as_json:
+            click.echo(json.dumps(summary))
+
+
+Verb = Callable[..., None]
+
+
+def reporting_options(verb: Verb) -> Verb:
+    """Add ``--json``, ``-v`` and ``-q``; the verb gets a ``reporter``."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, words elsewhere.")
+    @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print only errors.")
+    @functools.wraps(verb)
+    def wrapped(as_json: bool, verbose: bool, quiet: bool, **arguments: Any) -> None:
+        verb(reporter=Reporter(as_json, verbose, quiet), **arguments)
+
+    return wrapped
+
+
+def experiment_options(verb: Verb) -> Verb:
+    """Add ``-p`` and ``-s`` and the reporting options; the verb gets ``params`` and a ``reporter``."""
+
+    @click.option(
+        "-p", "--params", "file", type=click.Path(path_type=Path), default="params.yaml", show_default=True,
+        help="The params file.",
+    )  # fmt: skip
+    @click.option("-s", "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Set one of the params.")
+    @reporting_options
+    @functools.wraps(verb)
+    def wrapped(file: Path, overrides: tuple[str, ...], **arguments: Any) -> None:
+        verb(params=load_params(file, overrides), **arguments)
+
+    return wrapped
+
+
+__all__ = ["Params", "Reporter", "experiment_options", "reporting_options"]

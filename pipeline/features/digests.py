@@ -1,0 +1,50 @@
+"""Find rows by content digest."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..files import DIGEST_BYTES
+
+Digests = NDArray[np.uint8]
+
+
+def empty_digests() -> Digests:
+    """No digests, shape (0, 16)."""
+    return np.empty((0, DIGEST_BYTES), np.uint8)
+
+
+def stack_digests(digests: list[bytes]) -> Digests:
+    """A list of 16-byte digests as an array (n, 16)."""
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+def locate(table: Digests, query: Digests) -> NDArray[np.int64]:
+    """The row of ``table`` (n, 16) that equals each row of ``query`` (m, 16), the first of equals; -1 for none."""
+    found = np.full(len(query), -1, np.int64)
+    if not len(table) or not len(query):
+        return found
+    words, wanted = _words(table), _words(query)
+    order = np.lexsort((words[:, 1], words[:, 0]))
+    position = np.searchsorted(words[order, 0], wanted[:, 0])
+    open_ = np.arange(len(query))
+    # A second turn happens only where the first 64 bits agree and the rest does not.
+    while len(open_):
+        open_ = open_[position[open_] < len(table)]
+        row = order[position[open_]]
+        equal = (words[row] == wanted[open_]).all(axis=1)
+        found[open_[equal]] = row[equal]
+        collides = ~equal & (words[row, 0] == wanted[open_, 0])
+        open_ = open_[collides]
+        position[open_] += 1
+    return found
+
+
+def first_occurrences(digests: Digests) -> NDArray[np.bool_]:
+    """Which rows of (n, 16) hold a digest that no earlier row holds."""
+    return np.equal(locate(digests, digests), np.arange(len(digests)))
+
+
+def _words(digests: Digests) -> NDArray[np.uint64]:
+    return np.ascontiguousarray(digests).view(np.uint64)

@@ -1,0 +1,60 @@
+"""Contents that cannot be decoded: remembered by digest and decoder rule, so that they are tried once and not again."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..files import canonical_json, digest_bytes, publish_file
+
+FOLDER = "quarantine"
+
+
+@dataclass(frozen=True)
+class BadContent:
+    """One unreadable content: where it was met, the class of error, the decoder's words and what to do."""
+
+    path: str
+    reason: str
+    detail: str
+    remedy: str
+
+
+class Quarantine:
+    """The unreadable contents that a decoder ``rule`` has met, one small file each under the cache folder.
+
+    ``rule`` names everything that decides whether a content can be decoded (decoder, its version, limits): under
+    another rule the contents are tried again.
+    """
+
+    def __init__(self, cache_dir: Path, rule: str) -> None:
+        self._folder = cache_dir / FOLDER / digest_bytes(rule.encode()).hex()[:16]
+        self._known: dict[bytes, BadContent] = {}
+        with suppress(FileNotFoundError):
+            for file in self._folder.glob("*.json"):
+                self._read(file)
+
+    def _read(self, file: Path) -> None:
+        """A damaged note is passed over: its content is tried again and the note written anew."""
+        with suppress(OSError, ValueError, TypeError):
+            self._known[bytes.fromhex(file.stem)] = BadContent(**json.loads(file.read_bytes()))
+
+    def get(self, digest: bytes) -> BadContent | None:
+        """What is known against a content, if anything."""
+        return self._known.get(digest)
+
+    def add(self, digest: bytes, bad: BadContent) -> None:
+        """Remember a content as unreadable, durably.
+
+        Raises:
+            OSError: the cache folder cannot be written.
+        """
+        self._known[digest] = bad
+        publish_file(self._folder / f"{digest.hex()}.json", (canonical_json(asdict(bad)) + "\n").encode())
+
+    @property
+    def digests(self) -> list[bytes]:
+        """All contents in quarantine."""
+        return list(self._known)

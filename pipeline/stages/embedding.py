@@ -1,0 +1,158 @@
+"""Bring a source's missing features into a store: what extract, predict and evaluate have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..data.decode import decoder_versions
+from ..errors import Interrupted
+from ..features.digests import Digests, empty_digests, first_occurrences, locate, stack_digests
+from ..features.drift import SAMPLES, PixelRecord, pixel_digest
+from ..features.extractor import Clock, Forward, Pixels, extract_features
+from ..features.ledger import Outcome
+from ..features.prepare import Preparation
+from ..features.quarantine import Quarantine
+from ..features.rounding import Features
+from ..features.store import FeatureStore
+from ..features.writer import PartWriter
+from ..runtime.distributed import World
+from ..runtime.interrupt import stop_after_batch
+from ..runtime.progress import ProgressBar
+from .sources import Source, Transformation
+
+MakeForward = Callable[[], Forward]
+INDEX_SECONDS = 60.0
+
+
+@dataclass
+class Embedding:
+    """One source, one store, and how to get from an image to a feature.
+
+    Args:
+        make_forward: loads the backbone; called only when something has to be forwarded.
+    """
+
+    source: Source
+    store: FeatureStore
+    quarantine: Quarantine
+    transformation: Transformation
+    make_forward: MakeForward
+    workers: int
+    part_seconds: float = 30.0
+    quiet: bool = False
+
+    def find_todo(self, world: World = World()) -> NDArray[np.int64]:  # noqa: B008 - World is frozen
+        """Positions whose content is unknown, or known without a feature: one file of each content, our share."""
+        books = self.source.books
+        settled = self.store.contains(books.digests)
+        settled |= locate(stack_digests(self.quarantine.digests), books.digests) >= 0
+        repeated = np.zeros(len(settled), bool)
+        known = np.flatnonzero(books.known)
+        repeated[known] = ~first_occurrences(books.digests[known])
+        open_ = np.flatnonzero(~books.known | ~(settled | repeated))
+        return world.share(open_)
+
+    def run(self, todo: NDArray[np.int64]) -> Outcome:
+        """Embed the files at ``todo``; with nothing to do, no weights are loaded and nothing is written.
+
+        Raises:
+            DriftError: images decode to other pixels than when the key was begun.
+            CacheError: the cache cannot be written; what was published is kept.
+            Interrupted: Ctrl-C; what was published is kept.
+        """
+        if not len(todo):
+            return self._outcome(empty_digests(), Clock(), 0.0)
+        forward = self.make_forward()
+        with self.store.writing():
+            self._check_drift()
+            return self._embed(todo, forward)
+
+    def _embed(self, todo: NDArray[np.int64], forward: Forward) -> Outcome:
+        computed: list[Digests] = []
+        samples: dict[bytes, str] = {}
+        preparation = self._preparation(samples)
+        writer = PartWriter(self.store.publish, self.part_seconds, after=self._remember_often())
+
+        def sink(features: Features, digests: Digests) -> None:
+            writer(features, digests)
+            computed.append(digests)
+
+        started = time.perf_counter()
+        with stop_after_batch() as interruption, ProgressBar("embedding", len(todo), quiet=self.quiet) as bar:
+            try:
+                with writer:
+                    clock = extract_features(
+                        todo.tolist(),
+                        preparation,
+                        forward,
+                        sink,
+                        workers=self.workers,
+                        interruption=interruption,
+                        seen=lambda _content: bar.advance(),
+                    )
+            finally:
+                self.source.save_index()
+        seconds = time.perf_counter() - started
+        clock.busy["write"] += writer.seconds
+        PixelRecord(self.store.folder).record(decoder_versions(), samples)
+        if interruption:
+            raise _interrupted(writer.published, len(todo))
+        return self._outcome(np.concatenate([empty_digests(), *computed]), clock, seconds)
+
+    def _preparation(self, samples: dict[bytes, str]) -> Preparation:
+        def crop(image: Image.Image, digest: bytes) -> Pixels:
+            pixels = self.transformation.crop(image, digest)
+            if len(samples) < SAMPLES:
+                samples[digest] = pixel_digest(pixels)
+            return pixels
+
+        have = {row.tobytes() for row in self.store.digests}
+        return Preparation(self.source.books, have, self.quarantine, decode=self.transformation.decode, crop=crop)
+
+    def _remember_often(self) -> Callable[[], None]:
+        """Save the index beside a part now and then, so that a kill does not cost reading everything again."""
+        last = time.monotonic()
+
+        def after() -> None:
+            nonlocal last
+            if time.monotonic() - last > INDEX_SECONDS:
+                last = time.monotonic()
+                self.source.save_index()
+
+        return after
+
+    def _check_drift(self) -> None:
+        record = PixelRecord(self.store.folder)
+        versions = decoder_versions()
+        if record.needs_check(versions) and not record.check(versions, self._pixels_of):
+            self.store.warnings.append(
+                f"The features of {self.store.folder.name} were made with other versions of the decoder, and none of "
+                "the images kept for comparison is in this folder, so that equal pixels could not be confirmed."
+            )
+
+    def _pixels_of(self, digest: bytes) -> Pixels | None:
+        """The pixels of a content of this scan, or None where no file holds it any more."""
+        books = self.source.books
+        for position in np.flatnonzero(books.known & (books.digests == np.frombuffer(digest, np.uint8)).all(axis=1)):
+            data = books.read(int(position))
+            if data is not None and books.digest(int(position)) == digest:
+                return self.transformation.crop(self.transformation.decode(data), digest)
+        return None
+
+    def _outcome(self, computed: Digests, clock: Clock, seconds: float) -> Outcome:
+        books = self.source.books
+        return Outcome(books.digests, books.known, computed, dict(books.failures), clock, seconds)
+
+
+def _interrupted(published: int, wanted: int) -> Interrupted:
+    return Interrupted(
+        f"Interrupted; {published} new features are safe in the cache.",
+        why=f"{wanted} images were to be looked at",
+        remedy="run the same command again: it goes on where this one stopped",
+    )

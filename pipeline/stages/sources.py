@@ -1,0 +1,166 @@
+"""Open what a stage works on: the scanned images with their digests, the backbone, and the features' store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import PIL
+import torch
+
+from ..backbones.build import Backbone, BackboneIdentity, build_backbone, resolve_backbone
+from ..backbones.memo import WeightsMemo
+from ..backbones.prepare import prepare_for_inference
+from ..backbones.transform import Transform
+from ..data.decode import DECODER, decode_image
+from ..data.index import DigestIndex
+from ..data.scan import ImageTree, list_images, scan_folder
+from ..features.extractor import Forward
+from ..features.prepare import Books, Crop, Decode
+from ..features.quarantine import Quarantine
+from ..features.spec import PLAIN_VIEW, FeatureSpec
+from ..features.store import FeatureStore
+from ..files import canonical_json, digest_bytes
+from ..params import CacheParams, DataParams, ExtractParams, Params
+from ..runtime.device import resolve_device, usable_cores
+from ..runtime.distributed import World, world_from_environment
+
+INDEX_FOLDER = "index"
+WEIGHTS_MEMO = "weights.json"
+CPU_BATCH = 16
+
+
+@dataclass
+class Source:
+    """Images on disk: the scan, the books of what is known of each file, and where the index remembers it."""
+
+    tree: ImageTree
+    books: Books
+    index_file: Path
+
+    def save_index(self) -> None:
+        """Remember the digests learned since the scan, beside what other processes have remembered meanwhile."""
+        index = DigestIndex.load(self.index_file)
+        index.record(self.tree.paths, self.books.stats, self.books.digests, self.books.known, self.books.read_ns)
+        index.save(self.index_file)
+
+
+def open_folder(data: DataParams, cache: CacheParams) -> Source:
+    """Scan ``data.root`` and look its files up in the index."""
+    tree = scan_folder(data.root, layout=data.layout, extensions=data.extensions)
+    return _open(tree, cache, name=os.fsencode(os.path.realpath(data.root)))
+
+
+def open_paths(paths: Sequence[Path], data: DataParams, cache: CacheParams) -> Source:
+    """List files and folders given on the command line and look them up in the index."""
+    tree = list_images(paths, extensions=data.extensions)
+    return _open(tree, cache, name=b"\0".join(sorted(os.fsencode(os.path.realpath(path)) for path in paths)))
+
+
+def _open(tree: ImageTree, cache: CacheParams, *, name: bytes) -> Source:
+    index_file = cache.dir / INDEX_FOLDER / f"{digest_bytes(name).hex()[:16]}.idx"
+    index = DigestIndex.load(index_file)
+    digests, known = index.lookup(tree.paths, tree.stats)
+    return Source(tree, Books(tree, digests, known), index_file)
+
+
+@dataclass(frozen=True)
+class Transformation:
+    """From a file's bytes to an RGB image, and from the image (and its digest) to uint8 pixels (3, h, w)."""
+
+    decode: Decode
+    crop: Crop
+
+
+def plain_view(transform: Transform, data: DataParams) -> Transformation:
+    """The transform of the weights, without randomness."""
+    decode = partial(decode_image, background=transform.background, exif=transform.exif, max_pixels=data.max_pixels)
+    return Transformation(decode, lambda image, _digest: transform.pixels(image))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where features come from: a resolved backbone and transform, not necessarily loaded, on a device."""
+
+    identity: BackboneIdentity
+    transform: Transform
+    feature_dim: int
+    device: torch.device
+    precision: str
+
+    def spec(self, dtype: str, view: str = PLAIN_VIEW) -> FeatureSpec:
+        """The feature spec that these give for one storage dtype and view."""
+        return FeatureSpec(
+            backbone=self.identity.name,
+            weights_digest=self.identity.digest,
+            layer=self.identity.layer,
+            pooling=self.identity.pooling,
+            transform=self.transform.as_dict(),
+            decoder=DECODER,
+            precision=self.precision,
+            dtype=dtype,
+            view=view,
+        )
+
+
+def resolve_origin(params: Params) -> Origin:
+    """Everything the key depends on, without loading or hashing weights whose digest is remembered."""
+    memo = WeightsMemo(params.cache.dir / WEIGHTS_MEMO)
+    identity, transform, feature_dim = resolve_backbone(params.backbone, params.transform, memo)
+    device = resolve_device(params.extract.device, world_from_environment())
+    precision = "float32" if params.extract.precision == "auto" else params.extract.precision
+    return Origin(identity, transform, feature_dim, device, precision)
+
+
+def open_store(params: Params, origin: Origin, view: str = PLAIN_VIEW) -> FeatureStore:
+    """The cached features of an origin."""
+    return FeatureStore(params.cache.dir, origin.spec(params.cache.dtype, view), origin.feature_dim)
+
+
+def open_quarantine(params: Params, transform: Transform) -> Quarantine:
+    """The unreadable contents under today's decoder, its version and its limits."""
+    rule = {
+        "decoder": DECODER,
+        "pillow": PIL.__version__,
+        "max_pixels": params.data.max_pixels,
+        "resize": transform.resize,
+        "crop": transform.crop,
+    }
+    return Quarantine(params.cache.dir, canonical_json(rule))
+
+
+def build_forward(params: Params, origin: Origin) -> Forward:
+    """Load the backbone and prepare it for inference on the origin's device."""
+    backbone = build_backbone(params.backbone, params.transform)
+    return forward_of(backbone, origin.device, origin.precision, batch_size(params.extract, origin))
+
+
+def forward_of(backbone: Backbone, device: torch.device, precision: str, size: int) -> Forward:
+    """A backbone as a function of pixels, with one forward shape."""
+    module = prepare_for_inference(backbone, device=device, precision=precision)
+    dtype = getattr(torch, precision)
+    return Forward(module, partial(backbone.transform.normalise, dtype=dtype), device, size)
+
+
+def batch_size(extract: ExtractParams, origin: Origin) -> int:
+    """The number asked for; by rule 16 on a CPU, where caches are small, and on a GPU what fits, up to 256.
+
+    The GPU rule allows 4 kB a pixel and image, generous for every torchvision classifier.
+    """
+    if extract.batch_size != "auto":
+        return extract.batch_size
+    if origin.device.type != "cuda":
+        return CPU_BATCH
+    free, _ = torch.cuda.mem_get_info(origin.device)
+    fitting = max(free // (origin.transform.crop**2 * 4096), 8)
+    return int(min(2 ** (int(fitting).bit_length() - 1), 256))
+
+
+def worker_count(extract: ExtractParams, world: World) -> int:
+    """Threads that decode: as asked for, or this process's share of the usable cores."""
+    if extract.workers != "auto":
+        return extract.workers
+    return max(usable_cores() // max(world.size, 1), 1)
