@@ -1,0 +1,209 @@
+"""Metrics against scikit-learn and hand-checked values."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
+)
+
+from pipeline.evaluate import check_leak, evaluate_predictions, protocol_sentence, wilson
+from pipeline.evaluate.intervals import resample_weights
+from pipeline.evaluate.protocol import Selection
+
+
+def _example(n: int = 400, classes: int = 8, seed: int = 0):
+    generator = np.random.default_rng(seed)
+    y = generator.integers(classes, size=n)
+    logits = generator.normal(size=(n, classes)) + 1.5 * np.eye(classes)[y]
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    return y, probabilities.argmax(axis=1), probabilities, [f"class {index}" for index in range(classes)]
+
+
+def test_values_equal_those_of_scikit_learn() -> None:
+    y, predicted, probabilities, names = _example()
+    result = evaluate_predictions(y, predicted, probabilities, names)
+    metrics = result["metrics"]
+    assert metrics["accuracy"] == pytest.approx((y == predicted).mean())
+    assert metrics["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y, predicted))
+    assert metrics["macro_f1"] == pytest.approx(f1_score(y, predicted, average="macro"))
+    assert metrics["log_loss"] == pytest.approx(log_loss(y, probabilities))
+    assert metrics["top5"] == pytest.approx(top_k_accuracy_score(y, probabilities, k=5))
+    assert result["confusion"] == confusion_matrix(y, predicted).tolist()
+    precision, recall, f1, support = precision_recall_fscore_support(y, predicted)
+    for index, row in enumerate(result["per_class"]):
+        assert [row["precision"], row["recall"], row["f1"], row["n"]] == pytest.approx(
+            [precision[index], recall[index], f1[index], support[index]]
+        )
+        assert row["recall_ci95"] == wilson(round(recall[index] * support[index]), int(support[index]))
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_calibration_error_by_hand() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.3, 0.7], [0.45, 0.55]])
+    y = np.array([0, 1, 1, 1])
+    # Bins of 1/15: 0.9 -> two images, half of them right; 0.7 and 0.55 -> one right image each.
+    expected = (2 * abs(0.5 - 0.9) + abs(1 - 0.7) + abs(1 - 0.55)) / 4
+    result = evaluate_predictions(y, probabilities.argmax(axis=1), probabilities, ["a", "b"])
+    assert result["metrics"]["ece"] == pytest.approx(expected)
+    assert sum(row["n"] for row in result["reliability"]) == 4
+    assert result["reliability"][-1]["accuracy"] == 0.5
+
+
+def test_wilson_hand_checked() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998), table I, method 3: 81/263, 15/148, 0/20, 1/29.
+    assert wilson(81, 263) == pytest.approx([0.2553, 0.3662], abs=5e-5)
+    assert wilson(15, 148) == pytest.approx([0.0624, 0.1605], abs=5e-5)
+    assert wilson(0, 20) == pytest.approx([0, 0.1611], abs=5e-5)
+    assert wilson(1, 29) == pytest.approx([0.0061, 0.1718], abs=5e-5)
+    assert wilson(7, 7)[1] == 1.0 and wilson(0, 0) is None
+
+
+def test_bootstrap_intervals_hold_the_value_and_repeat() -> None:
+    y, predicted, probabilities, names = _example()
+    first = evaluate_predictions(y, predicted, probabilities, names, seed=3)["metrics"]
+    for name in ("balanced_accuracy", "macro_f1", "log_loss"):
+        low, high = first[f"{name}_ci95"]
+        assert low < first[name] < high
+    assert first == evaluate_predictions(y, predicted, probabilities, names, seed=3)["metrics"]
+    assert first != evaluate_predictions(y, predicted, probabilities, names, seed=4)["metrics"]
+
+
+def test_bootstrap_agrees_with_scoring_each_resample_by_scikit_learn() -> None:
+    y, predicted, probabilities, names = _example(n=60, classes=4)
+    weights = np.concatenate(list(resample_weights(60, seed=0)))
+    assert weights.shape == (1000, 60) and (weights.sum(axis=1) == 60).all()
+    rows = [np.repeat(np.arange(60), row.astype(int)) for row in weights]
+    with np.errstate(all="ignore"):
+        f1 = [f1_score(y[row], predicted[row], average="macro") for row in rows[:100]]
+        loss = [log_loss(y[row], probabilities[row], labels=range(4)) for row in rows[:200]]
+    metrics = evaluate_predictions(y, predicted, probabilities, names, seed=0)["metrics"]
+    assert metrics["log_loss_ci95"] == pytest.approx(np.percentile(loss, (2.5, 97.5)), abs=0.03)
+    assert metrics["macro_f1_ci95"] == pytest.approx(np.percentile(f1, (2.5, 97.5)), abs=0.03)
+
+
+def test_metrics_that_need_probabilities_are_null_with_the_heads_reason() -> None:
+    y, predicted, _, names = _example()
+    result = evaluate_predictions(y, predicted, None, names, why_no_probabilities="NearestCentroid has no scores")
+    for name in ("log_loss", "ece", "top5"):
+        assert result["metrics"][name] is None and result["metrics"][f"{name}_ci95"] is None
+        assert result["reasons"][name] == "NearestCentroid has no scores"
+    assert result["reliability"] is None and result["metrics"]["balanced_accuracy"] is not None
+
+
+def test_top5_only_for_more_than_five_classes() -> None:
+    y, predicted, probabilities, names = _example(classes=5)
+    assert "top5" not in evaluate_predictions(y, predicted, probabilities, names)["metrics"]
+
+
+def test_one_image_and_no_image() -> None:
+    one = evaluate_predictions([1], [1], [[0.2, 0.8]], ["a", "b"], train_counts=[3, 1])
+    assert one["metrics"]["accuracy"] == 1.0 and one["metrics"]["accuracy_ci95"] == wilson(1, 1)
+    assert one["metrics"]["log_loss_ci95"] is None and "log_loss_ci95" in one["reasons"]
+    assert one["baseline_accuracy"] == 0.0 and one["baseline_class"] == "a"
+    none = evaluate_predictions([], [], None, ["a", "b"], train_counts=[3, 1])
+    assert none["n"] == 0 and none["metrics"]["accuracy"] is None and "accuracy" in none["reasons"]
+    assert none["per_class"][0]["recall"] is None
+
+
+def test_perfect_predictions_do_not_claim_certainty() -> None:
+    result = evaluate_predictions([0, 1, 0, 1], [0, 1, 0, 1], None, ["a", "b"])
+    assert result["metrics"]["balanced_accuracy"] == 1.0
+    assert result["metrics"]["balanced_accuracy_ci95"] is None and result["reasons"]["balanced_accuracy_ci95"]
+    assert result["metrics"]["accuracy_ci95"][0] < 0.7
+
+
+def test_classes_without_images_are_left_out_of_averages_and_named() -> None:
+    result = evaluate_predictions([0, 0, 1], [0, 1, 1], None, ["a", "b", "never\udcff"])
+    assert result["metrics"]["balanced_accuracy"] == pytest.approx(0.75)
+    assert result["metrics"]["macro_f1"] == pytest.approx(f1_score([0, 0, 1], [0, 1, 1], average="macro"))
+    assert "never\udcff" in result["warnings"][0]
+    assert result["per_class"][2] == {
+        "label": "never\udcff",
+        "n": 0,
+        "predicted": 0,
+        "precision": None,
+        "recall": None,
+        "recall_ci95": None,
+        "f1": None,
+    }
+
+
+def test_a_certain_mistake_has_a_finite_loss() -> None:
+    result = evaluate_predictions([0, 1], [1, 1], [[0.0, 1.0], [0.0, 1.0]], ["a", "b"])
+    assert result["metrics"]["log_loss"] == pytest.approx(-np.log(np.finfo(float).eps) / 2)
+
+
+def test_majority_baseline_is_that_of_train() -> None:
+    result = evaluate_predictions([0, 0, 0, 1], [0, 0, 0, 0], None, ["a", "b"], train_counts=[10, 90])
+    assert result["baseline_accuracy"] == 0.25 and result["baseline_class"] == "b"
+    unknown = evaluate_predictions([0], [0], None, ["a"])
+    assert unknown["baseline_accuracy"] is None and "baseline_accuracy" in unknown["reasons"]
+
+
+@pytest.mark.parametrize(
+    ("y", "predicted", "probabilities"),
+    [
+        ([0, 2], [0, 0], None),
+        ([0, -1], [0, 0], None),
+        ([0, 1], [0, 5], None),
+        ([0, 1], [0], None),
+        ([0.0, 1.0], [0, 1], None),
+        ([0, 1], [0, 1], [[1.0, 0.0]]),
+        ([0, 1], [0, 1], [[1.0, 0.0], [0.5, np.nan]]),
+        ([0, 1], [0, 1], [[1.0, 0.0], [0.9, 0.9]]),
+    ],
+)
+def test_what_does_not_fit_is_refused(y, predicted, probabilities) -> None:
+    with pytest.raises(ValueError, match=r"must|rows"):
+        evaluate_predictions(y, predicted, probabilities, ["a", "b"])
+
+
+def test_confused_pairs_come_most_frequent_first_even_without_a_matrix() -> None:
+    names = [str(index) for index in range(1001)]
+    result = evaluate_predictions([7, 7, 7, 3, 3], [9, 9, 7, 3, 4], None, names)
+    assert result["confusion"] is None and "confusion" in result["reasons"]
+    assert result["confused"] == [{"label": "7", "predicted": "9", "n": 2}, {"label": "3", "predicted": "4", "n": 1}]
+
+
+def test_ties_at_the_fifth_place_do_not_depend_on_the_block() -> None:
+    probabilities = np.full((2, 6), 1 / 6)
+    result = evaluate_predictions([4, 5], [0, 0], probabilities, list("abcdef"))
+    assert result["metrics"]["top5"] == 0.5
+
+
+def test_many_rows_and_classes_stay_quick() -> None:
+    y, predicted, probabilities, names = _example(n=20_000, classes=200)
+    start = time.perf_counter()
+    evaluate_predictions(y, predicted, probabilities, names)
+    assert time.perf_counter() - start < 20
+
+
+def test_leaked_images_are_counted_and_left_out() -> None:
+    digests = np.arange(64, dtype=np.uint8).reshape(4, 16)
+    result = check_leak(digests[[1, 3, 3]], digests, [0, 1, 0, 1], [0, 1, 1, 0])
+    assert result == {"leaked": 2, "n": 2, "accuracy": 0.5, "accuracy_ci95": wilson(1, 2)}
+    everything = check_leak(digests, digests, [0] * 4, [0] * 4)
+    assert everything["n"] == 0 and everything["accuracy"] is None
+    assert check_leak(digests[:0], digests, [0] * 4, [0] * 4)["leaked"] == 0
+
+
+def test_protocol_in_a_sentence() -> None:
+    chosen = Selection("the strength C", "by 5-fold cross-validation", "train")
+    facts = {"fitted": "the logistic head", "fitted_on": "train", "n_fitted": 244, "reported_on": "val", "n": 1}
+    assert protocol_sentence([chosen], **facts) == (
+        "The strength C was chosen by 5-fold cross-validation on train and the logistic head was fitted on 244 images "
+        "of train; reported are 1 image of val, on which nothing was chosen."
+    )
+    biased = protocol_sentence([chosen, Selection("the kind of head", "by accuracy", "val")], **facts)
+    assert "which also chose the kind of head, so the score is too good" in biased
+    assert protocol_sentence([], **facts).startswith("The logistic head was fitted")
