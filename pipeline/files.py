@@ -135,7 +135,7 @@ def file_lock(path: Path, *, shared: bool, blocking: bool = True) -> Iterator[No
 def human_bytes(count: float) -> str:
     """``123456`` -> ``123.5 kB`` (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if round(count, 1) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"

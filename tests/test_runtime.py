@@ -1,0 +1,185 @@
+"""Devices, shares, seeds, interruption and progress: what every stage runs on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import DeviceError
+from pipeline.runtime import progress
+from pipeline.runtime.device import resolve_device, usable_cores
+from pipeline.runtime.distributed import World, world_from_environment
+from pipeline.runtime.interrupt import stop_after_batch
+from pipeline.runtime.progress import ProgressBar
+from pipeline.runtime.seeds import derive_seed, make_generator
+
+
+class TestDevice:
+    def machine(self, monkeypatch: pytest.MonkeyPatch, *, gpus: int, mps: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    @pytest.mark.parametrize(
+        ("gpus", "mps", "device"), [(0, False, "cpu"), (0, True, "mps"), (2, False, "cuda:0"), (1, True, "cuda:0")]
+    )
+    def test_auto_takes_the_best_there_is(
+        self, monkeypatch: pytest.MonkeyPatch, gpus: int, mps: bool, device: str
+    ) -> None:
+        self.machine(monkeypatch, gpus=gpus, mps=mps)
+        assert resolve_device("auto") == torch.device(device)
+
+    def test_each_local_rank_takes_its_own_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.machine(monkeypatch, gpus=2)
+        worlds = [World(rank=4 + local, size=8, local_rank=local) for local in range(4)]
+        assert [resolve_device("cuda", world).index for world in worlds] == [0, 1, 0, 1]
+        assert resolve_device("cuda:1", worlds[0]).index == 1
+
+    @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
+    def test_a_device_that_is_missing_is_named_with_a_way_out(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.machine(monkeypatch, gpus=1 if name == "cuda:1" else 0)
+        with pytest.raises(DeviceError, match=f"{name}.* is not on this machine") as caught:
+            resolve_device(name)
+        assert caught.value.remedy
+        assert "auto" in caught.value.remedy
+
+    def test_cores_are_those_this_process_may_use(self) -> None:
+        if not hasattr(os, "sched_setaffinity"):
+            pytest.skip("this system has no affinity masks")
+        cores = os.sched_getaffinity(0)
+        try:
+            os.sched_setaffinity(0, {min(cores)})
+            assert usable_cores() == 1
+        finally:
+            os.sched_setaffinity(0, cores)
+        assert usable_cores() == len(cores)
+
+
+class TestWorld:
+    @given(st.sets(st.integers(0, 200)), st.integers(1, 9))
+    def test_shares_are_disjoint_and_complete(self, left: set[int], size: int) -> None:
+        positions = np.array(sorted(left), np.int64)
+        shares = [World(rank=rank, size=size).share(positions).tolist() for rank in range(size)]
+        assert sorted(chain.from_iterable(shares)) == positions.tolist()
+
+    def test_what_is_done_already_shifts_no_share(self) -> None:
+        world, everything = World(rank=1, size=3), np.arange(100)
+        left = everything[everything % 5 > 0]
+        assert set(world.share(left)) == set(world.share(everything)) & set(left)
+        assert {len(World(rank=rank, size=3).share(everything)) for rank in range(3)} == {33, 34}
+
+    def test_torchrun_names_the_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+            monkeypatch.setenv(name, value)
+        assert world_from_environment() == World(rank=3, size=4, local_rank=1)
+        assert not world_from_environment().is_main
+
+    def test_without_torchrun_there_is_one_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("RANK", raising=False)
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        assert world_from_environment() == World()
+        assert World().is_main
+
+
+class TestSeeds:
+    items = st.lists(st.one_of(st.integers(), st.text(max_size=5), st.binary(max_size=5)), max_size=4)
+
+    @settings(max_examples=30)
+    @given(items, items)
+    def test_different_items_give_different_seeds(self, first: list[int], second: list[int]) -> None:
+        same = [(type(item), item) for item in first] == [(type(item), item) for item in second]
+        assert (derive_seed(*first) == derive_seed(*second)) is same
+        assert 0 <= derive_seed(*first) < 2**63
+
+    def test_seeds_are_the_same_in_every_process_and_version(self) -> None:
+        assert derive_seed("epoch", 3, b"\x00\x01") == 2060576689557904611
+        assert derive_seed("ab", "c") != derive_seed("a", "bc") != derive_seed("abc")
+
+    def test_generators_start_from_the_seed(self) -> None:
+        np.testing.assert_array_equal(make_generator("a", 1).random(5), make_generator("a", 1).random(5))
+        assert make_generator("a", 1).random() != make_generator("a", 2).random()
+
+
+class TestInterruption:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_the_first_signal_asks_and_the_handlers_come_back(self, number: signal.Signals) -> None:
+        before = signal.getsignal(number)
+        with stop_after_batch() as interruption:
+            assert not interruption
+            signal.raise_signal(number)
+            assert interruption
+        assert signal.getsignal(number) == before
+
+    def test_the_second_ctrl_c_interrupts_at_once(self) -> None:
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), stop_after_batch():  # noqa: PT012 - the second signal is the point
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == before
+
+    def test_a_second_sigterm_still_only_asks(self) -> None:
+        with stop_after_batch() as interruption:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            assert interruption
+
+    def test_outside_the_main_thread_code_may_ask(self) -> None:
+        seen = []
+
+        def work() -> None:
+            with stop_after_batch() as interruption:
+                interruption.request()
+                seen.append(bool(interruption))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert seen == [True]
+
+
+class TestProgress:
+    def test_piped_progress_is_plain_lines_now_and_then(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        now = iter(range(0, 10_000, 4))  # each look at the clock is four seconds after the last
+        monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+        with ProgressBar("embedding", 100) as bar:
+            for _ in range(10):
+                bar.advance(10, note="(decode-bound)")
+        captured = capsys.readouterr()
+        lines = captured.err.splitlines()
+        assert captured.out == ""
+        assert 1 < len(lines) < 10
+        assert re.fullmatch(r"embedding \(decode-bound\): \d+/100, \d+\.\d/s, \d+ s left", lines[0]), lines[0]
+        assert "\x1b" not in captured.err
+
+    def test_quick_or_quiet_steps_print_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with ProgressBar("embedding", 10) as bar:
+            bar.advance(10)
+        with ProgressBar("embedding", 10, quiet=True) as bar:
+            bar.advance(10)
+        assert capsys.readouterr() == ("", "")
+
+    def test_a_terminal_gets_a_bar_with_rate_and_time_left(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "100")
+        with ProgressBar("embedding", 10) as bar:
+            for _ in range(10):
+                time.sleep(0.002)
+                bar.advance(1, note="here")
+        text = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", capsys.readouterr().err)
+        assert "embedding here" in text
+        assert "10/10" in text
+        assert "/s" in text
