@@ -1,0 +1,165 @@
+"""From an RGB image to the pixels a backbone was trained on, exactly as torchvision's preset makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from ..errors import BackboneError, WeightsError
+from ..params import TransformParams
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+# A resize keeps the aspect ratio, so a strip of 1 x 100 000 pixels would become 256 x 25 600 000.
+MAX_RESIZED_PIXELS = 178_956_970
+_MAX_SIDE = 16_384
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Resize the shorter side to ``resize`` pixels (``None``: not at all), crop ``crop`` x ``crop`` from the centre.
+
+    ``exif`` and ``background`` belong to decoding: whether the orientation tag is applied, and the colour under
+    transparent pixels.
+    """
+
+    resize: int | None = 256
+    crop: int = 224
+    interpolation: str = "bilinear"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    exif: bool = True
+    background: tuple[int, int, int] = (255, 255, 255)
+
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """The pixels (3, crop, crop) of an RGB image: those of torchvision's `ImageClassification` before scaling.
+
+        Raises:
+            BadImage: the resized image would have too many pixels.
+        """
+        if self.resize is not None:
+            self._check_resized(image)
+            image = F.resize(image, [self.resize], interpolation=InterpolationMode(self.interpolation), antialias=True)
+        image = F.center_crop(image, [self.crop])
+        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+    def normalise(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 pixels (n, 3, h, w) to normalised ``dtype``, on the batch's device, computed in float32."""
+        mean = torch.tensor(self.mean, device=batch.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=batch.device).view(3, 1, 1)
+        return (batch.to(torch.float32) / 255).sub_(mean).div_(std).to(dtype)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: object = None) -> Transform:
+        """A transform from JSON values; absent keys take their defaults.
+
+        Raises:
+            WeightsError: unknown keys or impossible values, as a file that was not written by this program may hold.
+        """
+        problem = _problem_of(values)
+        if problem:
+            raise WeightsError(
+                "The transform that is stored there cannot be used.",
+                where=where,
+                why=problem,
+                remedy="write it again, or leave the key `transform` out and set the section transform in params.yaml",
+            )
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fields)
+
+    def _check_resized(self, image: Image.Image) -> None:
+        assert self.resize is not None
+        short, long = sorted(image.size)
+        pixels = self.resize * (self.resize * long // max(short, 1))
+        if pixels > MAX_RESIZED_PIXELS:
+            from ..data.decode import BadImage, Reason
+
+            raise BadImage(
+                Reason.TOO_MANY_PIXELS,
+                f"{image.width} x {image.height} pixels, resized to a shorter side of {self.resize}, are {pixels}",
+            )
+
+
+def preset_transform(weights: Any) -> Transform:
+    """The transform of torchvision ``weights`` (a member of a weights enum)."""
+    preset = weights.transforms()
+    resize, crop = preset.resize_size[0], preset.crop_size[0]
+    return Transform(
+        resize=None if resize is None else int(resize),
+        crop=int(crop),
+        interpolation=str(preset.interpolation.value),
+        mean=tuple(map(float, preset.mean)),  # type: ignore[arg-type]
+        std=tuple(map(float, preset.std)),  # type: ignore[arg-type]
+    )
+
+
+def adjust_transform(preset: Transform, params: TransformParams) -> Transform:
+    """``preset`` with what the params set.
+
+    Setting only one of resize and crop leaves the other as the preset has it. Where the crop would then exceed the
+    resized image, and be framed in black, this is an error; setting both is taken as meant.
+
+    Raises:
+        BackboneError: the crop does not fit into the resized image.
+    """
+    given = {name: value for name, value in params.model_dump().items() if value is not None}
+    transform = Transform(**{**asdict(preset), **given})
+    if transform.resize is not None and transform.crop > transform.resize and ("resize" in given) != ("crop" in given):
+        key, other = ("crop", "resize") if "crop" in given else ("resize", "crop")
+        ratio = transform.crop / preset.crop if key == "crop" else transform.resize / (preset.resize or transform.crop)
+        fitting = round(ratio * (getattr(preset, other) or transform.crop))
+        raise BackboneError(
+            f"A crop of {transform.crop} pixels does not fit into images resized to {transform.resize}.",
+            where=f"transform.{key}",
+            why=f"transform.{other} is {getattr(transform, other)}, from the preset of the weights",
+            remedy=f"set transform.{other} too, for example to {fitting}",
+        )
+    return transform
+
+
+def _problem_of(values: Mapping[str, Any]) -> str | None:
+    """What is wrong with stored values, in a few words; ``None`` when nothing is."""
+    if not isinstance(values, Mapping):
+        return f"it is a {type(values).__name__}, not an object"
+    unknown = sorted(set(values) - set(Transform.__dataclass_fields__))
+    if unknown:
+        return f"unknown key {unknown[0]!r}"
+    for key, value in values.items():
+        if not _is_valid(key, value):
+            return f"{key} cannot be {str(value)[:60]!r}"
+    return None
+
+
+def _is_valid(key: str, value: Any) -> bool:
+    if key == "exif":
+        return isinstance(value, bool)
+    if key == "interpolation":
+        return value in INTERPOLATIONS
+    if key in ("resize", "crop"):
+        return (key == "resize" and value is None) or (_is_number(value, whole=True) and 1 <= value <= _MAX_SIDE)
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        return False
+    if key == "background":
+        return all(_is_number(item, whole=True) and 0 <= item <= 255 for item in value)
+    low = 1e-6 if key == "std" else -1e6
+    return all(_is_number(item) and low <= item <= 1e6 for item in value)
+
+
+def _is_number(value: Any, *, whole: bool = False) -> bool:
+    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
