@@ -24,7 +24,7 @@ class PipelineError(Exception):
     def __str__(self) -> str:
         details = (("where", self.where), ("why", self.why), ("remedy", self.remedy))
         lines = [f"  {name}: {value}" for name, value in details if value is not None]
-        return "\n".join([self.what, *lines])
+        return "\n".join([self.what, *lines]).replace(": \n", ":\n")
 
     def as_dict(self) -> dict[str, object]:
         """The error as the ``error`` object of ``--json``."""
@@ -52,14 +52,15 @@ class ParamsError(PipelineError):
 
     exit_code = 2
 
-    def __init__(self, where: object, problems: list[Problem]) -> None:
+    def __init__(self, where: object, problems: list[Problem], *, remedy: str | None = None) -> None:
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(
             f"The params have {count}.",
             where=where,
             why="\n    " + "\n    ".join(str(problem) for problem in problems),
-            remedy="correct the keys named above; params.yaml in the project shows every key with its default",
+            remedy=remedy
+            or "correct the keys named above; params.yaml in the project shows every key with its default",
         )
 
     def as_dict(self) -> dict[str, object]:

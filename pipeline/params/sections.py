@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # The extensions of torchvision's ImageFolder, repeated here so that reading params does not import torch.
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -20,12 +20,26 @@ SHARD_PATTERN = r"^\d+/[1-9]\d*$"
 UNFREEZE_PATTERN = r"^(none|all|gradual|last-[1-9]\d*)$"
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
+# Mappings whose keys are the user's own words, so that a message may name them.
+FREE_FORM = frozenset({"head.sklearn.params", "head.search"})
+
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy and scikit-learn take
+
+
+def _without_nul(value: Path | str) -> Path | str:
+    if "\0" in str(value):
+        raise ValueError("must not hold the character NUL, which no path has")
+    return value
+
+
+Name = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
+Folder = Annotated[Path, Field(strict=False), AfterValidator(_without_nul)]
 Auto = Literal["auto"]
 
 
@@ -36,13 +50,13 @@ class Section(BaseModel):
 
 
 class DataParams(Section):
-    root: Path = Field(Path("data/demo"), strict=False)
+    root: Folder = Path("data/demo")
     layout: Literal["auto", "flat", "split"] = "auto"
     extensions: list[str] | Literal["all"] = list(IMAGE_EXTENSIONS)
     group_pattern: str | None = None
     val_fraction: Fraction = 0.2
     test_fraction: Fraction = 0.0
-    seed: int = 0
+    seed: Seed = 0
     on_bad_image: Literal["skip", "raise"] = "skip"
     max_pixels: Count = 178_956_970
 
@@ -76,11 +90,11 @@ class DataParams(Section):
 
 
 class BackboneParams(Section):
-    name: str = "resnet18"
-    weights: str = "DEFAULT"
-    layer: str | None = None
+    name: Name = "resnet18"
+    weights: Name = "DEFAULT"
+    layer: Name | None = None
     pooling: Literal["default", "avg", "max", "cls", "cls_avg"] = "default"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class TransformParams(Section):
@@ -119,7 +133,7 @@ class ExtractParams(Section):
 
 
 class CacheParams(Section):
-    dir: Path = Field(Path("cache"), strict=False)
+    dir: Folder = Path("cache")
     dtype: Literal["float16", "float32"] = "float16"
 
 
@@ -152,22 +166,29 @@ class NetworkParams(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
 
+class MlpParams(NetworkParams):
+    """The same keys with the defaults of a network with one hidden layer."""
+
+    hidden: list[Count] = [256]
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.4
+
+
 class SklearnParams(Section):
-    estimator: str = "svm"
+    estimator: Name = "svm"
     params: dict[str, Any] = {}
 
 
 class HeadParams(Section):
-    kind: str | list[str] = "logistic"
+    kind: Name | list[Name] = "logistic"
     folds: Annotated[int, Field(ge=2)] = 5
-    seed: int = 0
+    seed: Seed = 0
     standardize: bool = True
     class_weight: Literal["balanced"] | dict[str, Positive] | None = None
     calibrate: Literal["none", "temperature"] = "none"
     search: dict[str, list[Any]] = {}
     logistic: LogisticParams = LogisticParams()
     linear: NetworkParams = NetworkParams()
-    mlp: NetworkParams = NetworkParams(hidden=[256], dropout=0.4)
+    mlp: MlpParams = MlpParams()
     sklearn: SklearnParams = SklearnParams()
 
     @field_validator("linear")
@@ -204,6 +225,13 @@ class AugmentParams(Section):
     trivial_augment: bool = False
     erasing: Probability = 0.0
 
+    @field_validator("crop_scale")
+    @classmethod
+    def _from_low_to_high(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("must be the smallest and the largest share, above 0, the smallest first")
+        return value
+
 
 class FinetuneParams(Section):
     epochs: Count = 5
@@ -211,7 +239,7 @@ class FinetuneParams(Section):
     device: str = Field("auto", pattern=DEVICE_PATTERN)
     precision: Precision = "auto"
     workers: Count | Auto = "auto"
-    seed: int = 0
+    seed: Seed = 0
     start: Literal["probe", "random"] = "probe"
     selection_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     backbone_lr: NonNegative = 1e-5
@@ -244,8 +272,15 @@ class FinetuneParams(Section):
 
 
 class RunsParams(Section):
-    dir: Path = Field(Path("runs"), strict=False)
+    dir: Folder = Path("runs")
     name: str | None = Field(None, pattern=RUN_NAME_PATTERN)
+
+    @field_validator("name")
+    @classmethod
+    def _not_latest(cls, value: str | None) -> str | None:
+        if value == "latest":
+            raise ValueError("must not be `latest`, which names the newest run")
+        return value
 
 
 class Params(Section):
