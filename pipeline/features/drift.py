@@ -35,7 +35,8 @@ class PixelRecord:
         self._file = folder / DRIFT_FILE
         self.samples: dict[str, str] = {}
         self._versions: list[dict[str, str]] = []
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        # Without a whole record there is nothing to compare; the next extraction begins a new one.
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             content = json.loads(self._file.read_bytes())
             if content["seal"] == _seal(content["samples"], content["versions"]):
                 self.samples, self._versions = dict(content["samples"]), list(content["versions"])

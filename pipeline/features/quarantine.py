@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
-from ..files import canonical_json, digest_bytes, publish_file
+from ..errors import CacheError
+from ..files import DIGEST_BYTES, canonical_json, digest_bytes, publish_file
 
 FOLDER = "quarantine"
 
@@ -38,8 +39,10 @@ class Quarantine:
 
     def _read(self, file: Path) -> None:
         """A damaged note is passed over: its content is tried again and the note written anew."""
-        with suppress(OSError, ValueError, TypeError):
-            self._known[bytes.fromhex(file.stem)] = BadContent(**json.loads(file.read_bytes()))
+        with suppress(OSError, ValueError, TypeError, RecursionError):
+            digest, bad = bytes.fromhex(file.stem), BadContent(**json.loads(file.read_bytes()))
+            if len(digest) == DIGEST_BYTES and all(isinstance(text, str) for text in astuple(bad)):
+                self._known[digest] = bad
 
     def get(self, digest: bytes) -> BadContent | None:
         """What is known against a content, if anything."""
@@ -49,10 +52,19 @@ class Quarantine:
         """Remember a content as unreadable, durably.
 
         Raises:
-            OSError: the cache folder cannot be written.
+            CacheError: the cache folder cannot be written.
         """
         self._known[digest] = bad
-        publish_file(self._folder / f"{digest.hex()}.json", (canonical_json(asdict(bad)) + "\n").encode())
+        file = self._folder / f"{digest.hex()}.json"
+        try:
+            publish_file(file, (canonical_json(asdict(bad)) + "\n").encode())
+        except OSError as error:
+            raise CacheError(
+                "An unreadable image cannot be noted in the cache.",
+                where=file,
+                why=str(error),
+                remedy="free space or give write permission, or set cache.dir to another folder",
+            ) from error
 
     @property
     def digests(self) -> list[bytes]:

@@ -12,6 +12,8 @@ from ..files import canonical_json, digest_bytes
 # Raised whenever the way of computing changes the numbers for otherwise equal specs.
 SCHEMA = 1
 PLAIN_VIEW = "plain"
+# Stands for the value of a field that one of two compared specs does not have.
+ABSENT = "(absent)"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def differences(old: FeatureSpec, new: FeatureSpec) -> list[tuple[str, Any, Any]
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:
     for name in sorted(set(old) | set(new)):
-        before, after = old.get(name), new.get(name)
+        before, after = old.get(name, ABSENT), new.get(name, ABSENT)
         if isinstance(before, dict) and isinstance(after, dict):
             yield from _differences(before, after, f"{prefix}{name}.")
         elif canonical_json(before) != canonical_json(after):

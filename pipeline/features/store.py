@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ PART_PREFIX, PART_SUFFIX = "part-", ".h5"
 DAMAGED_PREFIX = "damaged-"
 # Times this close to now may hide a later change within the file system's clock tick.
 SAFE_NS = 2_000_000_000
-# Rows a part holds at most; more parts cost little, and a kill loses less.
+# So many rows are published at the latest; more parts cost little, and a kill loses less.
 PART_ROWS = 4096
 
 Stat = tuple[int, int, int, int]
@@ -56,7 +56,7 @@ class Part:
 class FeatureStore:
     """The features of one spec inside the cache folder ``cache_dir``.
 
-    Opening is cheap and writes nothing; `prepare_writing` makes the folder.
+    Opening is cheap and makes nothing; `writing` makes the folder. What a damaged file cost is in ``warnings``.
     """
 
     def __init__(self, cache_dir: Path, spec: FeatureSpec, feature_dim: int) -> None:
@@ -74,14 +74,14 @@ class FeatureStore:
         Raises:
             CacheError: the cache folder cannot be written.
         """
-        try:
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            lock = file_lock(self.cache_dir / LOCK_FILE, shared=True)
-            with lock:
-                self._write_spec()
-                yield
-        except PermissionError as error:
-            raise _cannot_write(self.cache_dir, error) from error
+        with ExitStack() as held:
+            try:
+                held.enter_context(file_lock(self.cache_dir / LOCK_FILE, shared=True))
+            except OSError as error:
+                raise cannot_write(self.cache_dir, error) from error
+            self._write_spec()
+            self.refresh()
+            yield
 
     def _write_spec(self) -> None:
         self._check_spec()
@@ -93,28 +93,26 @@ class FeatureStore:
     def touch(self) -> None:
         """Remember that these features were used today; a cache that is only readable stays as it is."""
         if self.folder.is_dir():
-            with suppress(PermissionError, OSError):
+            with suppress(OSError):
                 (self.folder / USED_FILE).touch()
 
     def _check_spec(self) -> None:
         """The folder's own spec must be ours; a damaged one is set aside, since the folder's name carries the key."""
         file = self.folder / SPEC_FILE
-        if not file.exists():
-            return
-        found = read_spec(file)
-        if found is None:
-            self._set_aside(file, "its spec is damaged; it is written again")
-        elif found.as_dict() != self.spec.as_dict():
-            raise CacheError(
-                "A cache folder holds the features of another spec.",
-                where=file,
-                why=f"its spec gives the key {found.key}",
-                remedy=f"move {self.folder} away and run extract again",
-            )
+        if os.path.lexists(file) and read_spec(file) is None:
+            self.warnings.append(set_aside(file, "this spec is damaged; extract writes it again"))
 
     def refresh(self) -> None:
         """See what other processes have published or removed since; damaged parts are set aside and named."""
-        names = sorted(_part_names(self.folder))
+        try:
+            names = sorted(part_names(self.folder))
+        except OSError as error:
+            raise CacheError(
+                "A folder of the feature cache cannot be read.",
+                where=self.folder,
+                why=str(error),
+                remedy="give permission to read it, or set cache.dir to another folder",
+            ) from error
         verified = _read_verified(self.folder)
         changed = False
         parts: dict[str, Part] = {}
@@ -133,30 +131,27 @@ class FeatureStore:
         """The part, and whether its bytes had to be read to prove it whole."""
         try:
             stat = _stat(path)
-        except FileNotFoundError:
+            if verified.get(path.name) == stat:
+                with suppress(OSError, KeyError, RuntimeError, ValueError), h5py.File(path, "r") as file:
+                    return Part(path, np.asarray(file["digest"], np.uint8)), False
+            before = time.time_ns()
+            data = path.read_bytes()
+            unchanged = _stat(path) == stat
+        except FileNotFoundError:  # another process removed it or set it aside
             return None, False
-        if verified.get(path.name) == stat:
-            with suppress(OSError, KeyError), h5py.File(path, "r") as file:
-                return Part(path, np.asarray(file["digest"], np.uint8)), False
-        before = time.time_ns()
-        data = path.read_bytes()
+        except OSError as error:
+            self.warnings.append(f"{path} is passed over: it cannot be read ({error.strerror}).")
+            return None, False
         problem = check_part(path.name, data, self.spec.key, self.feature_dim)
         if problem:
-            self._set_aside(path, f"{problem}; its rows are computed again by the next extract")
+            self.warnings.append(set_aside(path, f"{problem}; its rows are computed again by the next extract"))
             return None, False
         with h5py.File(io.BytesIO(data), "r") as file:
             part = Part(path, np.asarray(file["digest"], np.uint8))
-        if max(stat[1], stat[2]) < before - SAFE_NS and _stat(path) == stat:
+        is_safe = unchanged and max(stat[1], stat[2]) < before - SAFE_NS
+        if is_safe:
             verified[path.name] = stat
-        return part, path.name in verified
-
-    def _set_aside(self, path: Path, why: str) -> None:
-        target = path.with_name(DAMAGED_PREFIX + path.name)
-        try:
-            os.rename(path, target)
-            self.warnings.append(f"{path.name} was set aside as {target.name}: {why}.")
-        except OSError:
-            self.warnings.append(f"{path} is ignored: {why}.")
+        return part, is_safe
 
     def _remember(self, verified: dict[str, Stat]) -> None:
         known = {name: stat for name, stat in verified.items() if name in self._parts}
@@ -192,9 +187,20 @@ class FeatureStore:
         for part in self.parts:
             mine = (row >= start) & (row < start + len(part.digests))
             if mine.any():
-                features[mine] = part.read()[row[mine] - start]
+                features[mine] = self._rows(part)[row[mine] - start]
             start += len(part.digests)
         return features
+
+    def _rows(self, part: Part) -> Features:
+        try:
+            return part.read()
+        except (OSError, KeyError, RuntimeError, ValueError) as error:
+            raise CacheError(
+                "A part of the feature cache can no longer be read.",
+                where=part.path,
+                why=str(error),
+                remedy="run extract again: what is missing is computed again",
+            ) from error
 
     def publish(self, features: Features, digests: Digests) -> list[Path]:
         """Make rows durable: features (n, d) float32 and digests (n, 16), each content once.
@@ -260,16 +266,31 @@ def check_part(name: str, data: bytes, key: str, feature_dim: int) -> str | None
     return None
 
 
+def set_aside(path: Path, why: str) -> str:
+    """Rename a damaged file so that nobody takes it for whole; what to tell the user."""
+    target = path.with_name(DAMAGED_PREFIX + path.name)
+    try:
+        os.rename(path, target)
+    except OSError:
+        return f"{path} is ignored: {why}."
+    return f"{path} was set aside as {target.name}: {why}."
+
+
 def read_spec(file: Path) -> FeatureSpec | None:
     """The spec in ``spec.json``, or None where it is damaged or does not give the key in the folder's name."""
     try:
         spec = FeatureSpec.from_dict(json.loads(file.read_bytes()))
         return spec if file.parent.name == spec.folder_name else None
-    except (ValueError, TypeError, CacheError, RecursionError):
+    except (OSError, ValueError, TypeError, CacheError, RecursionError):
         return None
 
 
-def _part_names(folder: Path) -> Iterator[str]:
+def part_names(folder: Path) -> Iterator[str]:
+    """The names of all parts in a key's folder, whole or not; none where there is no folder.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -298,17 +319,20 @@ def _read_verified(folder: Path) -> dict[str, Stat]:
         return {}
     if seal != digest_bytes(body).hex().encode():
         return {}
-    return {name: (stat[0], stat[1], stat[2], stat[3]) for name, stat in json.loads(body).items()}
+    try:
+        return {name: (stat[0], stat[1], stat[2], stat[3]) for name, stat in json.loads(body).items()}
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return {}
 
 
 def _publish(path: Path, data: bytes) -> None:
     try:
         publish_file(path, data)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
-def _cannot_write(path: Path, error: OSError) -> CacheError:
+def cannot_write(path: Path, error: OSError) -> CacheError:
     return CacheError(
         "The feature cache cannot be written.",
         where=path,
