@@ -49,3 +49,14 @@ def percentile_interval(values: NDArray[np.float64]) -> list[float]:
     """The middle 95 % of the resampled ``values`` (resamples,)."""
     low, high = np.percentile(values, (2.5, 97.5))
     return [float(low), float(high)]
+
+
+def centred_interval(values: NDArray[np.float64], value: float) -> list[float]:
+    """`percentile_interval` moved so that the resamples centre on ``value``, and cut off at 0.
+
+    For scores that noise can only raise, such as the calibration error: resampling adds noise of its own, so that
+    the plain interval lies too high and can even miss the value.
+    """
+    low, high = percentile_interval(values)
+    shift = value - float(values.mean())
+    return [max(0.0, low + shift), high + shift]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .intervals import percentile_interval, resample_weights, wilson
+from .intervals import centred_interval, percentile_interval, resample_weights, wilson
 from .scores import BINS, TOP, ClassSums, Floats, Ints, RowScores, loss_and_calibration, row_scores
 
 MAX_CONFUSION = 1000
@@ -30,7 +30,7 @@ def evaluate_predictions(
     """Everything that can be said about predictions, as JSON values under the names of ``RunMetrics``' fields.
 
     Accuracy and top-5 carry Wilson intervals, the other metrics bootstrap percentile intervals (1000 resamples of
-    the images; that of ``ece`` lies somewhat high, because noise only ever adds to it). What cannot be given is
+    the images; that of ``ece`` is centred, see `centred_interval`). What cannot be given is
     None, and ``reasons`` says why under the same name. ``log_loss`` clips probabilities at 2.2e-16; ``ece`` uses 15
     equal-width bins of the top probability; ``top5`` is there only for more than five classes.
 
@@ -135,12 +135,16 @@ def _bootstrapped(values: dict[str, Any], sums: ClassSums, rows: RowScores | Non
     values |= {name: float(value[0]) for name, value in once.items()}
     blocks = [] if n == 1 else [_weighted(block, sums, rows) for block in resample_weights(n, seed=seed)]
     for name in once:
-        interval = percentile_interval(np.concatenate([block[name] for block in blocks])) if blocks else [0.0, 0.0]
-        if interval[1] - interval[0] > _NO_SPREAD:
+        interval = _interval(name, np.concatenate([block[name] for block in blocks]), values[name]) if blocks else None
+        if interval is not None and interval[1] - interval[0] > _NO_SPREAD:
             values[f"{name}_ci95"] = interval
         else:
             reasons[f"{name}_ci95"] = "resampling the images changes nothing, so it cannot say how sure this is"
     return reasons
+
+
+def _interval(name: str, resampled: Floats, value: float) -> list[float]:
+    return centred_interval(resampled, value) if name == "ece" else percentile_interval(resampled)
 
 
 def _weighted(weights: Floats, sums: ClassSums, rows: RowScores | None) -> dict[str, Floats]:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..artifacts import Leak
 from .intervals import wilson
+from .text import interval, percent
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,17 @@ def check_leak(
         "accuracy": hits / n if n else None,
         "accuracy_ci95": wilson(hits, n),
     }
+
+
+def leak_sentence(leak: Leak, split: str) -> str:
+    """What `check_leak` found, in a sentence or two; "" where nothing leaked."""
+    if not leak.leaked:
+        return ""
+    start = f"{leak.leaked:,} of the {leak.leaked + leak.n:,} images of {split} are also in train, byte for byte"
+    if leak.accuracy is None:
+        return f"{start}: this score says nothing about new images."
+    bounds = interval("accuracy", leak.accuracy_ci95)
+    return f"{start}. Without them the accuracy is {percent(leak.accuracy)} (95 %: {bounds} %, {_images(leak.n)})."
 
 
 def _rows(digests: NDArray[np.uint8]) -> list[bytes]:

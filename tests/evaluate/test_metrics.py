@@ -16,7 +16,8 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from pipeline.evaluate import check_leak, evaluate_predictions, protocol_sentence, wilson
+from pipeline.artifacts import Leak
+from pipeline.evaluate import check_leak, evaluate_predictions, leak_sentence, protocol_sentence, wilson
 from pipeline.evaluate.intervals import resample_weights
 from pipeline.evaluate.protocol import Selection
 
@@ -195,6 +196,24 @@ def test_leaked_images_are_counted_and_left_out() -> None:
     everything = check_leak(digests, digests, [0] * 4, [0] * 4)
     assert everything["n"] == 0 and everything["accuracy"] is None
     assert check_leak(digests[:0], digests, [0] * 4, [0] * 4)["leaked"] == 0
+
+
+def test_leak_in_a_sentence() -> None:
+    leak = Leak(leaked=2, n=98, accuracy=0.5, accuracy_ci95=wilson(49, 98))
+    assert leak_sentence(leak, "val") == (
+        "2 of the 100 images of val are also in train, byte for byte. "
+        "Without them the accuracy is 50.0 % (95 %: 40.3 to 59.7 %, 98 images)."
+    )
+    assert "nothing about new images" in leak_sentence(Leak(leaked=2, n=0, accuracy=None, accuracy_ci95=None), "val")
+    assert leak_sentence(leak.model_copy(update={"leaked": 0}), "val") == ""
+
+
+def test_the_interval_of_the_calibration_error_holds_it() -> None:
+    for seed in range(5):
+        y, predicted, probabilities, names = _example(n=150, classes=3, seed=seed)
+        metrics = evaluate_predictions(y, predicted, probabilities, names)["metrics"]
+        low, high = metrics["ece_ci95"]
+        assert 0 <= low <= metrics["ece"] <= high
 
 
 def test_protocol_in_a_sentence() -> None:

@@ -1,0 +1,98 @@
+"""Small pieces of HTML. Every text that comes from outside goes through `esc`; names of classes are hostile."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from string import Template
+
+from .text import printable
+
+
+def esc(text: object) -> str:
+    """``text`` for the inside of an element or of a quoted attribute; unprintable characters become escapes."""
+    return html.escape(printable(str(text)), quote=True)
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """The whole document. ``title`` is plain text, ``parts`` are HTML."""
+    template = Template(files(__package__).joinpath("template.html").read_text(encoding="utf-8"))
+    return template.substitute(title=esc(title), body="\n".join(part for part in parts if part))
+
+
+def prose(text: str) -> str:
+    """`esc`, with numbers kept on one line with their unit."""
+    return esc(text).replace(" %", "&nbsp;%")
+
+
+def section(title: str, *parts: str) -> str:
+    """A heading and its parts, or nothing where all parts are empty."""
+    inner = "\n".join(part for part in parts if part)
+    return f"<h2>{esc(title)}</h2>\n{inner}" if inner else ""
+
+
+def paragraph(text: str, *, soft: bool = False) -> str:
+    kind = ' class="soft"' if soft else ""
+    return f"<p{kind}>{prose(text)}</p>"
+
+
+def note(inner: str, *, warn: bool = False) -> str:
+    """A box around HTML."""
+    kind = "note warn" if warn else "note"
+    return f'<div class="{kind}">{inner}</div>'
+
+
+def bullets(items: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{esc(item)}</li>' for item in items)}</ul>"
+
+
+def figure(picture: str, caption: str) -> str:
+    """HTML of a picture with a caption of plain text."""
+    return f"<figure>{picture}<figcaption>{esc(caption)}</figcaption></figure>"
+
+
+def facts(values: Mapping[str, object]) -> str:
+    """Two columns: what, and its value."""
+    rows = (f"<tr><th>{esc(name)}</th><td>{esc(value)}</td></tr>" for name, value in values.items())
+    return f'<table class="facts"><tbody>{"".join(rows)}</tbody></table>' if values else ""
+
+
+def folded(title: str, inner: str) -> str:
+    """HTML behind a line that opens it."""
+    return f"<details><summary>{esc(title)}</summary>{inner}</details>"
+
+
+def table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    names: int = 1,
+    caption: str = "",
+    chosen: frozenset[int] = frozenset(),
+) -> str:
+    """A table of HTML cells.
+
+    Args:
+        headings: plain texts.
+        rows: cells as HTML (already escaped).
+        names: how many leading columns hold names.
+        caption: plain text above.
+        chosen: places of rows that stand out.
+    """
+    head = "".join(f'<th class="{_kind(place, names)}">{esc(text)}</th>' for place, text in enumerate(headings))
+    body = "".join(_row(row, names, place in chosen) for place, row in enumerate(rows))
+    title = f"<caption>{esc(caption)}</caption>" if caption else ""
+    return f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _row(cells: Sequence[str], names: int, chosen: bool) -> str:
+    inner = "".join(
+        f'<th class="name" scope="row">{cell}</th>' if place < names else f"<td>{cell}</td>"
+        for place, cell in enumerate(cells)
+    )
+    return f'<tr class="chosen">{inner}</tr>' if chosen else f"<tr>{inner}</tr>"
+
+
+def _kind(place: int, names: int) -> str:
+    return "name" if place < names else "number"
