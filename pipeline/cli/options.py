@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ..params import Params, load_params
+from ..params import load_params
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Reporter:
 
 
 Verb = Callable[..., None]
+DEFAULT_FILE = Path("params.yaml")
 
 
 def reporting_options(verb: Verb) -> Verb:
@@ -52,17 +53,36 @@ def reporting_options(verb: Verb) -> Verb:
 def experiment_options(verb: Verb) -> Verb:
     """Add ``-p`` and ``-s`` and the reporting options; the verb gets ``params`` and a ``reporter``."""
 
-    @click.option(
-        "-p", "--params", "file", type=click.Path(path_type=Path), default="params.yaml", show_default=True,
-        help="The params file.",
-    )  # fmt: skip
-    @click.option("-s", "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Set one of the params.")
+    @_params_options
     @reporting_options
     @functools.wraps(verb)
-    def wrapped(file: Path, overrides: tuple[str, ...], **arguments: Any) -> None:
-        verb(params=load_params(file, overrides), **arguments)
+    def wrapped(file: Path | None, overrides: tuple[str, ...], **arguments: Any) -> None:
+        verb(params=load_params(file or DEFAULT_FILE, overrides), **arguments)
 
     return wrapped
 
 
-__all__ = ["Params", "Reporter", "experiment_options", "reporting_options"]
+def run_options(verb: Verb) -> Verb:
+    """As `experiment_options`, for verbs on a finished run, which brings params of its own: ``-p`` says where runs are.
+
+    The verb gets ``runs_dir``, the ``overrides`` of the run's params, and a ``reporter``. Without ``-p`` the file
+    need not exist.
+    """
+
+    @_params_options
+    @reporting_options
+    @functools.wraps(verb)
+    def wrapped(file: Path | None, overrides: tuple[str, ...], **arguments: Any) -> None:
+        there = file is not None or DEFAULT_FILE.exists()
+        runs_dir = load_params(file or DEFAULT_FILE, overrides).runs.dir if there else Path("runs")
+        verb(runs_dir=runs_dir, overrides=overrides, **arguments)
+
+    return wrapped
+
+
+def _params_options(verb: Verb) -> Verb:
+    file = click.option(
+        "-p", "--params", "file", type=click.Path(path_type=Path), help="The params file.  [default: params.yaml]"
+    )
+    overrides = click.option("-s", "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Set one key.")
+    return file(overrides(verb))

@@ -1,12 +1,21 @@
-"""The verbs. Each turns its arguments into one call of a stage."""
+"""The verbs. Each turns its arguments into one call of a stage; torch is imported only inside."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from .options import Params, Reporter, experiment_options, reporting_options
+from ..params import Params
+from .options import Reporter, experiment_options, reporting_options, run_options
+from .tables import print_backbones, write_predictions_csv
+
+if TYPE_CHECKING:
+    from ..stages.predict import Prediction
+
+PATHS = click.Path(path_type=Path)
 
 
 @click.command()
@@ -18,8 +27,105 @@ def extract(params: Params, reporter: Reporter) -> None:
     reporter.finish(stage(params, reporter.say, quiet=reporter.quiet))
 
 
+@click.command("train-head")
+@experiment_options
+def train_head(params: Params, reporter: Reporter) -> None:
+    """Train a head on the cached features, score it and publish a run."""
+    from ..stages.train_head import train_head as stage
+
+    reporter.finish(stage(params, reporter.say))
+
+
+@click.command()
+@click.argument("run")
+@click.option("--data", "root", type=PATHS, help="Score on the labelled images of this folder instead of the run's.")
+@run_options
+def evaluate(runs_dir: Path, overrides: tuple[str, ...], run: str, root: Path | None, reporter: Reporter) -> None:
+    """Score RUN (a path, a name or `latest`) again, or on another folder."""
+    from ..artifacts import resolve_run
+    from ..stages.evaluate import evaluate_run
+    from ..stages.predict import load_run
+    from ..stages.score import metric_lines
+
+    loaded = load_run(resolve_run(runs_dir, run), overrides)
+    metrics = evaluate_run(loaded, root, quiet=reporter.quiet)
+    for line in metric_lines(metrics):
+        reporter.say(line)
+    reporter.finish(metrics.summary(str(loaded.folder)))
+
+
+@click.command()
+@click.argument("run")
+@click.argument("paths", nargs=-1, required=True, type=PATHS)
+@click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="Classes to list for each image.")
+@click.option("-o", "--output", type=PATHS, help="Write the CSV to this file instead of the terminal.")
+@run_options
+def predict(
+    runs_dir: Path,
+    overrides: tuple[str, ...],
+    run: str,
+    paths: tuple[Path, ...],
+    top: int,
+    output: Path | None,
+    reporter: Reporter,
+) -> None:
+    """Classify the images at PATHS (files and folders) with RUN (a path, a name or `latest`)."""
+    from ..artifacts import resolve_run
+    from ..stages.predict import load_run
+
+    loaded = load_run(resolve_run(runs_dir, run), overrides)
+    predictions = loaded.predict(paths, top=top, quiet=reporter.quiet)
+    _finish_predictions(predictions, top, output, reporter, run=str(loaded.folder))
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, type=PATHS)
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to list for each image.")
+@click.option("-o", "--output", type=PATHS, help="Write the CSV to this file instead of the terminal.")
+@experiment_options
+def classify(
+    params: Params,
+    paths: tuple[Path, ...],
+    top: int,
+    output: Path | None,
+    reporter: Reporter,
+) -> None:
+    """Name what the images at PATHS show with the pretrained 1000-class model of the params."""
+    from ..stages.classify import classify as stage
+
+    predictions = stage(params, paths, top=top, quiet=reporter.quiet)
+    _finish_predictions(predictions, top, output, reporter, run=None)
+
+
+def _finish_predictions(
+    predictions: Sequence[Prediction], top: int, output: Path | None, reporter: Reporter, run: str | None
+) -> None:
+    if output:
+        write_predictions_csv(predictions, top, output)
+        reporter.say(f"{len(predictions)} predictions: {output.resolve()}")
+    elif not reporter.as_json:
+        write_predictions_csv(predictions, top, None)
+    bad = [prediction for prediction in predictions if prediction.error is not None]
+    for prediction in bad:
+        click.echo(f"not classified: {prediction.path!r}: {prediction.error}", err=True)
+    rows = [prediction.as_dict() for prediction in predictions]
+    reporter.finish({"run": run, "n": len(predictions), "errors": len(bad), "predictions": rows})
+
+
+@click.command()
+@reporting_options
+def backbones(reporter: Reporter) -> None:
+    """List the backbones by name with feature_dim, parameters, weights and input size."""
+    from ..backbones import list_backbones
+
+    rows = list_backbones()
+    if not reporter.as_json:
+        print_backbones(rows)
+    reporter.finish({"backbones": [vars(row) for row in rows]})
+
+
 @click.command("demo-data")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATHS)
 @reporting_options
 def demo_data(folder: Path, reporter: Reporter) -> None:
     """Write the digits of scikit-learn to FOLDER as train, val and test folders of images."""
@@ -30,4 +136,12 @@ def demo_data(folder: Path, reporter: Reporter) -> None:
     reporter.finish({"images": count, "root": str(folder.resolve())})
 
 
-VERBS: dict[str, click.Command] = {"extract": extract, "demo-data": demo_data}
+VERBS: dict[str, click.Command] = {
+    "extract": extract,
+    "train-head": train_head,
+    "evaluate": evaluate,
+    "predict": predict,
+    "classify": classify,
+    "backbones": backbones,
+    "demo-data": demo_data,
+}

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import PIL
 import torch
 
-from ..backbones.build import Backbone, BackboneIdentity, build_backbone, resolve_backbone
-from ..backbones.memo import WeightsMemo
+from ..backbones import Backbone, BackboneIdentity, Transform, WeightsMemo, build_backbone, resolve_backbone
 from ..backbones.prepare import prepare_for_inference
-from ..backbones.transform import Transform
 from ..data.decode import DECODER, decode_image
 from ..data.index import DigestIndex
 from ..data.scan import ImageTree, list_images, scan_folder
@@ -40,12 +38,23 @@ class Source:
     tree: ImageTree
     books: Books
     index_file: Path
+    warnings: list[str] = field(default_factory=list)
 
     def save_index(self) -> None:
-        """Remember the digests learned since the scan, beside what other processes have remembered meanwhile."""
-        index = DigestIndex.load(self.index_file)
-        index.record(self.tree.paths, self.books.stats, self.books.digests, self.books.known, self.books.read_ns)
-        index.save(self.index_file)
+        """Remember the digests learned since the scan, beside what other processes have remembered meanwhile.
+
+        An index only saves time, so that one which cannot be written is worth a warning, not an end.
+        """
+        books = self.books
+        try:
+            index = DigestIndex.load(self.index_file).updated(
+                self.tree.paths, books.stats, books.digests, books.known, read_ns=books.read_ns
+            )
+            index.save(self.index_file)
+        except OSError as error:
+            self.warnings.append(
+                f"The next run reads every image again: {self.index_file} cannot be written ({error})."
+            )
 
 
 def open_folder(data: DataParams, cache: CacheParams) -> Source:
@@ -64,7 +73,8 @@ def _open(tree: ImageTree, cache: CacheParams, *, name: bytes) -> Source:
     index_file = cache.dir / INDEX_FOLDER / f"{digest_bytes(name).hex()[:16]}.idx"
     index = DigestIndex.load(index_file)
     digests, known = index.lookup(tree.paths, tree.stats)
-    return Source(tree, Books(tree, digests, known), index_file)
+    warnings = [*tree.warnings, *([index.warning] if index.warning else [])]
+    return Source(tree, Books(tree, digests, known), index_file, warnings)
 
 
 @dataclass(frozen=True)
@@ -159,8 +169,8 @@ def batch_size(extract: ExtractParams, origin: Origin) -> int:
     return int(min(2 ** (int(fitting).bit_length() - 1), 256))
 
 
-def worker_count(extract: ExtractParams, world: World) -> int:
+def worker_count(extract: ExtractParams, world: World | None = None) -> int:
     """Threads that decode: as asked for, or this process's share of the usable cores."""
     if extract.workers != "auto":
         return extract.workers
-    return max(usable_cores() // max(world.size, 1), 1)
+    return max(usable_cores() // (world.size if world else 1), 1)

@@ -1,0 +1,50 @@
+"""Tables and CSV on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from ..files import publish_file
+
+if TYPE_CHECKING:
+    from ..backbones import BackboneRow
+    from ..stages.predict import Prediction
+
+
+def write_predictions_csv(predictions: Sequence[Prediction], top: int, file: Path | None) -> None:
+    """``path,label,probability,...,error`` with a label and a probability for each of the ``top`` classes.
+
+    Args:
+        file: where to publish the CSV; None is standard output. Names that are not UTF-8 keep their bytes.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    ranks = [f"{name}_{rank}" for rank in range(2, top + 1) for name in ("label", "probability")]
+    writer.writerow(["path", "label", "probability", *ranks, "error"])
+    for prediction in predictions:
+        best = [value for pair in prediction.top[:top] for value in pair]
+        cells = [*best, *[""] * (2 * top - len(best))]
+        writer.writerow([prediction.path, *cells, prediction.error or ""])
+    data = buffer.getvalue().encode("utf-8", "surrogateescape")
+    if file is not None:
+        publish_file(file, data)
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
+def print_backbones(rows: Sequence[BackboneRow]) -> None:
+    """One line a backbone on standard output."""
+    table = Table("name", "features", "parameters", "input", "weights", box=None, header_style="bold")
+    for row in rows:
+        table.add_row(row.name, str(row.feature_dim), f"{row.parameters:,}", str(row.input_size), " ".join(row.weights))
+    Console(soft_wrap=True, highlight=False).print(table)

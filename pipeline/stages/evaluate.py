@@ -1,0 +1,94 @@
+"""Score a finished run on a folder of labelled images, its own or another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..artifacts import RunMetrics, read_metrics, read_predictions
+from ..data.scan import SPLITS
+from ..errors import DataError
+from ..evaluate import protocol_sentence
+from ..features.table import FeatureTable
+from .load import build_table, digest_unknown, usable_rows
+from .predict import Run
+from .score import apply_head, score_split
+from .sources import open_folder
+
+Say = Callable[[str], None]
+
+
+def evaluate_run(run: Run, root: Path | None = None, *, quiet: bool = False) -> RunMetrics:
+    """The metrics of ``run`` on the images under ``root``, embedded first where the cache lacks them.
+
+    A folder without splits is scored whole; one with splits on its test, or else its val. Without ``root`` the run's
+    own data and reported split are scored again.
+
+    Raises:
+        DataError: no labelled images, or a class that the run does not know.
+    """
+    data = run.params.data if root is None else run.params.data.model_copy(update={"root": root, "layout": "auto"})
+    source = open_folder(data, run.params.cache)
+    embedding = run.embedding(source, quiet=quiet)
+    embedding.run(embedding.find_todo())
+    digest_unknown(source)
+    rows = usable_rows(source, embedding.store, embedding.quarantine)
+    table = in_run_order(build_table(source, embedding.store, rows, data), run.class_names)
+    split, chosen = _reported(table, run, whole=root is not None and source.tree.splits is None)
+    return _score(run, table, split, chosen)
+
+
+def in_run_order(table: FeatureTable, class_names: tuple[str, ...]) -> FeatureTable:
+    """The table with targets that index the run's classes.
+
+    Raises:
+        DataError: the folder has a class that the run does not know, or no class folders.
+    """
+    unknown = sorted(set(table.class_names) - set(class_names))
+    if unknown or not table.class_names:
+        raise DataError(
+            "The folder's classes are not those of the run." if unknown else "The folder has no classes to score.",
+            where=table.root,
+            why=f"the run knows {', '.join(class_names)}" + (f", not {', '.join(unknown)}" if unknown else ""),
+            remedy="one folder a class, named as in the run; `predict` classifies images without labels",
+        )
+    order = np.array([class_names.index(name) for name in table.class_names])
+    targets = np.where(table.targets >= 0, order[table.targets], -1)
+    return replace(table, class_names=class_names, targets=targets)
+
+
+def _reported(table: FeatureTable, run: Run, *, whole: bool) -> tuple[str, NDArray[np.bool_]]:
+    if whole:
+        return "all", table.targets >= 0
+    splits = [SPLITS[split] for split in np.unique(table.splits[table.targets >= 0])]
+    own = read_metrics(run.folder).split
+    name = own if own in splits else next((name for name in ("test", "val", "train") if name in splits), "all")
+    chosen = table.splits == SPLITS.index(name) if name in SPLITS else table.targets >= 0
+    return name, chosen & (table.targets >= 0)
+
+
+def _score(run: Run, table: FeatureTable, split: str, chosen: NDArray[np.bool_]) -> RunMetrics:
+    recorded = read_predictions(run.folder, probabilities=False)
+    train = np.array([name == "train" for name in recorded.splits])
+    labels = [label for label, is_train in zip(recorded.labels, train, strict=True) if is_train]
+    counts = np.bincount([run.class_names.index(label) for label in labels], minlength=len(run.class_names))
+    own = read_metrics(run.folder)
+    facts: dict[str, Any] = {
+        "split": split,
+        "selected": own.selected,
+        "protocol": protocol_sentence(
+            [],
+            fitted=f"the {run.model.head.kind} head",
+            fitted_on="train",
+            n_fitted=int(train.sum()),
+            reported_on=f"{split} under {table.root}",
+            n=int(chosen.sum()),
+        ),
+    }
+    scored = apply_head(run.head, table.features, len(run.class_names))
+    return score_split(table, scored, chosen, train_digests=recorded.digests[train], train_counts=counts, facts=facts)
