@@ -1,0 +1,207 @@
+"""The default head: logistic regression at the strength that cross-validation on train chooses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..params import HeadParams
+from .base import Features, Floats, Ints, check_training_data, class_weights, log_losses, softmax
+from .calibration import calibrate
+from .folds import Fold, missing_rows, stratified_group_folds
+from .layers import Layers, standardisation
+from .path import StrengthPath
+from .solver import Design, Problems, Solutions, solve
+
+DEFAULT_STRENGTH = 1.0
+FEW_ROWS = 5
+
+
+class LogisticHead:
+    """Logistic regression with L2, the whole path of strengths solved together.
+
+    The strength is the one of lowest mean log loss over all held-out rows of stratified, group-wise folds of train
+    (smallest of equals), weighted by ``class_weight``. A held-out row whose class has no row in its fold's train part
+    could not have been known: it counts the same at every strength, which is to say that it is left out. Features are
+    standardised once, on train; nothing but train is looked at.
+    """
+
+    kind = "logistic"
+    has_probabilities = True
+    why_no_probabilities: str | None = None
+
+    def __init__(self, params: HeadParams, *, class_names: Sequence[str], device: str = "cpu") -> None:
+        self.params, self.class_names, self.device = params, tuple(class_names), device
+        self.classes_: Ints = np.empty(0, dtype=np.int64)
+        self.layers: Layers | None = None
+        self.selected: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+        self.warnings: tuple[str, ...] = ()
+        self.out_of_fold: Floats | None = None
+
+    def fit(self, X: Features, y: Ints, groups: Ints | None = None) -> Self:
+        """Choose the strength by cross-validation, refit on all rows, and fold the standardisation in."""
+        started = time.perf_counter()
+        X, self.classes_, index = check_training_data(X, y)
+        weights = class_weights(self.params.class_weight, self.classes_, index, self.class_names)
+        mean, scale = standardisation(X, self.params.standardize)
+        scaled = torch.from_numpy((X - mean) / scale).to(self.device)
+        design = Design.build(scaled, torch.from_numpy(index).to(self.device), len(self.classes_))
+        del scaled
+        row_weight = torch.from_numpy(weights[index]).to(self.device)
+        folds = stratified_group_folds(index, groups, self.params.folds, self.params.seed)
+        strength, start = self._choose(design, row_weight, index, folds)
+        solution = self._refit(design, row_weight, strength, start)
+        layer = linear_layer(solution.weights[0].cpu(), design.basis.cpu())
+        self.layers = layer.fold_standardisation(mean, scale).fold_temperature(self.selected.get("temperature", 1.0))
+        self.selected["seconds"] = time.perf_counter() - started
+        return self
+
+    def _choose(self, design: Design, row_weight: Tensor, index: Ints, folds: list[Fold]) -> tuple[float, Tensor]:
+        """The strength, and weights (1, k, r + 1) to start the refit from."""
+        logistic = self.params.logistic
+        strengths = np.geomspace(logistic.c_min, logistic.c_max, logistic.strengths)
+        known = ~missing_rows(index, folds)
+        self.warnings = self._data_warnings(index, folds, known)
+        zero = torch.zeros(1, design.outputs, design.exact.shape[1], dtype=torch.float64, device=row_weight.device)
+        if not folds or not any(known[test].any() for _, test in folds):
+            self.selected = {"C": float(DEFAULT_STRENGTH if len(strengths) > 1 else strengths[0]), "folds": 0}
+            return self.selected["C"], zero
+        train, held = masks(folds, known, row_weight.device)
+        path = StrengthPath(design, strengths, row_weight, train, held * row_weight, logistic.tolerance)
+        if logistic.path == "full":
+            path.solve_full()
+            found = "full"
+        else:
+            found = path.search()
+        best = path.best()
+        self._record(path, found, best)
+        logits = self._out_of_fold_logits(design, path.points[best].weights, row_weight, train, folds)
+        self._score(logits, index, known)
+        return float(strengths[best]), path.points[best].weights.mean(0, keepdim=True)
+
+    def _record(self, path: StrengthPath, found: str, best: int) -> None:
+        strengths, points = path.strengths, path.points
+        self.selected = {
+            "C": float(strengths[best]),
+            "path": found,
+            "folds": len(path.scored),
+            "cv_log_loss": points[best].loss,
+            "curve": [[float(strengths[number]), points[number].loss] for number in sorted(points)],
+            "solves": path.solves,
+            "iterations": sum(point.iterations for point in points.values()),
+            "largest_gap": max(p.gap for p in points.values() if p.tolerance <= path.tolerance),
+        }
+        if len(strengths) > 1 and best in (0, len(strengths) - 1):
+            side, key = ("smallest", "c_min") if best == 0 else ("largest", "c_max")
+            self.warnings += (
+                f"the best strength C={strengths[best]:.3g} is the {side} of those tried: "
+                f"move head.logistic.{key} to look beyond it",
+            )
+
+    def _out_of_fold_logits(
+        self, design: Design, weights: Tensor, row_weight: Tensor, train: Tensor, folds: list[Fold]
+    ) -> Floats:
+        strength = torch.ones(len(folds), dtype=torch.float64, device=row_weight.device)
+        offset = Problems.build(design, strength, row_weight * train).offset
+        logits = (design.logits(weights) + offset).cpu().numpy()
+        result = np.empty((logits.shape[2], max(logits.shape[1], 2)))
+        for number, (_, test) in enumerate(folds):
+            result[test] = two_sided(logits[number][:, test].T)
+        return result
+
+    def _score(self, logits: Floats, index: Ints, known: NDArray[np.bool_]) -> None:
+        """Record what cross-validation says about the chosen strength, and the temperature where one is asked for."""
+        self.out_of_fold = softmax(logits)
+        self.selected["cv_accuracy"] = float((logits.argmax(axis=1) == index).mean())
+        if self.params.calibrate == "temperature":
+            temperature, record = calibrate(logits, index, known)
+            self.selected |= record
+            self.out_of_fold = softmax(logits / temperature)
+            self.selected["cv_log_loss_calibrated"] = float(log_losses(self.out_of_fold[known], index[known]).mean())
+
+    def _refit(self, design: Design, row_weight: Tensor, strength: float, start: Tensor) -> Solutions:
+        chosen = torch.tensor([strength], dtype=torch.float64, device=row_weight.device)
+        problems = Problems.build(design, chosen, row_weight[None])
+        solution = solve(design, problems, start, self.params.logistic.tolerance)
+        gap = float(solution.gap[0])
+        self.selected["certificate"] = {
+            "objective": float(solution.objective[0]),
+            "gradient_norm": float(solution.gradient_norm[0]),
+            "gap": gap,
+            "iterations": int(solution.iterations[0]),
+        }
+        if gap > self.params.logistic.tolerance:
+            self.warnings += (
+                f"the solver stopped at a proven relative gap of {gap:.1e}, above head.logistic.tolerance="
+                f"{self.params.logistic.tolerance:.1e}",
+            )
+        return solution
+
+    def _data_warnings(self, index: Ints, folds: list[Fold], known: NDArray[np.bool_]) -> tuple[str, ...]:
+        counts = np.bincount(index)
+        if not folds or not known.any():
+            return (
+                f"no class has two independent images, so the strength cannot be chosen: C={DEFAULT_STRENGTH:g} is "
+                "used; add images",
+            )
+        warnings: tuple[str, ...] = ()
+        if not known.all():
+            warnings += (
+                f"{int((~known).sum())} images have a class that their fold's train part lacks; they did not take "
+                "part in choosing the strength",
+            )
+        if counts.min() < FEW_ROWS:
+            small = int((counts < FEW_ROWS).sum())
+            warnings += (
+                f"{small} of {len(counts)} classes have fewer than {FEW_ROWS} images: the choice of the strength is "
+                "uncertain",
+            )
+        if len(folds) < self.params.folds:
+            warnings += (f"the classes are so small that only {len(folds)} folds were made",)
+        return warnings
+
+    def predict(self, X: Features) -> Ints:
+        """The class (n,) of the largest logit."""
+        return np.asarray(self.classes_[self._fitted().logits(X).argmax(axis=1)])
+
+    def predict_proba(self, X: Features) -> Floats:
+        """Softmax of the logits (n, c)."""
+        return self._fitted().probabilities(X)
+
+    def parameter_count(self) -> int | None:
+        """Numbers of the linear layer, one output a class."""
+        return self._fitted().parameter_count()
+
+    def _fitted(self) -> Layers:
+        if self.layers is None:
+            raise RuntimeError("the head is not fitted")
+        return self.layers
+
+
+def masks(folds: list[Fold], known: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:
+    """1 or 0 (f, n): the rows that each fold trains on, and the held-out rows that count."""
+    train = np.zeros((len(folds), len(known)))
+    held = np.zeros_like(train)
+    for number, (inside, outside) in enumerate(folds):
+        train[number, inside] = 1
+        held[number, outside[known[outside]]] = 1
+    return torch.from_numpy(train).to(device), torch.from_numpy(held).to(device)
+
+
+def two_sided(logits: Floats) -> Floats:
+    """Logits (n, c) from (n, k): a single logit becomes minus and plus its half, the same probabilities."""
+    return np.concatenate([-0.5 * logits, 0.5 * logits], axis=1) if logits.shape[1] == 1 else logits
+
+
+def linear_layer(weights: Tensor, basis: Tensor) -> Layers:
+    """One linear layer (c, d) of standardised features from a solution (k, r + 1) in the rotated ones."""
+    weight = two_sided((weights[:, :-1] @ basis.T).numpy().T).T
+    bias = two_sided(weights[:, -1:].numpy().T).T[:, 0]
+    return Layers((np.ascontiguousarray(weight),), (np.ascontiguousarray(bias),))

@@ -1,0 +1,156 @@
+"""Choose the strength of a logistic regression by cross-validation, along a path that is solved all folds at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import Floats
+from .solver import Design, Problems, Solutions, residuals_and_losses, solve
+
+COARSE_STEP = 4
+RISES_TO_STOP = 3
+LOOSE_TOLERANCE = 1e-4
+WOBBLE = 1e-3
+BATCH_COLUMNS = {"cpu": 16, "cuda": 512}
+BATCH_WORK = {"cpu": 1.5e7, "cuda": 5e9}
+BATCH_CELLS = 1.5e8
+
+
+@dataclass(frozen=True)
+class Point:
+    """One strength solved on every fold: its cross-validated mean log loss and what certifies it."""
+
+    loss: float
+    weights: Tensor
+    gap: float
+    gradient_norm: float
+    iterations: int
+    tolerance: float
+
+
+class StrengthPath:
+    """Solves strengths of an ascending grid on demand, each from the nearest solutions below it.
+
+    Args:
+        row_weight: weights of the rows (n,), float64.
+        train: which rows (f, n) each fold trains on; ``scored`` (f, n) the weights with which its held-out rows count.
+    """
+
+    def __init__(
+        self, design: Design, strengths: Floats, row_weight: Tensor, train: Tensor, scored: Tensor, tolerance: float
+    ) -> None:
+        self.design, self.strengths, self.tolerance = design, strengths, tolerance
+        self.row_weight, self.scored = row_weight * train, scored
+        self.points: dict[int, Point] = {}
+        self.solves = 0
+
+    def solve_full(self) -> None:
+        """Every strength, from the smallest up, several at once where that fills the matrix products."""
+        self.solve_at(range(len(self.strengths)), self.tolerance)
+
+    def solve_at(self, numbers: Iterable[int], tolerance: float) -> None:
+        """The strengths at ``numbers``, ascending, unless they are solved to ``tolerance`` already."""
+        wanted = [n for n in numbers if n not in self.points or self.points[n].tolerance > tolerance]
+        size = self._strengths_per_batch()
+        for start in range(0, len(wanted), size):
+            self._solve_batch(wanted[start : start + size], tolerance)
+
+    def search(self) -> str:
+        """Solve what is needed to know the best strength: ``coarse`` to fine, or ``full`` where losses have no valley.
+
+        Every fourth strength is solved loosely, until the loss has risen three times in a row, then those around the
+        lowest. The best and its neighbours are solved to the tolerance, so that the choice is that of the full path.
+        """
+        coarse = list(range(0, len(self.strengths), COARSE_STEP))
+        if coarse[-1] != len(self.strengths) - 1:
+            coarse.append(len(self.strengths) - 1)
+        for number in coarse:
+            self.solve_at([number], LOOSE_TOLERANCE)
+            if self._rises(coarse) >= RISES_TO_STOP:
+                break
+        if not is_valley([self.points[n].loss for n in sorted(self.points)]):
+            self.solve_full()
+            return "full"
+        for step in (2, 1):
+            best = self.best()
+            self.solve_at(self._inside(best - step, best + step), LOOSE_TOLERANCE)
+        while True:
+            best = self.best()
+            self.solve_at(self._inside(best - 1, best, best + 1), self.tolerance)
+            if self.best() == best:
+                return "coarse"
+
+    def best(self) -> int:
+        """The solved strength of lowest loss, the smallest of equals."""
+        return min(self.points, key=lambda number: (self.points[number].loss, number))
+
+    def _inside(self, *numbers: int) -> list[int]:
+        return [number for number in numbers if 0 <= number < len(self.strengths)]
+
+    def _rises(self, coarse: list[int]) -> int:
+        """How many coarse steps in a row the loss has been rising, up to the last one solved."""
+        losses = [self.points[number].loss for number in coarse if number in self.points]
+        rises = 0
+        while rises + 1 < len(losses) and losses[-1 - rises] > losses[-2 - rises] * (1 + WOBBLE):
+            rises += 1
+        return rises
+
+    def _strengths_per_batch(self) -> int:
+        n, width = self.design.exact.shape
+        columns = len(self.row_weight) * self.design.outputs
+        kind = self.design.exact.device.type
+        wanted = max(BATCH_COLUMNS.get(kind, 16), BATCH_WORK.get(kind, 1.5e7) / (n * width))
+        return max(1, math.floor(min(wanted / columns + 0.5, BATCH_CELLS / (columns * n))))
+
+    def _solve_batch(self, numbers: list[int], tolerance: float) -> None:
+        folds = len(self.row_weight)
+        strength = torch.from_numpy(self.strengths[numbers]).to(self.row_weight.device).repeat_interleave(folds)
+        problems = Problems.build(self.design, strength, self.row_weight.repeat(len(numbers), 1))
+        start = torch.cat([self._start(number) for number in numbers])
+        solutions = solve(self.design, problems, start, tolerance)
+        self.solves += len(strength)
+        for place, number in enumerate(numbers):
+            self.points[number] = self._point(solutions, slice(place * folds, (place + 1) * folds), tolerance)
+
+    def _point(self, solutions: Solutions, rows: slice, tolerance: float) -> Point:
+        return Point(
+            loss=held_out_loss(solutions.logits[rows], self.design.target, self.scored),
+            weights=solutions.weights[rows],
+            gap=float(solutions.gap[rows].max()),
+            gradient_norm=float(solutions.gradient_norm[rows].max()),
+            iterations=int(solutions.iterations[rows].sum()),
+            tolerance=tolerance,
+        )
+
+    def _start(self, number: int) -> Tensor:
+        """The solution extrapolated along the logarithm of the strength from the two nearest at or below it."""
+        if number in self.points:
+            return self.points[number].weights
+        below = sorted(other for other in self.points if other < number)[-2:]
+        if not below:
+            shape = (len(self.row_weight), self.design.outputs, self.design.exact.shape[1])
+            return torch.zeros(shape, dtype=torch.float64, device=self.row_weight.device)
+        last = self.points[below[-1]].weights
+        if len(below) < 2 or number - below[-1] > below[-1] - below[0]:
+            return last
+        return last + (last - self.points[below[0]].weights) * ((number - below[-1]) / (below[-1] - below[0]))
+
+
+def held_out_loss(logits: Tensor, target: Tensor, scored: Tensor) -> float:
+    """Mean log loss over the held-out rows of all folds, weighted by ``scored`` (f, n)."""
+    _, losses = residuals_and_losses(logits, target, scored)
+    return float(losses.sum() / scored.sum())
+
+
+def is_valley(losses: list[float]) -> bool:
+    """Whether losses fall to one minimum and rise from it, but for wobbles of a thousandth."""
+    lowest = int(np.argmin(losses))
+    falling = [losses[: lowest + 1][i + 1] <= losses[i] * (1 + WOBBLE) for i in range(lowest)]
+    rising = [losses[i + 1] >= losses[i] * (1 - WOBBLE) for i in range(lowest, len(losses) - 1)]
+    return all(falling) and all(rising)
