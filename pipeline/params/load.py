@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from ..errors import ParamsError, Problem
-from .parse import NotYamlError, Repeated, parse_yaml
+from .parse import NotYamlError, Repeated, dump_yaml, parse_yaml
 from .problems import problems_of, section_at, short
 from .sections import Params
 
@@ -46,7 +45,7 @@ def load_params(path: Path | str = "params.yaml", overrides: Sequence[str] = ())
 
 def dump_params(params: Params) -> str:
     """The resolved params as YAML, every key present; `load_params` reads it back to equal params."""
-    return yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(params.model_dump(mode="json"))
 
 
 def _read_tree(file: Path) -> tuple[Tree, list[Problem]]:

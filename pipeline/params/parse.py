@@ -33,7 +33,7 @@ def parse_yaml(text: str) -> tuple[Any, list[Repeated]]:
     try:
         loader = _Loader(text)
         try:
-            return loader.get_single_data(), loader.repeated
+            return loader.get_single_data(), sorted(loader.repeated, key=lambda again: again.line)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -44,6 +44,11 @@ def parse_yaml(text: str) -> tuple[Any, list[Repeated]]:
         raise NotYamlError(str(error)) from error
     except RecursionError as error:
         raise NotYamlError("too many brackets in brackets") from error
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML that `parse_yaml`, and readers that know dates but no `1e-5`, read back to an equal value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -71,11 +76,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what one reader or another would not read as text: dates and `1e-5`."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # two keys with one value are written out twice, since `parse_yaml` knows no aliases
+
+
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+for _reader_or_writer in (_Loader, _Dumper):
+    _reader_or_writer.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
 
 def _sentence(error: yaml.MarkedYAMLError) -> str:

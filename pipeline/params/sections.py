@@ -46,7 +46,9 @@ Auto = Literal["auto"]
 class Section(BaseModel):
     """A frozen section: unknown keys are errors, numbers are not read from text, NaN and infinity are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
 
 
 class DataParams(Section):
@@ -241,6 +243,7 @@ class FinetuneParams(Section):
     workers: Count | Auto = "auto"
     seed: Seed = 0
     start: Literal["probe", "random"] = "probe"
+    hidden: list[Count] = []
     selection_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     backbone_lr: NonNegative = 1e-5
     head_lr: NonNegative = 1e-3
@@ -267,6 +270,7 @@ class FinetuneParams(Section):
     class_weight: Literal["balanced"] | dict[str, Positive] | None = None
     interpolate: bool = False
     checkpoint_minutes: Positive = 10.0
+    image_cache_mb: Annotated[int, Field(ge=0)] | Auto = "auto"
     tensorboard: bool = False
     augment: AugmentParams = AugmentParams()
 
