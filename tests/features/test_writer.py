@@ -94,18 +94,30 @@ def test_nothing_to_publish_publishes_nothing() -> None:
 
 def test_what_came_before_a_failure_of_the_block_is_kept() -> None:
     shelf = Shelf()
-    with pytest.raises(ValueError, match="a batch failed"), PartWriter(shelf, 60.0) as writer:
-        send(writer, 5)
-        raise ValueError("a batch failed")
+    writer = PartWriter(shelf, 60.0)
+
+    def work() -> None:
+        with writer:
+            send(writer, 5)
+            raise ValueError("a batch failed")
+
+    with pytest.raises(ValueError, match="a batch failed"):
+        work()
     assert shelf.sizes == [5] and writer.published == 5
 
 
 @pytest.mark.usefixtures("small_parts")
 def test_a_failure_to_publish_is_raised_by_the_next_call_and_keeps_what_was_published() -> None:
     shelf = Shelf(fails_at=2)
-    with pytest.raises(OSError, match="No space left"), PartWriter(shelf, 60.0) as writer:
-        for seed in range(9):
-            send(writer, 8, seed=seed)
+    writer = PartWriter(shelf, 60.0)
+
+    def work() -> None:
+        with writer:
+            for seed in range(9):
+                send(writer, 8, seed=seed)
+
+    with pytest.raises(OSError, match="No space left"):
+        work()
     assert shelf.sizes == [8] and writer.published == 8
     # The second publish failed; the third call of the writer, or at the latest the fourth, had to say so.
     assert shelf.calls <= 3
