@@ -12,7 +12,7 @@ from ..runtime.seeds import make_generator
 
 Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 RESAMPLES = 1000
-_CHUNK = 1 << 21  # weights held at once: 16 MiB, and a few arrays of that size beside them
+_CHUNK = 1 << 21  # weights held at once: 16 MiB, and another array of that size beside them
 
 
 def wilson(successes: int, n: int) -> list[float] | None:
@@ -39,10 +39,10 @@ def resample_weights(n: int, *, seed: int, resamples: int = RESAMPLES) -> Iterat
     generator = make_generator("bootstrap", seed, n)
     block = max(1, min(resamples, _CHUNK // max(n, 1)))
     for start in range(0, resamples, block):
-        count = min(block, resamples - start)
-        drawn = generator.integers(n, size=(count, n), dtype=np.int32)
-        drawn = drawn + np.arange(count, dtype=np.int64)[:, None] * n
-        yield np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n).astype(np.float64)
+        weights = np.empty((min(block, resamples - start), n))
+        for row in weights:
+            row[:] = np.bincount(generator.integers(n, size=n, dtype=np.int32), minlength=n)
+        yield weights
 
 
 def percentile_interval(values: NDArray[np.float64]) -> list[float]:

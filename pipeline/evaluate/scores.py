@@ -67,9 +67,9 @@ def loss_and_calibration(rows: RowScores, weights: Floats) -> tuple[Floats, Floa
     Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
     """
     total = weights.sum(axis=1)
-    gaps = np.zeros((len(rows.loss), BINS))
-    gaps[np.arange(len(gaps)), rows.bins] = rows.right - rows.confidence
-    return weights @ rows.loss / total, np.abs(weights @ gaps).sum(axis=1) / total
+    gaps = rows.right - rows.confidence
+    by_bin = np.array([np.bincount(rows.bins, row * gaps, minlength=BINS) for row in weights])
+    return weights @ rows.loss / total, np.abs(by_bin).sum(axis=1) / total
 
 
 class ClassSums:
@@ -99,7 +99,4 @@ class ClassSums:
         return recall.sum(axis=1) / (there > 0).sum(axis=1), f1.sum(axis=1) / (either > 0).sum(axis=1)
 
     def _sums(self, weights: Floats, index: Ints) -> Floats:
-        size = len(self.classes)
-        places = index[None, :] + np.arange(len(weights))[:, None] * size
-        flat = np.bincount(places.ravel(), weights.ravel(), minlength=len(weights) * size)
-        return np.asarray(flat.reshape(len(weights), size), dtype=np.float64)
+        return np.array([np.bincount(index, row, minlength=len(self.classes)) for row in weights], dtype=np.float64)

@@ -14,6 +14,7 @@ TITLES = {
     "log_loss": "log loss",
     "ece": "calibration error",
 }
+SHORT_TITLES = TITLES | {"balanced_accuracy": "bal. acc.", "top5": "top-5", "ece": "ECE"}
 SHARES = frozenset({"accuracy", "balanced_accuracy", "macro_f1", "top5", "ece"})
 LOWER_IS_BETTER = frozenset({"log_loss", "ece", "seconds"})
 
@@ -30,18 +31,20 @@ def percent(value: float | None) -> str:
 
 
 def score(name: str, value: Any) -> str:
-    """A metric's value: shares in per cent, losses with four digits, – for None."""
+    """A metric's value: shares in per cent, losses with three decimals, – for None."""
     if not isinstance(value, (int, float)):
         return "–"
-    return percent(value) if name in SHARES else f"{value:.4f}"
+    return percent(value) if name in SHARES else f"{value:.3f}"
 
 
-def interval(name: str, bounds: Sequence[float] | None) -> str:
+def interval(name: str, bounds: Sequence[float] | None, *, between: str = " to ") -> str:
     """A metric's interval in the unit of `score`, or nothing."""
     if bounds is None:
         return ""
     low, high = bounds
-    return f"{100 * low:.1f} to {100 * high:.1f}" if name in SHARES else f"{low:.4f} to {high:.4f}"
+    if name in SHARES:
+        return f"{100 * low:.1f}{between}{100 * high:.1f}"
+    return f"{low:.3f}{between}{high:.3f}"
 
 
 def duration(seconds: float) -> str:
