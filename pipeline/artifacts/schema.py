@@ -93,7 +93,7 @@ class RunModel(Record):
     backbone: BackboneRecord
     transform: dict[Text, Any]
     precision: Text
-    storage_dtype: Literal["float16", "float32"]
+    storage_dtype: Annotated[str, Field(pattern=r"^float(16|32)$")]
     feature_dim: Annotated[int, Field(ge=1)]
     forward_shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=4, max_length=4)]
     feature_key: Text | None = None
