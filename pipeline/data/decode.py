@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import stat
 import threading
@@ -18,6 +19,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from .pixels import Colour, UnsupportedModeError, orientation_of, oriented, to_rgb
 from .walk import stat_row
+
+logger = logging.getLogger(__name__)
 
 # The rule by which bytes become pixels, part of what a cached feature is determined by: raise the number whenever
 # an image that decoded before comes out with other pixels. Pillow's version is no part of it; drift is checked.
@@ -153,7 +156,6 @@ def decode_image(
         raise _verdict(data, error) from error
 
 
-@cache
 def _allow_pixels(max_pixels: int) -> None:
     """Raise Pillow's own limit, which errs at twice `Image.MAX_IMAGE_PIXELS`, where it is below ``max_pixels``.
 
@@ -199,16 +201,18 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 
 def _load(image: ImageFile.ImageFile) -> None:
-    """Decode the pixels; the metadata of a TIFF, which Pillow parses when it has them, is not held against them."""
-    if image.format != "TIFF":
-        image.load()
-        return
-    finish, image.load_end = image.load_end, lambda: None  # type: ignore[method-assign]
+    """Decode the pixels; the metadata of a TIFF, which Pillow parses once it has them, is not held against them."""
+    if image.format == "TIFF":
+        finish = image.load_end
+
+        def finish_if_possible() -> None:
+            try:
+                finish()
+            except Exception as error:  # noqa: BLE001 - as in `orientation_of`: hostile metadata raises anything
+                logger.debug("metadata of a TIFF left unread: %s", error)
+
+        image.load_end = finish_if_possible  # type: ignore[method-assign]
     image.load()
-    try:
-        finish()
-    except Exception:  # noqa: BLE001 - as in `orientation_of`: hostile metadata raises anything, the pixels are good
-        image.getexif().clear()
 
 
 def _verdict(data: bytes, error: Exception) -> BadImage:

@@ -85,9 +85,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """L, or LA where a colour key makes parts transparent, of a 16-bit image: its values divided by 257, rounded."""
     if image.mode in SIXTEEN_BIT and image.format not in SIXTEEN_BIT_FORMATS:
         raise UnsupportedModeError(f"16 bits of {image.format} have no defined range")
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     white, inverted = _tiff_range(image) if image.format == "TIFF" else (65535, False)
-    scaled = (np.clip(values, 0, white) * 255 + white // 2) // white
+    scaled = (np.clip(values, 0, white).astype(np.uint32) * 255 + white // 2) // white
     grey = Image.fromarray((255 - scaled if inverted else scaled).astype(np.uint8))
     key = image.info.get("transparency")
     if not isinstance(key, int):
