@@ -101,6 +101,17 @@ class DriftError(CacheError):
     """The decoder now yields other pixels than those the cached features were computed from."""
 
 
+class VerifyError(CacheError):
+    """The feature cache was verified and is not as it should be; carries the ``report``."""
+
+    def __init__(self, what: str, *, where: object, why: str, remedy: str, report: dict[str, object]) -> None:
+        self.report = report
+        super().__init__(what, where=where, why=why, remedy=remedy)
+
+    def as_dict(self) -> dict[str, object]:
+        return {**super().as_dict(), "report": self.report}
+
+
 class DeviceError(PipelineError):
     """A device or precision that this machine does not have."""
 

@@ -12,8 +12,8 @@ from typing import Self
 import numpy as np
 
 from .digests import Digests
+from .parts import PART_ROWS
 from .rounding import Features
-from .store import PART_ROWS
 
 Publish = Callable[[Features, Digests], list[Path]]
 

@@ -17,17 +17,9 @@ from hypothesis import strategies as st
 
 from pipeline.errors import CacheError, MissingFeaturesError
 from pipeline.features.digests import Digests
+from pipeline.features.parts import VERIFIED_FILE, build_part, check_part, part_name
 from pipeline.features.rounding import as_stored
-from pipeline.features.store import (
-    SPEC_FILE,
-    USED_FILE,
-    VERIFIED_FILE,
-    FeatureStore,
-    build_part,
-    check_part,
-    part_name,
-    read_spec,
-)
+from pipeline.features.store import SPEC_FILE, USED_FILE, FeatureStore, read_spec
 from pipeline.files import canonical_json, digest_bytes, file_lock
 
 from .examples import DIM, SPEC, features_of, fill, make_digests, make_store, spec_with
@@ -42,7 +34,7 @@ def settle(folder: Path) -> None:
 @pytest.fixture
 def remembers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """ctime cannot be set back; without this a test would have to wait for two seconds."""
-    monkeypatch.setattr("pipeline.features.store.SAFE_NS", -(10**12))
+    monkeypatch.setattr("pipeline.features.parts.SAFE_NS", -(10**12))
 
 
 def test_rows_come_back_in_any_order(tmp_path: Path) -> None:
@@ -247,7 +239,7 @@ def test_a_part_proven_whole_is_read_once(tmp_path: Path, monkeypatch: pytest.Mo
     fill(make_store(tmp_path), make_digests(3))
     make_store(tmp_path)
     checked: list[str] = []
-    monkeypatch.setattr("pipeline.features.store.check_part", lambda name, *_: checked.append(name))
+    monkeypatch.setattr("pipeline.features.parts.check_part", lambda name, *_: checked.append(name))
     assert len(make_store(tmp_path).digests) == 3 and checked == []
 
 

@@ -1,0 +1,194 @@
+"""The immutable HDF5 files that a key is made of: build one, prove one whole, open one. Knows no torch.
+
+The name of a part carries the digest of its bytes, so a damaged one is found before libhdf5 opens it. Having read
+a part in full is remembered by its stat, so that opening a key again does not read it all.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from ..files import canonical_json, digest_bytes, publish_file
+from .digests import Digests
+from .rounding import Features
+from .spec import FeatureSpec
+
+VERIFIED_FILE = "verified.json"
+PART_PREFIX, PART_SUFFIX = "part-", ".h5"
+DAMAGED_PREFIX = "damaged-"
+# Times this close to now may hide a later change within the file system's clock tick.
+SAFE_NS = 2_000_000_000
+# So many rows are published at the latest; more parts cost little, and a kill loses less.
+PART_ROWS = 4096
+HDF5_ERRORS = (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError)
+
+Stat = tuple[int, int, int, int]
+
+
+class DamagedPart(Exception):
+    """The file is not a whole part of this key; the text says why."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One immutable file of rows; ``digests`` (n, 16) say whose features, of ``width`` values, they are."""
+
+    path: Path
+    digests: Digests
+    width: int
+
+    def read(self) -> Features:
+        """Features (n, d) in float32, in the part's own order."""
+        with h5py.File(self.path, "r") as file:
+            return np.asarray(file["features"][:], np.float32)
+
+
+class Proofs:
+    """Which parts of a key's folder have been read and found whole, by name and stat.
+
+    A note that is missing or damaged proves nothing, and the parts are read again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._proven = _read_note(folder / VERIFIED_FILE)
+        self._changed = False
+
+    def open(self, path: Path, key: str, feature_dim: int | None) -> Part:
+        """A part, read in full and checked unless that was done before.
+
+        Args:
+            feature_dim: width it must have; None takes any.
+
+        Raises:
+            DamagedPart: it is not a whole part of the key.
+            OSError: it has gone, or cannot be read.
+        """
+        stat = _stat(path)
+        if self._proven.get(path.name) == stat:
+            with suppress(*HDF5_ERRORS), h5py.File(path, "r") as file:
+                return _part(path, file)
+        before = time.time_ns()
+        data = path.read_bytes()
+        unchanged = _stat(path) == stat
+        problem = check_part(path.name, data, key, feature_dim)
+        if problem:
+            raise DamagedPart(problem)
+        if unchanged and max(stat[1], stat[2]) < before - SAFE_NS:
+            self._proven[path.name] = stat
+            self._changed = True
+        return part_of(path, data)
+
+    def save(self, names: set[str]) -> None:
+        """Remember the proofs of these parts for the next time, if there are new ones and the folder is writable."""
+        if self._changed:
+            known = {name: stat for name, stat in self._proven.items() if name in names}
+            with suppress(OSError):
+                publish_file(self._folder / VERIFIED_FILE, _seal(known))
+
+
+def build_part(features: np.ndarray, digests: Digests, spec: FeatureSpec) -> bytes:
+    """The bytes of a part: features (n, d), digest (n, 16), and attributes that make it readable alone."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file.create_dataset("features", data=features)
+        file.create_dataset("digest", data=digests)
+        file.attrs["key"] = spec.key
+        file.attrs["spec"] = canonical_json(spec.as_dict())
+        if features.dtype.name != spec.dtype:
+            file.attrs["widened"] = f"these rows do not survive {spec.dtype}"
+    return buffer.getvalue()
+
+
+def part_name(data: bytes) -> str:
+    """The name of a part carries the digest of its bytes."""
+    return f"{PART_PREFIX}{digest_bytes(data).hex()}{PART_SUFFIX}"
+
+
+def part_names(folder: Path) -> Iterator[str]:
+    """The names of all parts in a key's folder, whole or not; none where there is no folder.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(PART_PREFIX) and entry.name.endswith(PART_SUFFIX):
+                    yield entry.name
+    except FileNotFoundError:
+        return
+
+
+def check_part(name: str, data: bytes, key: str, feature_dim: int | None) -> str | None:
+    """What is wrong with a part's bytes, or None. libhdf5 only ever opens bytes whose digest is right.
+
+    Args:
+        feature_dim: the width it must have; None takes any.
+    """
+    if part_name(data) != name:
+        return "its bytes do not match the digest in its name"
+    try:
+        with h5py.File(io.BytesIO(data), "r") as file:
+            features, digest = file["features"], file["digest"]
+            if file.attrs.get("key") != key:
+                return f"it belongs to the key {file.attrs.get('key')}"
+            shapes_fit = features.ndim == 2 and digest.shape == (len(features), 16)
+            is_wide_enough = shapes_fit and feature_dim in (None, features.shape[1])
+            if not is_wide_enough or digest.dtype != np.uint8 or features.dtype not in (np.float16, np.float32):
+                return f"it holds features {features.shape} and digest {digest.shape}"
+    except HDF5_ERRORS as error:
+        return f"it is not a part ({error})"
+    return None
+
+
+def part_of(path: Path, data: bytes) -> Part:
+    """The part whose bytes, found whole by `check_part`, are ``data``."""
+    with h5py.File(io.BytesIO(data), "r") as file:
+        return _part(path, file)
+
+
+def set_aside(path: Path, why: str) -> str:
+    """Rename a damaged file so that nobody takes it for whole; what to tell the user."""
+    target = path.with_name(DAMAGED_PREFIX + path.name)
+    try:
+        os.rename(path, target)
+    except OSError:
+        return f"{path} is ignored: {why}."
+    return f"{path} was set aside as {target.name}: {why}."
+
+
+def _part(path: Path, file: h5py.File) -> Part:
+    return Part(path, np.asarray(file["digest"], np.uint8), int(file["features"].shape[1]))
+
+
+def _stat(path: Path) -> Stat:
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def _seal(value: Any) -> bytes:
+    """JSON behind the digest of itself, so that a flipped bit shows."""
+    body = canonical_json(value).encode()
+    return digest_bytes(body).hex().encode() + b"\n" + body
+
+
+def _read_note(file: Path) -> dict[str, Stat]:
+    try:
+        seal, _, body = file.read_bytes().partition(b"\n")
+        if seal != digest_bytes(body).hex().encode():
+            return {}
+        return {name: (stat[0], stat[1], stat[2], stat[3]) for name, stat in json.loads(body).items()}
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return {}
