@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..params import Params
+from .cache import cache
 from .options import Reporter, experiment_options, reporting_options, run_options
 from .tables import print_backbones, write_predictions_csv
 
@@ -144,4 +145,5 @@ VERBS: dict[str, click.Command] = {
     "classify": classify,
     "backbones": backbones,
     "demo-data": demo_data,
+    "cache": cache,
 }
