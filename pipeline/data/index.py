@@ -57,15 +57,14 @@ class DigestIndex:
     def load(cls, file: Path) -> DigestIndex:
         """The index that `save` wrote; an empty one, with a warning, where the file is damaged or something else.
 
-        An index only saves time: without it every file is read again, and nothing is lost.
-
-        Raises:
-            OSError: the file is there and cannot be read.
+        An index only saves time: without it every file is read again, and nothing is lost. So nothing is raised.
         """
         try:
             data = file.read_bytes()
         except FileNotFoundError:
             return cls()
+        except OSError as error:
+            return cls(warning=f"The index {file} cannot be read ({error.strerror}); every image is read again.")
         head = len(MAGIC) + DIGEST_BYTES
         body = memoryview(data)[head:]
         if not data.startswith(MAGIC) or data[len(MAGIC) : head] != digest_bytes(body) or len(body) < COUNTS.size:
