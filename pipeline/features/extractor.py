@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..runtime.interrupt import Interruption
+from ..runtime.memory import reuse_freed_memory
 from .digests import Digests, stack_digests
 from .rounding import Features
 
@@ -165,6 +166,7 @@ def single_threaded_torch(enabled: bool) -> Iterator[None]:
     """One intra-op thread a torch call while the block runs: parallelism comes from calls side by side."""
     before = torch.get_num_threads()
     if enabled:
+        reuse_freed_memory()
         torch.set_num_threads(1)
     try:
         yield

@@ -144,7 +144,7 @@ class LogisticParams(Section):
     c_min: Positive = 1e-6
     c_max: Positive = 1e5
     path: Literal["auto", "full"] = "auto"
-    tolerance: Positive = 1e-5
+    tolerance: Positive = 3e-4
 
     @model_validator(mode="after")
     def _ordered(self) -> LogisticParams:
