@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scikit-learn brings it
 
 from ..errors import HeadError
+from ..params import HeadParams
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -30,6 +34,7 @@ class Head(Protocol):
     """
 
     kind: str
+    params: HeadParams
     classes_: Ints
     selected: dict[str, Any]
     history: list[dict[str, Any]]
@@ -44,6 +49,10 @@ class Head(Protocol):
         Raises:
             HeadError: the features or targets cannot be learnt from, or the head cannot be configured so.
         """
+        ...
+
+    def cross_validate(self, X: Features, y: Ints, groups: Ints | None = None) -> Any:
+        """Out-of-fold predictions and logits of train (`crossval.OutOfFold`), from `fit` where it made them."""
         ...
 
     def predict(self, X: Features) -> Ints:
@@ -117,21 +126,40 @@ def near(name: str, valid: Sequence[str], limit: int = 5) -> str:
     return f"did you mean {', '.join(close)}? " if close else ""
 
 
-def in_chunks(function: Callable[[NDArray[Any]], NDArray[Any]], X: NDArray[Any]) -> NDArray[Any]:
-    """``function`` over ``X`` in chunks of exactly `CHUNK_ROWS` rows, the last one padded with copies of its last row.
+def in_chunks(function: Callable[[NDArray[Any]], NDArray[Any]], X: NDArray[Any], rows: int) -> NDArray[Any]:
+    """``function`` over ``X`` in chunks of exactly ``rows`` rows, the last one padded with copies of its last row.
 
     Libraries pick their arithmetic by the shape of a call; one shape for all calls keeps a row's result free of
     how many rows stand beside it.
     """
     if not len(X):
-        template = function(np.zeros((CHUNK_ROWS, X.shape[1]), dtype=X.dtype))
-        return template[:0]
+        return np.asarray(function(np.zeros((rows, X.shape[1]), dtype=X.dtype))[:0])
     results = []
-    for start in range(0, len(X), CHUNK_ROWS):
-        chunk = X[start : start + CHUNK_ROWS]
-        padded = np.concatenate([chunk, np.repeat(chunk[-1:], CHUNK_ROWS - len(chunk), axis=0)])
-        results.append(function(np.ascontiguousarray(padded))[: len(chunk)])
+    for start in range(0, len(X), rows):
+        chunk = X[start : start + rows]
+        if len(chunk) < rows:
+            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], rows - len(chunk), axis=0)])
+        results.append(function(np.ascontiguousarray(chunk))[: len(X) - start])
     return np.concatenate(results)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Predict with one BLAS thread, so that the bits of a row do not depend on how many cores there are."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for BLAS, OpenMP and torch, so that a fold's numbers do not depend on how many run beside it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def softmax(logits: Floats) -> Floats:

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 from torch import nn
 
-from .base import CHUNK_ROWS, Floats, softmax
+from .base import CHUNK_ROWS, Floats, one_blas_thread, softmax
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Layers:
     def logits(self, X: NDArray[Any]) -> Floats:
         """Logits (n, c) of features (n, d); the bits of a row depend on that row alone."""
         parts = [np.empty((0, len(self.biases[-1])))]
-        with threadpool_limits(1, user_api="blas"):
+        with one_blas_thread():
             for start in range(0, len(X), CHUNK_ROWS):
                 parts.append(self._rows(X[start : start + CHUNK_ROWS].astype(np.float64)))
         return np.concatenate(parts)

@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import HeadError
 from ..params import HeadParams
-from .base import Features, Floats, Ints, check_training_data, class_weights, log_losses, softmax
+from .base import Features, Floats, Ints, check_training_data, class_weights, softmax
 from .calibration import calibrate
+from .crossval import OutOfFold, candidates, no_folds
 from .folds import Fold, missing_rows, stratified_group_folds
 from .layers import Layers, standardisation
 from .path import StrengthPath
@@ -44,6 +46,13 @@ class LogisticHead:
         self.history: list[dict[str, Any]] = []
         self.warnings: tuple[str, ...] = ()
         self.out_of_fold: Floats | None = None
+        self._result: OutOfFold | None = None
+        if values := candidates(params.search, self.kind, params.kinds):
+            raise HeadError(
+                "logistic has no parameter to search: it chooses its strength itself.",
+                where=f"head.search.{next(iter(values[0]))}",
+                remedy="remove the key; head.logistic.strengths, c_min and c_max set the strengths that are tried",
+            )
 
     def fit(self, X: Features, y: Ints, groups: Ints | None = None) -> Self:
         """Choose the strength by cross-validation, refit on all rows, and fold the standardisation in."""
@@ -74,7 +83,7 @@ class LogisticHead:
             self.selected = {"C": float(DEFAULT_STRENGTH if len(strengths) > 1 else strengths[0]), "folds": 0}
             return self.selected["C"], zero
         train, held = masks(folds, known, row_weight.device)
-        path = StrengthPath(design, strengths, row_weight, train, held * row_weight, logistic.tolerance)
+        path = StrengthPath(design, strengths, row_weight, train, held * row_weight, logistic.tolerance**2)
         if logistic.path == "full":
             path.solve_full()
             found = "full"
@@ -118,18 +127,21 @@ class LogisticHead:
 
     def _score(self, logits: Floats, index: Ints, known: NDArray[np.bool_]) -> None:
         """Record what cross-validation says about the chosen strength, and the temperature where one is asked for."""
-        self.out_of_fold = softmax(logits)
+        temperature = 1.0
         self.selected["cv_accuracy"] = float((logits.argmax(axis=1) == index).mean())
         if self.params.calibrate == "temperature":
             temperature, record = calibrate(logits, index, known)
             self.selected |= record
-            self.out_of_fold = softmax(logits / temperature)
-            self.selected["cv_log_loss_calibrated"] = float(log_losses(self.out_of_fold[known], index[known]).mean())
+        self._result = OutOfFold(logits.argmax(axis=1), logits / temperature, known)
+        if self.params.calibrate == "temperature":
+            self.selected["cv_log_loss_calibrated"] = self._result.log_loss(index)
+        self.out_of_fold = softmax(logits / temperature)
 
     def _refit(self, design: Design, row_weight: Tensor, strength: float, start: Tensor) -> Solutions:
         chosen = torch.tensor([strength], dtype=torch.float64, device=row_weight.device)
         problems = Problems.build(design, chosen, row_weight[None])
-        solution = solve(design, problems, start, self.params.logistic.tolerance)
+        tolerance = self.params.logistic.tolerance**2
+        solution = solve(design, problems, start, tolerance)
         gap = float(solution.gap[0])
         self.selected["certificate"] = {
             "objective": float(solution.objective[0]),
@@ -137,12 +149,20 @@ class LogisticHead:
             "gap": gap,
             "iterations": int(solution.iterations[0]),
         }
-        if gap > self.params.logistic.tolerance:
+        if gap > tolerance:
             self.warnings += (
-                f"the solver stopped at a proven relative gap of {gap:.1e}, above head.logistic.tolerance="
-                f"{self.params.logistic.tolerance:.1e}",
+                f"the solver stopped at a proven relative gap of {gap:.1e}; head.logistic.tolerance asks for "
+                f"{tolerance:.1e}",
             )
         return solution
+
+    def cross_validate(self, X: Features, y: Ints, groups: Ints | None = None) -> OutOfFold:
+        """What `fit` saw out of fold at the strength that it chose; fits first where that has not happened."""
+        if self.layers is None:
+            self.fit(X, y, groups)
+        if self._result is None:
+            raise no_folds()
+        return self._result
 
     def _data_warnings(self, index: Ints, folds: list[Fold], known: NDArray[np.bool_]) -> tuple[str, ...]:
         counts = np.bincount(index)

@@ -127,7 +127,7 @@ class Solutions:
 
 
 def solve(design: Design, problems: Problems, start: Tensor, tolerance: float) -> Solutions:
-    """Solve a batch from ``start`` (p, k, r + 1) until each proven gap is at most ``tolerance``, if arithmetic allows."""
+    """Solve a batch from ``start`` (p, k, r + 1) until each proven gap is at most ``tolerance`` (if float64 can)."""
     search = _Search(design, problems.to(torch.float32), start.float())
     weights, iterations = search.run(0.8 * tolerance)
     solutions = certify(design, problems, weights.double(), iterations)
@@ -308,4 +308,5 @@ class _Search:
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+    product: Tensor = torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+    return product
