@@ -121,9 +121,10 @@ test-lowest: ## run the tests with the lowest versions that pyproject.toml allow
 torture: setup ## run the slow tests: kills, many writers, large folders
 	@"$$VENV/bin/python" -m pytest -m slow $$TESTS $$ARGS
 
-lint: types ## check style, formatting and types
+lint: setup ## check style, formatting and types
 	@"$$VENV/bin/python" -m ruff check
 	@"$$VENV/bin/python" -m ruff format --check
+	@"$$VENV/bin/python" -m mypy
 
 types: setup ## check types
 	@"$$VENV/bin/python" -m mypy

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from .lowest import lowest_versions
+
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 ORDER = (
     *("errors", "params", "files", "runtime", "data", "backbones", "features", "heads", "artifacts"),
@@ -85,6 +87,14 @@ def test_the_check_sees_every_way_to_import(
     module.write_text(text)
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "pipeline")
     assert bool(wrong_imports(module)) is caught
+
+
+def test_what_is_imported_is_a_declared_dependency() -> None:
+    declared = {name.lower() for name in lowest_versions()} | {"tensorboard"}  # an extra, imported when asked for
+    names = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+    found = {name.partition(".")[0] for path in MODULES for name, _ in imports(path)}
+    foreign = found - set(sys.stdlib_module_names) - {"pipeline"}
+    assert {names.get(name, name) for name in foreign} <= declared
 
 
 @pytest.mark.parametrize(("name", "foreign"), [("extractor", {"h5py"}), ("store", {"torch", "torchvision"})])

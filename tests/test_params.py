@@ -86,10 +86,19 @@ class TestTheFile:
         assert set(bare) - linear - quiet - {"epochs", "dropout"} == set()
 
     def test_marks_what_decides_the_features(self) -> None:
-        marked = re.findall(r"^  (\w+):.*\[key\]", PARAMS_YAML.read_text(), re.MULTILINE)
-        transform = [*sections.TransformParams.model_fields]
-        backbone = [*sections.BackboneParams.model_fields]
-        assert marked == [*backbone, *transform, "precision", "views", "decoder", "dtype"]
+        marked: dict[str, set[str]] = {name: set() for name in Params.model_fields}
+        section = ""
+        for line in PARAMS_YAML.read_text().split("\n"):
+            if top := re.match(r"(\w+):", line):
+                section = top[1]
+            elif key := re.match(r" +(\w+):.*\[key\]", line):
+                marked[section].add(key[1])
+        assert marked.pop("backbone") == set(sections.BackboneParams.model_fields)
+        assert marked.pop("transform") == set(sections.TransformParams.model_fields)
+        assert marked.pop("cache") == {"dtype"}
+        assert marked["extract"] >= {"precision", "views", "decoder"}
+        assert not marked.pop("extract") & {"device", "batch_size", "workers", "part_seconds", "shard"}
+        assert not any(marked.values())  # data, head, finetune and runs cost nothing
 
     def test_fits_on_a_screen_in_width(self) -> None:
         assert max(map(len, PARAMS_YAML.read_text().split("\n"))) <= 120
