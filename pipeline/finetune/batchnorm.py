@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .depthwise import convolve
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
@@ -70,12 +71,12 @@ def _is_plain(module: nn.Module | None) -> bool:
 
 def _convolve(conv: nn.Conv2d, norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
     if norm.training:
-        return nn.Conv2d.forward(conv, images)
+        return convolve(conv, images, conv.weight, conv.bias)
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
     weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(images, weight, norm.bias - mean * scale, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return convolve(conv, images, weight, norm.bias - mean * scale)
 
 
 def _normalise(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ..files import file_lock
 from ..params.sections import FinetuneParams
 from ..runtime.distributed import World
 from ..runtime.interrupt import Interruption
+from ..runtime.memory import reuse_freed_memory
 from ..runtime.seeds import derive_seed
 from .augment import Augment
 from .batches import Batch, plan_epoch, prepare_batches, resolve_workers
@@ -127,6 +128,7 @@ def train_classifier(
     alone = (
         file_lock(setting.folder / ".lock", shared=False, blocking=False) if setting.world.is_main else nullcontext()
     )
+    reuse_freed_memory()
     with alone, torch.random.fork_rng(devices=devices):
         return _Training(classifier, train, selection, transform, params, setting, watch or Watch()).run()
 
