@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import PROJECT
+from .lowest import lowest_versions
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -128,6 +129,14 @@ class TestSetup:
         assert clone.asked("-m", "venv") == [["../an environment"]]
         assert not (clone.folder / ".venv").exists()
 
+    def test_of_the_lowest_versions_is_apart(self, ready: Clone) -> None:
+        assert ready.make("test-lowest", "TESTS=tests/params").returncode == 0
+        (install,) = ready.asked("-m", "pip", "install")
+        assert install[-4:] == ["-c", ".venv-lowest/lowest.txt", "-e", ".[dev]"]
+        assert ready.asked("-m", "venv") == [[".venv-lowest"]]
+        assert ready.asked("tests/lowest.py") == [[]]
+        assert ready.asked("-m", "pytest") == [["tests/params"]]
+
     def test_help_needs_none(self, clone: Clone) -> None:
         done = clone.make()
         assert done.returncode == 0
@@ -135,6 +144,13 @@ class TestSetup:
         for target in ("setup", "extract", "train-head", "finetune", "predict", "demo", "test", "test-lowest", "lint"):
             assert f"  make {target} " in done.stdout
         assert max(map(len, done.stdout.split("\n"))) <= 100
+
+
+def test_the_lowest_versions_are_those_of_pyproject() -> None:
+    versions = lowest_versions()
+    assert (versions["torch"], versions["torchvision"]) == ("2.11", "0.26")
+    text = (PROJECT / "pyproject.toml").read_text()
+    assert all(f'"{name}>={version}"' in text for name, version in versions.items())
 
 
 class TestVerbs:
