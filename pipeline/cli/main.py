@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from typing import Any
@@ -55,7 +56,7 @@ def _run(arguments: list[str], reporter: Reporter) -> int:
         return _fail(reporter, {"type": "UsageError", "what": error.format_message()}, _usage(error), USAGE)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); there is nobody left to tell.
-        sys.stdout = None  # type: ignore[assignment]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return GENERAL_FAILURE
     except Exception as error:  # noqa: BLE001 - the last line of defence: a message, and a traceback with -v
         remedy = "run again with -v for the traceback, and report it: this is a fault of the program"

@@ -12,24 +12,29 @@ from typing import Any
 import click
 
 from ..params import load_params
+from ..runtime.distributed import world_from_environment
 
 
 @dataclass(frozen=True)
 class Reporter:
-    """Lines for people on standard output, or on standard error when standard output holds the JSON summary."""
+    """Lines for people on standard output, or on standard error when standard output holds the JSON summary.
+
+    Of several processes started by torchrun only the main one speaks.
+    """
 
     as_json: bool = False
     verbose: bool = False
     quiet: bool = False
+    is_main: bool = True
 
     def say(self, line: str) -> None:
         """Print a line for people."""
-        if not self.quiet:
+        if self.is_main and not self.quiet:
             click.echo(line.encode("utf-8", "backslashreplace").decode(), err=self.as_json)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Print the one JSON object of ``--json``."""
-        if self.as_json:
+        if self.is_main and self.as_json:
             click.echo(json.dumps(summary))
 
 
@@ -45,7 +50,7 @@ def reporting_options(verb: Verb) -> Verb:
     @click.option("-q", "--quiet", is_flag=True, help="Print only errors.")
     @functools.wraps(verb)
     def wrapped(as_json: bool, verbose: bool, quiet: bool, **arguments: Any) -> None:
-        verb(reporter=Reporter(as_json, verbose, quiet), **arguments)
+        verb(reporter=Reporter(as_json, verbose, quiet, world_from_environment().is_main), **arguments)
 
     return wrapped
 

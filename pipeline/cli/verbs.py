@@ -29,12 +29,13 @@ def extract(params: Params, reporter: Reporter) -> None:
 
 
 @click.command("train-head")
+@click.option("--curve", is_flag=True, help="Also fit on growing parts of train: would more labels help?")
 @experiment_options
-def train_head(params: Params, reporter: Reporter) -> None:
+def train_head(params: Params, curve: bool, reporter: Reporter) -> None:
     """Train a head on the cached features, score it and publish a run."""
     from ..stages.train_head import train_head as stage
 
-    reporter.finish(stage(params, reporter.say))
+    reporter.finish(stage(params, reporter.say, curve=curve))
 
 
 @click.command()

@@ -54,6 +54,7 @@ class FeatureStore:
             except OSError as error:
                 raise cannot_write(self.cache_dir, error) from error
             self._write_spec()
+            self.touch()
             self.refresh()
             yield
 
@@ -62,13 +63,16 @@ class FeatureStore:
         if not (self.folder / SPEC_FILE).exists():
             text = json.dumps(self.spec.as_dict(), indent=2, sort_keys=True) + "\n"
             _publish(self.folder / SPEC_FILE, text.encode())
-        self.touch()
 
     def touch(self) -> None:
-        """Remember that these features were used today; a cache that is only readable stays as it is."""
+        """Remember that these features were used today, and put back a lost spec.
+
+        A cache that is only readable stays as it is.
+        """
         if self.folder.is_dir():
-            with suppress(OSError):
+            with suppress(OSError, CacheError):
                 (self.folder / USED_FILE).touch()
+                self._write_spec()
 
     def _check_spec(self) -> None:
         """The folder's own spec must be ours; a damaged one is set aside, since the folder's name carries the key."""

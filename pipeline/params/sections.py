@@ -119,9 +119,10 @@ class ExtractParams(Section):
     batch_size: Count | Auto = "auto"
     workers: Count | Auto = "auto"
     views: Annotated[int, Field(ge=0)] = 0
+    views_seed: int = 0
     part_seconds: Positive = 30.0
     compile: bool = False
-    decoder: Literal["pillow", "draft", "nvjpeg"] = "pillow"
+    decoder: Literal["pillow", "draft"] = "pillow"
     shard: str | None = Field(None, pattern=SHARD_PATTERN)
 
     @field_validator("shard")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,19 @@ import numpy as np
 from ..data.decode import BadImage
 from ..errors import PipelineError, VerifyError
 from ..features.digests import stack_digests
-from ..features.extractor import Pixels
+from ..features.extractor import Forward, Pixels
 from ..features.inventory import key_folders, verify_key
 from ..features.rounding import as_stored
 from ..features.store import FeatureStore
 from ..features.tolerance import TOLERANCES, Agreement, Tolerance, compare_features
+from ..features.views import view_name
 from ..files import human_bytes
 from ..params import Params
 from .sources import (
     Origin,
     Source,
     Transformation,
+    augmented_view,
     build_forward,
     open_folder,
     open_store,
@@ -70,26 +72,43 @@ def verify_cache(params: Params, say: Say, *, sample: int = 8, seed: int = 0) ->
 
 
 def _recompute(params: Params, keys: dict[str, dict[str, Any]], say: Say, *, sample: int, seed: int) -> None:
-    """Add to the key of these params what computing a few of its features again gave."""
+    """Add to the keys of these params what computing a few of their features again gave."""
+    checked = 0
     try:
         origin = resolve_origin(params)
-        store = open_store(params, origin)
-        if store.spec.folder_name not in keys:
-            say(f"There are no features of these params ({store.spec.folder_name}); {BYTES_ONLY}.")
-            return
-        check = _check(params, origin, store, sample=sample, seed=seed)
-    except VerifyError:
-        raise
+        views = [view for view in _views(params, origin) if view[0].spec.folder_name in keys]
+        if views:
+            source, forward = open_folder(params.data, params.cache), build_forward(params, origin)
+        for store, transformation in views:
+            chosen = _choose(source, store, transformation, sample=sample, seed=seed)
+            check = _check(chosen, store, forward)
+            entry = keys[store.spec.folder_name]
+            entry["recomputed"], entry["note"] = check.summary(), check.note
+            entry["problems"] += check.problems
+            say(f"{store.spec.folder_name}: {check.note}")
+            checked += 1
     except PipelineError as error:
-        say(f"No features were computed again: {error}")
-        return
-    entry = keys[store.spec.folder_name]
-    entry["recomputed"], entry["note"] = check.summary(), check.note
-    entry["problems"] += check.problems
-    say(f"{store.spec.folder_name}: {check.note}")
-    others = len(keys) - 1
-    if others:
-        say(f"{others} other key(s): {BYTES_ONLY}.")
+        say(f"Not every feature that was chosen could be computed again. {error}")
+    if checked < len(keys):
+        say(f"{len(keys) - checked} of {len(keys)} key(s): {BYTES_ONLY}.")
+
+
+def _views(params: Params, origin: Origin) -> Iterator[tuple[FeatureStore, Transformation]]:
+    """The store and the way to pixels of each view of the images that these params give."""
+    yield open_store(params, origin), plain_view(origin.transform, params.data, params.extract)
+    for number in range(1, params.extract.views + 1):
+        store = open_store(params, origin, view_name(number, params.extract.views_seed))
+        yield store, augmented_view(origin.transform, params.data, params.extract, number)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Contents that have a feature, and what was wrong with those looked at: paths, digests, pixels, problems."""
+
+    paths: list[str] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    pixels: list[Pixels] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -121,53 +140,49 @@ class _Check:
         return {"images": len(self.paths), **finite, "tolerance": vars(self.tolerance)}
 
 
-def _check(params: Params, origin: Origin, store: FeatureStore, *, sample: int, seed: int) -> _Check:
-    source = open_folder(params.data, params.cache)
-    paths, digests, pixels, problems = _choose(
-        source, store, plain_view(origin.transform, params.data, params.extract), sample=sample, seed=seed
-    )
-    stored = store.read(stack_digests(digests))
-    computed = as_stored(build_forward(params, origin)(pixels), store.spec.dtype) if pixels else stored
-    agreement, tolerance = compare_features(stored, computed), TOLERANCES[origin.precision]
-    problems += _disagreements(store, paths, agreement, tolerance)
-    return _Check(paths, agreement, tolerance, problems)
+def _check(chosen: _Sample, store: FeatureStore, forward: Forward) -> _Check:
+    tolerance = TOLERANCES[store.spec.precision]
+    stored = store.read(stack_digests(chosen.digests))
+    computed = as_stored(forward(chosen.pixels), store.spec.dtype) if chosen.pixels else stored
+    agreement = compare_features(stored, computed)
+    problems = [*chosen.problems, *_disagreements(store, chosen.paths, agreement, tolerance)]
+    return _Check(chosen.paths, agreement, tolerance, problems)
 
 
-def _choose(
-    source: Source, store: FeatureStore, transformation: Transformation, *, sample: int, seed: int
-) -> tuple[list[str], list[bytes], list[Pixels], list[str]]:
-    """Up to ``sample`` different contents that have a feature: paths, digests, pixels; and what was wrong."""
+def _choose(source: Source, store: FeatureStore, transformation: Transformation, *, sample: int, seed: int) -> _Sample:
+    """Up to ``sample`` different contents that have a feature, in a random order that the seed gives."""
     tree, books = source.tree, source.books
-    expected, was_known = books.digests.copy(), books.known.copy()
     have = {row.tobytes() for row in store.digests}
-    paths: list[str] = []
-    digests: list[bytes] = []
-    pixels: list[Pixels] = []
-    problems: list[str] = []
-    order = np.random.default_rng(seed).permutation(len(tree.paths))
-    # Files in the index first: among them those with a feature are found without reading the others.
-    promising = [row for row in order.tolist() if was_known[row] and expected[row].tobytes() in have]
-    for row in [*promising, *(row for row in order.tolist() if not was_known[row])]:
-        if len(digests) >= sample:
+    chosen = _Sample()
+    for row in _candidates(source, have, seed):
+        if len(chosen.digests) >= sample:
             break
+        remembered = books.digest(row) if books.known[row] else None
         data = books.read(row)
         if data is None:
             continue
         digest, path = books.digest(row), tree.paths[row]
-        unchanged = (books.stats[row] == tree.stats[row]).all()
-        if was_known[row] and unchanged and digest != expected[row].tobytes():
-            problems.append(f"{source.index_file} remembers another content of {path!r}; remove the index file.")
-        if digest not in have or digest in digests:
+        if remembered not in (None, digest) and (books.stats[row] == tree.stats[row]).all():
+            chosen.problems.append(f"{source.index_file} remembers another content of {path!r}; remove the index file.")
+        if digest not in have or digest in chosen.digests:
             continue
         try:
-            image = transformation.crop(transformation.decode(data), digest)
+            pixels = transformation.crop(transformation.decode(data), digest)
         except BadImage as bad:
-            problems.append(f"{path!r} has a feature but no longer decodes: {bad}.")
+            chosen.problems.append(f"{path!r} has a feature but no longer decodes: {bad}.")
             continue
-        paths.append(path)
-        digests.append(digest)
-        pixels.append(image)
-    return paths, digests, pixels, problems
+        chosen.paths.append(path)
+        chosen.digests.append(digest)
+        chosen.pixels.append(pixels)
+    return chosen
+
+
+def _candidates(source: Source, have: set[bytes], seed: int) -> list[int]:
+    """Files that the index knows to have a feature, in random order; then those that would have to be read first."""
+    books = source.books
+    order = np.random.default_rng(seed).permutation(len(source.tree.paths)).tolist()
+    promising = [row for row in order if books.known[row] and books.digest(row) in have]
+    return [*promising, *(row for row in order if not books.known[row])]
 
 
 def _disagreements(store: FeatureStore, paths: list[str], agreement: Agreement, tolerance: Tolerance) -> list[str]:

@@ -33,13 +33,13 @@ def classify(params: Params, paths: Sequence[Path], *, top: int = 5, quiet: bool
     module, transform, categories = build_classifier(params.backbone.name, params.backbone.weights)
     source = open_paths(paths, params.data, params.cache)
     quarantine = open_quarantine(params, transform)
-    view = plain_view(transform, params.data)
+    view = plain_view(transform, params.data, params.extract)
     device = resolve_device(params.extract.device)
     forward = Forward(module.to(device), partial(transform.normalise, dtype=torch.float32), device, CPU_BATCH)
     logits: dict[bytes, np.ndarray] = {}
 
-    def sink(rows: Features, digests: Digests) -> None:
-        logits.update(zip(map(bytes, digests), rows, strict=True))
+    def sink(features: Features, digests: Digests) -> None:
+        logits.update(zip(map(bytes, digests), features, strict=True))
 
     preparation = Preparation(source.books, set(), quarantine, decode=view.decode, crop=view.crop)
     count = len(source.tree.paths)

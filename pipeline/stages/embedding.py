@@ -47,16 +47,24 @@ class Embedding:
     part_seconds: float = 30.0
     quiet: bool = False
 
-    def find_todo(self, world: World = World()) -> NDArray[np.int64]:  # noqa: B008 - World is frozen
-        """Positions whose content is unknown, or known without a feature: one file of each content, our share."""
+    def find_todo(
+        self,
+        world: World = World(),  # noqa: B008 - World is frozen
+        among: NDArray[np.bool_] | None = None,
+    ) -> NDArray[np.int64]:
+        """Positions whose content is unknown, or known without a feature: one file of each content, our share.
+
+        Args:
+            among: bool (n,), to look at these files only.
+        """
         books = self.source.books
+        wanted = np.ones(len(books.known), bool) if among is None else among
         settled = self.store.contains(books.digests)
         settled |= locate(stack_digests(self.quarantine.digests), books.digests) >= 0
         repeated = np.zeros(len(settled), bool)
-        known = np.flatnonzero(books.known)
+        known = np.flatnonzero(books.known & wanted)
         repeated[known] = ~first_occurrences(books.digests[known])
-        open_ = np.flatnonzero(~books.known | ~(settled | repeated))
-        return world.share(open_)
+        return world.share(np.flatnonzero(wanted & (~books.known | ~(settled | repeated))))
 
     def run(self, todo: NDArray[np.int64]) -> Outcome:
         """Embed the files at ``todo``; with nothing to do, no weights are loaded and nothing is written.

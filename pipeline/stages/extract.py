@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,16 @@ from numpy.typing import NDArray
 from ..errors import BadImagesError
 from ..features.ledger import Outcome, count_images
 from ..features.quarantine import BadContent
+from ..features.views import view_name
 from ..files import human_bytes
 from ..params import Params
 from ..runtime.distributed import World, world_from_environment
 from .embedding import Embedding
 from .gather import gather_outcomes
+from .load import TRAIN, split_rows
 from .sources import (
     Origin,
+    augmented_view,
     build_forward,
     open_folder,
     open_quarantine,
@@ -62,6 +66,8 @@ def extract(params: Params, say: Say = print, *, quiet: bool = False) -> dict[st
     embedding.store.refresh()
     embedding.store.touch()
     summary = _summary(outcome, embedding, origin)
+    summary["views"] = _extract_views(params, embedding, origin, outcome, world)
+    summary["forwarded"] += sum(view["forwarded"] for view in summary["views"])
     bad = _bad_images(outcome, embedding)
     for line in [*embedding.store.warnings, *_report(summary, bad, outcome, embedding)]:
         say(line)
@@ -84,7 +90,7 @@ def _open(params: Params, world: World, *, quiet: bool) -> tuple[Embedding, Orig
         source=source,
         store=open_store(params, origin),
         quarantine=open_quarantine(params, origin.transform),
-        transformation=plain_view(origin.transform, params.data),
+        transformation=plain_view(origin.transform, params.data, params.extract),
         make_forward=lambda: build_forward(params, origin),
         workers=worker_count(params.extract, world),
         part_seconds=params.extract.part_seconds,
@@ -93,14 +99,37 @@ def _open(params: Params, world: World, *, quiet: bool) -> tuple[Embedding, Orig
     return embedding, origin
 
 
+def _extract_views(
+    params: Params, plain: Embedding, origin: Origin, outcome: Outcome, world: World
+) -> list[dict[str, Any]]:
+    """Embed the augmented views of the training images, each under a key of its own."""
+    plain.source.books.learn(outcome.digests, outcome.known)
+    rows = np.flatnonzero(outcome.known & plain.store.contains(outcome.digests))
+    train = np.zeros(len(outcome.known), bool)
+    train[rows[split_rows(plain.source, rows, params.data) == TRAIN]] = True
+    done = []
+    for number in range(1, params.extract.views + 1):
+        view = replace(
+            plain,
+            store=open_store(params, origin, view_name(number, params.extract.views_seed)),
+            transformation=augmented_view(origin.transform, params.data, params.extract, number),
+        )
+        merged = gather_outcomes(view.run(view.find_todo(world, train)), world)
+        view.store.touch()
+        done.append({"view": view.store.spec.view, "key": view.store.spec.key, "forwarded": len(merged.computed)})
+    return done
+
+
 def _plan(embedding: Embedding, todo: NDArray[np.int64], origin: Origin) -> Iterator[str]:
     tree, books, store = embedding.source.tree, embedding.source.books, embedding.store
-    yield from tree.warnings
+    yield from embedding.source.warnings
     if tree.ignored:
         counts = ", ".join(
             f"{count} {extension or '(no extension)'}" for extension, count in sorted(tree.ignored.items())
         )
         yield f"Ignored files: {counts}."
+    if origin.verdict:
+        yield f"Precision auto: {origin.verdict}"
     yield f"{len(tree.paths)} images in {len(tree.class_names)} classes under {tree.root}"
     new = int((~books.known[todo]).sum())
     size = len(todo) * (store.feature_dim * (2 if store.spec.dtype == "float16" else 4) + 16)

@@ -8,19 +8,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.scan import ImageTree
+from ..data.scan import SPLITS, ImageTree
 from ..data.splits import assign_splits, group_ids, groups_of
 from ..errors import MissingFeaturesError
-from ..features.digests import Digests, locate, stack_digests
+from ..features.digests import locate, stack_digests
 from ..features.prepare import Books
 from ..features.quarantine import Quarantine
+from ..features.rounding import Features
 from ..features.store import FeatureStore
 from ..features.table import FeatureTable
+from ..features.views import view_name
 from ..params import DataParams, Params
 from ..runtime.device import usable_cores
 from .sources import Origin, Source, open_folder, open_quarantine, open_store, resolve_origin
 
 EXAMPLES = 5
+TRAIN = SPLITS.index("train")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Opened:
     origin: Origin
     key: str
     warnings: tuple[str, ...]
+    views: tuple[Features, ...] = ()  # each (rows of train, d): augmented views of the training images, in order
 
 
 def load_features(params: Params) -> FeatureTable:
@@ -53,7 +57,22 @@ def open_features(params: Params) -> Opened:
     rows = usable_rows(source, store, quarantine)
     store.touch()
     table = build_table(source, store, rows, params.data)
-    return Opened(table, origin, store.spec.key, (*source.warnings, *store.warnings))
+    views = tuple(_read_view(params, origin, table, number) for number in range(1, params.extract.views + 1))
+    return Opened(table, origin, store.spec.key, (*source.warnings, *store.warnings), views)
+
+
+def _read_view(params: Params, origin: Origin, table: FeatureTable, number: int) -> Features:
+    """The features (rows of train, d) of an augmented view of the training images."""
+    store = open_store(params, origin, view_name(number, params.extract.views_seed))
+    digests = table.digests[table.splits == TRAIN]
+    try:
+        return store.read(digests)
+    except MissingFeaturesError as error:
+        raise MissingFeaturesError(
+            f"View {number} of the training images is not in the cache: {error.what}",
+            where=error.where,
+            remedy="run `pipeline extract` with the same params (make train-head does so by itself)",
+        ) from error
 
 
 def digest_unknown(source: Source) -> None:
@@ -82,35 +101,45 @@ def usable_rows(source: Source, store: FeatureStore, quarantine: Quarantine) -> 
     return np.flatnonzero(has)
 
 
-def build_table(source: Source, store: FeatureStore, rows: NDArray[np.int64], data: DataParams) -> FeatureTable:
-    """The table of the images at ``rows``."""
-    tree, digests = source.tree, source.books.digests[rows]
-    paths = [tree.paths[row] for row in rows]
-    targets = tree.targets[rows].astype(np.int64)
-    groups = groups_of(paths, data.group_pattern)
-    return FeatureTable(
-        root=tree.root,
-        class_names=tree.class_names,
-        features=store.read(digests),
-        targets=targets,
-        paths=paths,
-        splits=tree.splits[rows] if tree.splits is not None else _assign(digests, targets, groups, data),
-        digests=digests,
-        groups=group_ids(digests, groups),
-    )
-
-
-def _assign(
-    digests: Digests, targets: NDArray[np.int64], groups: list[str] | None, data: DataParams
-) -> NDArray[np.int8]:
+def split_rows(source: Source, rows: NDArray[np.int64], data: DataParams) -> NDArray[np.int8]:
+    """The split of each image at ``rows``: as the folders say, or else by the hash of its content."""
+    tree = source.tree
+    if tree.splits is not None:
+        return tree.splits[rows]
+    groups = groups_of([tree.paths[row] for row in rows], data.group_pattern)
     return assign_splits(
-        digests,
-        targets,
+        source.books.digests[rows],
+        tree.targets[rows],
         groups,
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
         seed=data.seed,
     )
+
+
+def build_table(source: Source, store: FeatureStore, rows: NDArray[np.int64], data: DataParams) -> FeatureTable:
+    """The table of the images at ``rows``."""
+    tree, digests = source.tree, source.books.digests[rows]
+    paths = [tree.paths[row] for row in rows]
+    class_names, targets = _classes_with_images(tree, rows)
+    groups = groups_of(paths, data.group_pattern)
+    return FeatureTable(
+        root=tree.root,
+        class_names=class_names,
+        features=store.read(digests),
+        targets=targets,
+        paths=paths,
+        splits=split_rows(source, rows, data),
+        digests=digests,
+        groups=group_ids(digests, groups),
+    )
+
+
+def _classes_with_images(tree: ImageTree, rows: NDArray[np.int64]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """The classes that hold any file, and targets (n,) that index them: an empty class folder is no class to learn."""
+    used = np.unique(tree.targets[tree.targets >= 0])
+    places = np.searchsorted(used, tree.targets[rows])
+    return tuple(tree.class_names[target] for target in used), np.where(tree.targets[rows] >= 0, places, -1)
 
 
 def _missing(tree: ImageTree, books: Books, store: FeatureStore, missing: NDArray[np.int64]) -> MissingFeaturesError:

@@ -53,7 +53,7 @@ def publish_run(
         (folder / METRICS_FILE).write_bytes(metrics.to_json())
         with open(folder / PREDICTIONS_FILE, "wb") as file:
             write_predictions(file, predictions)
-        report = render_report(model, metrics, params_text=dump_params(params), name=path.name)
+        report = render_report(model, metrics, name=path.name, params_text=dump_params(params))
         (folder / REPORT_FILE).write_text(report, encoding="utf-8")
         fill(folder)
     return path

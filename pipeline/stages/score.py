@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..artifacts import Leak, Predictions, RunMetrics
 from ..data.scan import SPLITS
-from ..evaluate import check_leak, evaluate_predictions
+from ..evaluate import check_leak, evaluate_predictions, leak_sentence
 from ..features.table import FeatureTable
 from ..heads import Head
 
@@ -69,13 +69,8 @@ def score_split(
         why_no_probabilities=scored.why_none,
     )
     leak = check_leak(train_digests, table.digests[rows], y, predicted)
-    warnings = [*facts.pop("warnings", []), *values.pop("warnings")]
-    if leak["leaked"]:
-        warnings.append(
-            f"{leak['leaked']} of the {len(y)} reported images are in train too, byte for byte;"
-            f" without them the accuracy is {_percent(leak['accuracy'])} on {leak['n']}."
-        )
-    return RunMetrics(**values, leak=Leak(**leak) if leak["leaked"] else None, warnings=warnings, **facts)
+    merged = {**values, **facts, "warnings": [*facts.get("warnings", []), *values["warnings"]]}
+    return RunMetrics(**merged, leak=Leak(**leak) if leak["leaked"] else None)
 
 
 def _percent(share: float | None) -> str:
@@ -86,17 +81,14 @@ def metric_lines(metrics: RunMetrics) -> list[str]:
     """The scores for the terminal, with intervals, n and the majority baseline, then protocol and warnings."""
     lines = [f"Scores on {metrics.split} ({metrics.n:,} images):"]
     for name, value in metrics.metrics.items():
-        if name.endswith("_ci95"):
-            continue
-        interval = metrics.metrics.get(f"{name}_ci95")
-        lines.append(
-            f"  {name.replace('_', ' '):<18}{_score(name, value)}{_interval(name, interval)}{_reason(metrics, name)}"
-        )
+        if not name.endswith("_ci95"):
+            bounds = _interval(name, metrics.metrics.get(f"{name}_ci95"))
+            lines.append(f"  {name.replace('_', ' '):<18}{_score(name, value)}{bounds}{_reason(metrics, name)}")
     if metrics.baseline_accuracy is not None:
-        lines.append(
-            f"  {'majority baseline':<18}{_percent(metrics.baseline_accuracy)} (always {metrics.baseline_class!r})"
-        )
-    return [*lines, metrics.protocol, *(f"Warning: {warning}" for warning in metrics.warnings)]
+        share = _percent(metrics.baseline_accuracy)
+        lines.append(f"  {'majority baseline':<18}{share}  (always {metrics.baseline_class!r})")
+    leak = [leak_sentence(metrics.leak, metrics.split)] if metrics.leak else []
+    return [*lines, metrics.protocol, *(f"Warning: {warning}" for warning in [*leak, *metrics.warnings])]
 
 
 SHARES = ("accuracy", "balanced_accuracy", "macro_f1", "top5", "ece")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import PIL
 import torch
+from torch import nn
 
 from ..backbones import Backbone, BackboneIdentity, Transform, WeightsMemo, build_backbone, resolve_backbone
+from ..backbones.precision import Verdict, accept_precision, reduced_precision_of, verdict_key
 from ..backbones.prepare import prepare_for_inference
 from ..data.decode import DECODER, decode_image
 from ..data.index import DigestIndex
@@ -21,6 +23,7 @@ from ..features.prepare import Books, Crop, Decode
 from ..features.quarantine import Quarantine
 from ..features.spec import PLAIN_VIEW, FeatureSpec
 from ..features.store import FeatureStore
+from ..features.views import view_pixels
 from ..files import canonical_json, digest_bytes
 from ..params import CacheParams, DataParams, ExtractParams, Params
 from ..runtime.device import resolve_device, usable_cores
@@ -28,7 +31,7 @@ from ..runtime.distributed import World, world_from_environment
 
 INDEX_FOLDER = "index"
 WEIGHTS_MEMO = "weights.json"
-CPU_BATCH = 16
+CPU_BATCH = 8
 
 
 @dataclass
@@ -85,10 +88,26 @@ class Transformation:
     crop: Crop
 
 
-def plain_view(transform: Transform, data: DataParams) -> Transformation:
+def plain_view(transform: Transform, data: DataParams, extract: ExtractParams) -> Transformation:
     """The transform of the weights, without randomness."""
-    decode = partial(decode_image, background=transform.background, exif=transform.exif, max_pixels=data.max_pixels)
-    return Transformation(decode, lambda image, _digest: transform.pixels(image))
+    return Transformation(_decode(transform, data, extract), lambda image, _digest: transform.pixels(image))
+
+
+def augmented_view(transform: Transform, data: DataParams, extract: ExtractParams, number: int) -> Transformation:
+    """A random crop and flip that seed, number of the view and the image's content determine."""
+    crop = partial(view_pixels, transform=transform, seed=extract.views_seed, view=number)
+    return Transformation(_decode(transform, data, extract), lambda image, digest: crop(image, digest))
+
+
+def _decode(transform: Transform, data: DataParams, extract: ExtractParams) -> Decode:
+    draft = transform.resize or transform.crop
+    return partial(
+        decode_image,
+        background=transform.background,
+        exif=transform.exif,
+        max_pixels=data.max_pixels,
+        draft_size=(draft, draft) if extract.decoder == "draft" else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -100,6 +119,8 @@ class Origin:
     feature_dim: int
     device: torch.device
     precision: str
+    decoder: str = DECODER
+    verdict: Verdict | None = None
 
     def spec(self, dtype: str, view: str = PLAIN_VIEW) -> FeatureSpec:
         """The feature spec that these give for one storage dtype and view."""
@@ -109,7 +130,7 @@ class Origin:
             layer=self.identity.layer,
             pooling=self.identity.pooling,
             transform=self.transform.as_dict(),
-            decoder=DECODER,
+            decoder=self.decoder,
             precision=self.precision,
             dtype=dtype,
             view=view,
@@ -121,8 +142,25 @@ def resolve_origin(params: Params) -> Origin:
     memo = WeightsMemo(params.cache.dir / WEIGHTS_MEMO)
     identity, transform, feature_dim = resolve_backbone(params.backbone, params.transform, memo)
     device = resolve_device(params.extract.device, world_from_environment())
-    precision = "float32" if params.extract.precision == "auto" else params.extract.precision
-    return Origin(identity, transform, feature_dim, device, precision)
+    decoder = DECODER if params.extract.decoder == "pillow" else f"{DECODER}-{params.extract.decoder}"
+    origin = Origin(identity, transform, feature_dim, device, "float32", decoder)
+    if params.extract.precision != "auto":
+        return replace(origin, precision=params.extract.precision)
+    return _with_auto_precision(origin, params, memo)
+
+
+def _with_auto_precision(origin: Origin, params: Params, memo: WeightsMemo) -> Origin:
+    """The reduced precision that the device is fast in, where this backbone bears it; the verdict is remembered."""
+    reduced = reduced_precision_of(origin.device)
+    if reduced is None:
+        return origin
+    key = verdict_key(origin.identity, origin.transform.crop, device=origin.device, precision=reduced)
+    verdict = Verdict.from_dict(memo.get(key))
+    if verdict is None:
+        backbone = build_backbone(params.backbone, params.transform)
+        verdict = accept_precision(backbone, device=origin.device, precision=reduced)
+        memo.put(key, verdict.as_dict())
+    return replace(origin, precision=reduced if verdict.accepted else "float32", verdict=verdict)
 
 
 def open_store(params: Params, origin: Origin, view: str = PLAIN_VIEW) -> FeatureStore:
@@ -145,18 +183,22 @@ def open_quarantine(params: Params, transform: Transform) -> Quarantine:
 def build_forward(params: Params, origin: Origin) -> Forward:
     """Load the backbone and prepare it for inference on the origin's device."""
     backbone = build_backbone(params.backbone, params.transform)
-    return forward_of(backbone, origin.device, origin.precision, batch_size(params.extract, origin))
+    size = batch_size(params.extract, origin)
+    return forward_of(backbone, origin.device, origin.precision, size, compiled=params.extract.compile)
 
 
-def forward_of(backbone: Backbone, device: torch.device, precision: str, size: int) -> Forward:
+def forward_of(
+    backbone: Backbone, device: torch.device, precision: str, size: int, *, compiled: bool = False
+) -> Forward:
     """A backbone as a function of pixels, with one forward shape."""
-    module = prepare_for_inference(backbone, device=device, precision=precision)
-    dtype = getattr(torch, precision)
-    return Forward(module, partial(backbone.transform.normalise, dtype=dtype), device, size)
+    module: nn.Module = prepare_for_inference(backbone, device=device, precision=precision)
+    if compiled:
+        module = torch.compile(module)  # type: ignore[assignment]
+    return Forward(module, backbone.transform.normalise, device, size)
 
 
 def batch_size(extract: ExtractParams, origin: Origin) -> int:
-    """The number asked for; by rule 16 on a CPU, where caches are small, and on a GPU what fits, up to 256.
+    """The number asked for; by rule 8 on a CPU, where larger ones gain little, and on a GPU what fits, up to 256.
 
     The GPU rule allows 4 kB a pixel and image, generous for every torchvision classifier.
     """
