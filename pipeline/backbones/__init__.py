@@ -12,6 +12,8 @@ from .build import (
 from .catalogue import BackboneRow, backbone_names, list_backbones
 from .memo import WeightsMemo
 from .network import FeatureNetwork, FrozenBackbone, make_module
+from .precision import Verdict, accept_precision, reduced_precision_of, verdict_key
+from .prepare import PreparedBackbone, prepare_for_inference
 from .transform import Transform
 
 __all__ = [
@@ -20,14 +22,20 @@ __all__ = [
     "BackboneRow",
     "FeatureNetwork",
     "FrozenBackbone",
+    "PreparedBackbone",
     "Transform",
+    "Verdict",
     "WeightsMemo",
+    "accept_precision",
     "backbone_bytes",
     "backbone_names",
     "build_backbone",
     "build_classifier",
     "list_backbones",
     "make_module",
+    "prepare_for_inference",
+    "reduced_precision_of",
     "resolve_backbone",
     "trainable_module",
+    "verdict_key",
 ]

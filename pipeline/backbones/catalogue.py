@@ -142,6 +142,7 @@ def list_backbones() -> list[BackboneRow]:
     return [_row(find_architecture(name)) for name in backbone_names()]
 
 
+@cache
 def _row(architecture: Architecture) -> BackboneRow:
     model = make_classifier(architecture)
     head = model.get_submodule(classifier_path(model))
@@ -167,10 +168,14 @@ def image_size_of_tokens(model: nn.Module, tokens: int) -> int | None:
     return side * int(model.get_parameter("conv_proj.weight").shape[-1]) if side * side == tokens - 1 > 0 else None
 
 
+_INITIALISERS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_, Tensor.erfinv_, Tensor.clamp_)
+
+
 class _EmptyOnMeta(TorchFunctionMode):
     """`torch.empty`, from which layers take their parameters, gives tensors without storage; all else is real.
 
-    Building under `torch.device("meta")` would also reach the arithmetic by which RegNet finds its widths.
+    Initialising what has no storage is skipped. Building under `torch.device("meta")` would also reach the
+    arithmetic by which RegNet finds its widths.
     """
 
     def __torch_function__(
@@ -179,6 +184,8 @@ class _EmptyOnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
+        if func in _INITIALISERS and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
         return func(*args, **kwargs)
 
 

@@ -131,7 +131,9 @@ def load_tensors(
     if missing or problems:
         needed = sum(not name.endswith(COUNTER) for name in expected)
         raise _mismatch(architecture, fitted, missing, problems, needed, where)
-    network.load_state_dict({**expected, **{name: _own(fitted.tensors[name]) for name in present}}, assign=True)
+    # Updated in place, because a state dict carries the versions of its modules, without which MNASNet refuses it.
+    expected.update({name: _own(fitted.tensors[name]) for name in present})
+    network.load_state_dict(expected, assign=True)
     return tuple(_notes(fitted, set(expected), whole))
 
 

@@ -1,0 +1,125 @@
+"""Which reduced precision a device is fast in, and whether a backbone's features bear it.
+
+The verdict comes from a built-in sample, never from the user's images, so that `auto` resolves to the same
+precision for the same backbone, weights and kind of device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..runtime.seeds import make_generator
+from .build import Backbone, BackboneIdentity
+from .prepare import prepare_for_inference
+
+# Cosines between the features of float32 and of the reduced precision, over the sample.
+MEDIAN_COSINE, MINIMUM_COSINE = 0.998, 0.995
+SAMPLE = "smooth-noise-1"  # changes when the sample does
+_IMAGES, _BATCH = 16, 4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether ``precision`` is good enough, with the cosines that say so."""
+
+    precision: str
+    accepted: bool
+    median_cosine: float
+    minimum_cosine: float
+
+    def __str__(self) -> str:
+        word = "accepted" if self.accepted else "not accepted"
+        cosines = f"cosine to float32: median {self.median_cosine:.4f}, minimum {self.minimum_cosine:.4f}"
+        return f"{self.precision} {word} ({cosines})"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values for a `WeightsMemo`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any] | None) -> Verdict | None:
+        """The verdict that was remembered; ``None`` where it is absent or of another shape."""
+        if not isinstance(values, Mapping) or set(values) != set(cls.__dataclass_fields__):
+            return None
+        numbers = (values["median_cosine"], values["minimum_cosine"])
+        if not isinstance(values["accepted"], bool) or not all(isinstance(item, (int, float)) for item in numbers):
+            return None
+        return cls(str(values["precision"]), values["accepted"], float(numbers[0]), float(numbers[1]))
+
+
+def reduced_precision_of(device: torch.device) -> str | None:
+    """The reduced precision that ``device`` computes faster than float32; ``None`` where there is none."""
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        return "bfloat16" if major >= 8 else "float16"
+    if device.type == "cpu" and _cpu_has_bfloat16():
+        return "bfloat16"
+    return None
+
+
+def accept_precision(backbone: Backbone, *, device: torch.device, precision: str) -> Verdict:
+    """Compare the features of ``precision`` with float32 on the built-in sample (some seconds on a CPU).
+
+    Remember the verdict under `verdict_key`.
+    """
+    images = sample_images(backbone.transform.crop)
+    exact = _features(backbone, images, device, "float32")
+    reduced = _features(backbone, images, device, precision)
+    cosines = F.cosine_similarity(exact.double(), reduced.double(), dim=1)
+    cosines = torch.where(torch.isfinite(reduced).all(1), cosines, torch.tensor(-1.0, dtype=torch.float64))
+    median, minimum = float(cosines.median()), float(cosines.min())
+    return Verdict(precision, median >= MEDIAN_COSINE and minimum >= MINIMUM_COSINE, median, minimum)
+
+
+def verdict_key(identity: BackboneIdentity, crop: int, *, device: torch.device, precision: str) -> dict[str, Any]:
+    """What a verdict depends on: the key to remember it under."""
+    return {
+        "about": "precision",
+        "backbone": asdict(identity),
+        "crop": crop,
+        "device": _kind_of(device),
+        "precision": precision,
+        "rule": [SAMPLE, MEDIAN_COSINE, MINIMUM_COSINE],
+        "versions": [torch.__version__, torchvision.__version__],
+    }
+
+
+def sample_images(crop: int) -> Tensor:
+    """16 fixed images, uint8 (16, 3, crop, crop): smooth colours from coarse to fine, with some noise."""
+    images = np.empty((_IMAGES, 3, crop, crop), dtype=np.uint8)
+    for index in range(_IMAGES):
+        generator = make_generator(SAMPLE, index)
+        cells = 2 + 2 * index
+        coarse = torch.from_numpy(generator.normal(size=(1, 3, cells, cells)).astype(np.float32))
+        smooth = F.interpolate(coarse, size=(crop, crop), mode="bicubic", align_corners=False)[0].numpy()
+        noise = generator.normal(size=smooth.shape)
+        brightness, contrast = generator.uniform(80, 170), generator.uniform(25, 70)
+        images[index] = np.clip(brightness + contrast * smooth + 6 * noise, 0, 255).astype(np.uint8)
+    return torch.from_numpy(images)
+
+
+def _features(backbone: Backbone, images: Tensor, device: torch.device, precision: str) -> Tensor:
+    prepared = prepare_for_inference(backbone, device=device, precision=precision)
+    batches = (backbone.transform.normalise(batch.to(device)) for batch in torch.split(images, _BATCH))
+    return torch.cat([prepared(batch).cpu() for batch in batches])
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 natively (AVX-512-bf16 or AMX)."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
+
+
+def _kind_of(device: torch.device) -> str:
+    """The kind of hardware, so far as it decides how numbers are rounded."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type

@@ -1,0 +1,134 @@
+"""Preparing for inference changes the speed, not the features."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.backbones import (
+    Backbone,
+    Verdict,
+    WeightsMemo,
+    accept_precision,
+    prepare_for_inference,
+    reduced_precision_of,
+    verdict_key,
+)
+from pipeline.backbones.precision import sample_images
+from pipeline.backbones.prepare import fold_batchnorm
+from pipeline.backbones.weights import tensors_digest
+
+from .conftest import build, filled_network
+from .test_network import FAMILIES, images
+
+CPU = torch.device("cpu")
+WITHOUT_BATCHNORM = {"alexnet", "convnext_tiny", "squeezenet1_0", "swin_t", "swin_v2_t", "vgg11"}
+# densenet normalises before the convolution too, where the input is a concatenation that others use as well.
+NOT_ALL_FOLDED = {"densenet121"}
+LARGE = {"alexnet", "vgg11", "wide_resnet50_2", "swin_v2_t"}  # slow to draw, and nothing in them that others have not
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - LARGE))
+def test_folded_features_agree_with_the_plain_ones(name: str) -> None:
+    network = filled_network(name)
+    with torch.no_grad():
+        expected = network(images(FAMILIES[name]))
+        folded, count = fold_batchnorm(copy.deepcopy(network).to(memory_format=torch.channels_last))
+        features = folded(images(FAMILIES[name]).to(memory_format=torch.channels_last))
+    assert (features - expected).norm() <= 1e-4 * expected.norm()
+    left = sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert (count == 0) == (name in WITHOUT_BATCHNORM) and (left > 0) == (name in NOT_ALL_FOLDED)
+
+
+@pytest.mark.parametrize("params", [{"layer": "layer3"}, {"pooling": "max"}])
+def test_cut_and_repooled_networks_fold_too(params: dict[str, str]) -> None:
+    backbone = build("resnet18", **params)
+    prepared = prepare_for_inference(backbone, device=CPU, precision="float32")
+    torch.testing.assert_close(prepared(images(64)), backbone.module(images(64)), rtol=1e-4, atol=1e-5)
+    assert prepared.folded >= 15
+
+
+def test_the_backbone_is_left_as_it_was(resnet: Backbone) -> None:
+    state = copy.deepcopy(resnet.module.state_dict())
+    expected = resnet.module(images(64))
+    prepared = prepare_for_inference(resnet, device=CPU, precision="bfloat16")
+    features = prepared(images(64))
+    assert features.dtype == torch.float32 and torch.nn.functional.cosine_similarity(features, expected).min() > 0.99
+    assert torch.equal(resnet.module(images(64)), expected)
+    assert all(torch.equal(state[key], value) for key, value in resnet.module.state_dict().items())
+    assert tensors_digest(resnet.module.network.model.state_dict()) == resnet.identity.digest
+
+
+def test_a_network_that_cannot_be_traced_runs_unfolded() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(x)) if x.sum() > 0 else x
+
+    network = Branching().eval()
+    assert fold_batchnorm(network) == (network, 0)
+
+
+def test_a_convolution_used_twice_is_not_folded() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(self.conv(x)))
+
+    network = Shared().eval()
+    nn.init.uniform_(network.norm.running_var, 0.5, 2.0)
+    expected = network(images(8))
+    folded, count = fold_batchnorm(network)
+    assert count == 0 and torch.allclose(folded(images(8)), expected)
+
+
+def test_threads_may_share_a_prepared_backbone() -> None:
+    prepared = prepare_for_inference(build("mobilenet_v3_small"), device=CPU, precision="float32")
+    batches = [images(64) * scale for scale in (0.5, 1.0, 1.5, 2.0)]
+    expected = [prepared(batch) for batch in batches]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(pool.map(prepared, batches), expected, strict=True))
+
+
+def test_the_verdict_tells_good_from_bad_and_is_remembered(tmp_path, resnet: Backbone) -> None:
+    small = Backbone(resnet.module, type(resnet.transform)(crop=64), 512, resnet.identity, resnet.parameters)
+    same = accept_precision(small, device=CPU, precision="float32")
+    assert same.accepted and same.minimum_cosine == pytest.approx(1)
+    network = copy.deepcopy(resnet.module)
+    network.network.model.conv1.weight.data *= 1e30
+    overflowing = Backbone(network, small.transform, 512, resnet.identity, resnet.parameters)
+    verdict = accept_precision(overflowing, device=CPU, precision="float16")
+    assert not verdict.accepted and verdict.minimum_cosine < 0.9
+    key = verdict_key(resnet.identity, 64, device=CPU, precision="float16")
+    WeightsMemo(tmp_path / "memo.json").put(key, verdict.as_dict())
+    assert Verdict.from_dict(WeightsMemo(tmp_path / "memo.json").get(key)) == verdict
+    assert Verdict.from_dict({"accepted": True}) is None and Verdict.from_dict(None) is None
+
+
+def test_the_sample_is_the_same_every_time_and_varied() -> None:
+    first, again = sample_images(48), sample_images(48)
+    assert torch.equal(first, again) and first.shape == (16, 3, 48, 48) and first.dtype == torch.uint8
+    assert first.float().std((1, 2, 3)).min() > 10 and len({image.numpy().tobytes() for image in first}) == 16
+
+
+def test_reduced_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert reduced_precision_of(torch.device("cuda:0")) == "float16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert reduced_precision_of(torch.device("cuda:0")) == "bfloat16"
+    assert reduced_precision_of(torch.device("mps")) is None
+    for present, expected in ((False, None), (True, "bfloat16")):
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda present=present: present)
+        assert reduced_precision_of(CPU) == expected
