@@ -322,6 +322,14 @@ def test_a_damaged_spec_is_set_aside_and_written_again(tmp_path: Path, content: 
     assert json.loads((store.folder / SPEC_FILE).read_text()) == SPEC.as_dict()
 
 
+def test_a_lost_spec_comes_back_when_the_features_are_used(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    fill(store, make_digests(1))
+    (store.folder / SPEC_FILE).unlink()
+    make_store(tmp_path).touch()
+    assert read_spec(store.folder / SPEC_FILE) == SPEC
+
+
 def test_the_spec_of_another_key_counts_as_damaged(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     fill(store, make_digests(1))

@@ -31,14 +31,18 @@ def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 36)) -> None
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path, quality=95)
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+def write_images(folder: Path) -> Path:
     """Two classes, eight train and four val images each, in the split layout."""
-    folder = tmp_path / "images"
     for number in range(24):
         split, label = "val" if number % 3 == 0 else "train", ("cat", "dog")[number % 2]
         write_image(folder / split / label / f"{number:02}.jpg", number)
     return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The images of `write_images`, free to be changed."""
+    return write_images(tmp_path / "images")
 
 
 @pytest.fixture

@@ -1,0 +1,55 @@
+"""Rounding passes, another image or another transform does not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline.features.rounding import Features
+from pipeline.features.tolerance import TOLERANCES, compare_features
+
+
+def relu_features(seed: int, count: int = 20) -> Features:
+    """Features as backbones give them: not negative, correlated between images."""
+    random = np.random.default_rng(seed)
+    common = random.random(256) * 2
+    return np.maximum(common + 0.5 * random.standard_normal((count, 256)), 0).astype(np.float32)
+
+
+FEATURES = relu_features(0)
+
+
+@pytest.mark.parametrize(("precision", "noise"), [("float32", 1e-3), ("float16", 3e-3), ("bfloat16", 2e-2)])
+def test_the_noise_of_a_precision_is_within_its_tolerance(precision: str, noise: float) -> None:
+    noisy = FEATURES * (1 + noise * np.random.default_rng(1).standard_normal(FEATURES.shape)).astype(np.float32)
+    assert compare_features(FEATURES, noisy).within(TOLERANCES[precision]).all()
+
+
+@pytest.mark.parametrize("precision", sorted(TOLERANCES))
+def test_another_image_is_not(precision: str) -> None:
+    assert not compare_features(FEATURES, np.roll(FEATURES, 1, axis=0)).within(TOLERANCES[precision]).any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_one_wild_value_is_not(value: float) -> None:
+    wild = FEATURES.copy()
+    wild[3, 7] = value
+    expected = [row != 3 for row in range(len(FEATURES))]
+    assert compare_features(FEATURES, wild).within(TOLERANCES["bfloat16"]).tolist() == expected
+    assert compare_features(wild, FEATURES).within(TOLERANCES["bfloat16"]).tolist() == expected
+
+
+def test_the_scale_counts_though_the_direction_agrees() -> None:
+    agreement = compare_features(FEATURES, FEATURES * 2)
+    assert np.allclose(agreement.cosines, 1) and not agreement.within(TOLERANCES["bfloat16"]).any()
+
+
+def test_zeros_agree_with_zeros_only() -> None:
+    zeros = np.zeros((2, 4), np.float32)
+    other = np.array([[0, 0, 0, 0], [0, 0, 1e-6, 0]], np.float32)
+    assert compare_features(zeros, other).within(TOLERANCES["bfloat16"]).tolist() == [True, False]
+
+
+def test_no_rows_agree() -> None:
+    none = np.empty((0, 4), np.float32)
+    assert compare_features(none, none).within(TOLERANCES["float32"]).tolist() == []
