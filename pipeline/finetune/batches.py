@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..params.sections import FinetuneParams
 from ..runtime.device import usable_cores
 from ..runtime.distributed import World
 from ..runtime.seeds import make_generator
@@ -40,19 +41,17 @@ class Batch:
     closes: bool
 
 
-def plan_epoch(
-    count: int, *, batch_size: int, accumulate: int, seed: int, epoch: int, world: World | None = None
-) -> list[Batch]:
+def plan_epoch(count: int, params: FinetuneParams, *, epoch: int, world: World | None = None) -> list[Batch]:
     """The batches of one epoch in an order that depends on (seed, epoch) alone; every image occurs once.
 
-    ``batch_size`` is that of one process; processes share each stretch of ``batch_size * world.size`` images.
+    ``params.batch_size`` is that of one process; processes share each stretch of ``batch_size * world.size`` images.
     """
     world = world or World()
-    order = make_generator(seed, "order", epoch).permutation(count).astype(np.int64)
-    together = batch_size * world.size
+    order = make_generator(params.seed, "order", epoch).permutation(count).astype(np.int64)
+    together = params.batch_size * world.size
     batches: list[Batch] = []
-    for start in range(0, count, together * accumulate):
-        step_rows = order[start : start + together * accumulate]
+    for start in range(0, count, together * params.accumulate):
+        step_rows = order[start : start + together * params.accumulate]
         for begin in range(0, len(step_rows), together):
             mine = step_rows[begin : begin + together][world.rank :: world.size]
             closes = begin + together >= len(step_rows)

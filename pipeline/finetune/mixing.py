@@ -22,20 +22,21 @@ class Mix:
 
 
 def mix_images(
-    images: Tensor, *, mixup: float, cutmix: float, seed: int, epoch: int, batch: int, rank: int = 0
+    images: Tensor, *, mixup: float, cutmix: float, place: tuple[int, int, int], rank: int = 0
 ) -> Mix | None:
     """Mix each image of a normalised batch (n, 3, h, w) with another one of it; None where neither is asked for.
 
-    ``mixup`` and ``cutmix`` are the concentrations of their Beta distributions; with both, a coin decides. The share
-    is that of all processes, so that their losses add up; partners are found within one process's batch.
+    ``mixup`` and ``cutmix`` are the concentrations of their Beta distributions; with both, a coin decides. ``place``
+    is (seed, epoch, batch). The share is that of all processes, so that their losses add up; partners are found
+    within one process's batch.
     """
     if not mixup and not cutmix:
         return None
-    random = make_generator(seed, "mix", epoch, batch)
+    random = make_generator("mix", *place)
     cut = bool(cutmix) and (not mixup or random.random() < 0.5)
     share = float(random.beta(cutmix, cutmix) if cut else random.beta(mixup, mixup))
     box = _box(random, images.shape[-2], images.shape[-1], share)
-    order = make_generator(seed, "partners", epoch, batch, rank).permutation(len(images))
+    order = make_generator("partners", *place, rank).permutation(len(images))
     partners = torch.from_numpy(order).to(images.device)
     if not cut:
         return Mix(torch.lerp(images[partners], images, share), partners, share)

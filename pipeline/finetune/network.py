@@ -46,7 +46,7 @@ class TrainingNetwork:
         self.epoch = 0
         self._forward: nn.Module = self.classifier
         self.classifier.requires_grad_(False)
-        self.optimizer: torch.optim.Optimizer | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
         self.advance(1)
 
     def advance(self, epoch: int) -> None:
@@ -86,6 +86,12 @@ class TrainingNetwork:
         return self._forward.no_sync() if wrapped and not closes else nullcontext()  # type: ignore[operator]
 
     @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the groups opened so far."""
+        assert self._optimizer is not None
+        return self._optimizer
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         """Everything that trains."""
         return [parameter for group in self.groups for _, parameter in group.parameters]
@@ -101,13 +107,12 @@ class TrainingNetwork:
         return sum(parameter.numel() for parameter in self.classifier.parameters())
 
     def _add_groups(self, new_blocks: list[int]) -> None:
-        first = self.optimizer is None
+        first = self._optimizer is None
         added = backbone_groups(self.blocks, new_blocks, self.params)
         self.groups += added
         if first:
-            self.optimizer = make_optimizer(self.groups, self.params, self.device)
+            self._optimizer = make_optimizer(self.groups, self.params, self.device)
         else:
-            assert self.optimizer is not None
             for group in added:
                 self.optimizer.add_param_group(as_param_group(group))
         for group in self.groups if first else added:

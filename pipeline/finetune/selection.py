@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..params.sections import FinetuneParams
 from ..runtime.distributed import World
 from .batches import prepare_batches, resolve_workers
 from .history import Score
-from .images import LabelledImages, PixelTransform
+from .images import LabelledImages, PixelTransform, cache_budget
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -25,27 +26,26 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 class SelectionSet:
     """Images in the backbone's own transform, scored by any number of processes, each its share.
 
-    Args:
-        batch_size: images per forward pass.
-        budget: bytes of pixels to keep; more are prepared anew for each score.
+    Pixels stay in memory where all of them fit into ``params.image_cache_mb``.
     """
 
     def __init__(
         self,
         images: LabelledImages,
         transform: PixelTransform,
-        *,
         device: torch.device,
-        batch_size: int,
-        budget: int,
+        params: FinetuneParams,
+        *,
         world: World | None = None,
     ) -> None:
         self.images, self.transform, self.device = images, transform, device
         world = world or World()
         self.rows = np.arange(world.rank, len(images), world.size)
         self.shared = world.size > 1
-        self._batches = [self.rows[start : start + batch_size] for start in range(0, len(self.rows), batch_size)]
-        self._keeps = len(self.rows) * 3 * transform.crop**2 <= budget
+        self.workers = resolve_workers(params.workers, device)
+        size = params.batch_size
+        self._batches = [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
+        self._keeps = len(self.rows) * 3 * transform.crop**2 <= cache_budget(params.image_cache_mb)
         self._kept: list[Tensor] = []
 
     def score(self, classifier: nn.Module, dtype: torch.dtype = torch.float32) -> Score:
@@ -84,9 +84,7 @@ class SelectionSet:
             yield from self._kept
             return
         kept: list[Tensor] = []
-        prepared = prepare_batches(
-            self._batches, self._pixels_of, size=self.transform.crop, workers=resolve_workers("auto", self.device)
-        )
+        prepared = prepare_batches(self._batches, self._pixels_of, size=self.transform.crop, workers=self.workers)
         for pixels in prepared:
             if self._keeps:
                 kept.append(pixels)

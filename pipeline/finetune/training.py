@@ -4,104 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import Interrupted
 from ..files import file_lock
 from ..params.sections import FinetuneParams
-from ..runtime.distributed import World
-from ..runtime.interrupt import Interruption
 from ..runtime.memory import reuse_freed_memory
-from ..runtime.seeds import derive_seed
-from .augment import Augment
-from .batches import Batch, plan_epoch, prepare_batches, resolve_workers
 from .batchnorm import fused
 from .checkpoint import load_checkpoint, load_state, save_checkpoint, save_state
 from .classifier import Classifier
+from .contract import Outcome, Position, Setting, State, Watch
 from .ema import MovingAverage
 from .history import EpochRow, Score
-from .images import CachedImages, LabelledImages, PixelTransform, cache_budget
-from .mixing import mix_images
-from .network import BatchNormMode, TrainingNetwork
-from .objective import correct_sum, make_objective
-from .optimizer import set_rates
+from .images import LabelledImages, PixelTransform
+from .network import TrainingNetwork
 from .schedule import make_schedule
-from .selection import SelectionSet, autocast
-
-State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where and how a training runs; resolved, nothing ``auto``.
-
-    Attributes:
-        folder: of the checkpoints.
-        fingerprint: of all that the result depends on (params, data, starting weights); a checkpoint with another
-            one is refused.
-        dtype: of mixed precision; float32 for none.
-        class_weights: (c,), or None.
-    """
-
-    folder: Path
-    fingerprint: str
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
-    batchnorm: BatchNormMode = "frozen"
-    class_weights: NDArray[np.floating] | None = None
-    world: World = field(default_factory=World)
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Who looks on: called after each epoch (row) and each batch (images done), and able to stop the training."""
-
-    on_epoch: Callable[[EpochRow], None] = lambda row: None
-    on_batch: Callable[[int], None] = lambda count: None
-    interruption: Interruption = field(default_factory=Interruption)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """States are on the CPU, by the classifier's parameter names.
-
-    Attributes:
-        start, tuned: the state before any step, and that of the best epoch after it.
-        best_epoch: 0 where no epoch beats the start.
-    """
-
-    start: State
-    tuned: State
-    best_epoch: int
-    tuned_epoch: int
-    history: tuple[EpochRow, ...]
-    warnings: tuple[str, ...]
-
-    @property
-    def best(self) -> State:
-        """The better of the two on the selection set."""
-        return self.tuned if self.best_epoch else self.start
-
-
-@dataclass
-class Position:
-    """How far the training is; all of it goes into the checkpoint."""
-
-    epoch: int = 1
-    batch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    sums: list[float] = field(default_factory=lambda: [0.0] * 4)  # loss, weights, correct, images of this epoch
-    finished: bool = False
-    warnings: list[str] = field(default_factory=list)
+from .selection import SelectionSet
+from .steps import Stepper
 
 
 def train_classifier(
@@ -144,25 +67,14 @@ class _Training:
         setting: Setting,
         watch: Watch,
     ) -> None:
-        self.params, self.setting, self.watch, self.transform = params, setting, watch, transform
-        self.device, self.world = setting.device, setting.world
-        budget = cache_budget(params.image_cache_mb)
-        self.selection = SelectionSet(
-            selection, transform, device=self.device, batch_size=params.batch_size, budget=budget, world=self.world
-        )
-        self.source, self.targets = CachedImages(train.source, budget), train.targets
-        self.augment = Augment(
-            params.augment, size=transform.crop, interpolation=transform.interpolation, fill=transform.mean
-        )
-        self.workers = resolve_workers(params.workers, self.device)
+        self.params, self.setting, self.watch, self.world = params, setting, watch, setting.world
         self.network = TrainingNetwork(
-            classifier, params, device=self.device, batchnorm=setting.batchnorm, world=self.world
+            classifier, params, device=setting.device, batchnorm=setting.batchnorm, world=self.world
         )
-        self.objective = make_objective(params.label_smoothing, setting.class_weights, self.device)
-        steps = math.ceil(len(train) / (params.batch_size * self.world.size * params.accumulate))
-        self.schedule = make_schedule(params, steps)
+        self.stepper = Stepper(self.network, train, transform, class_weights=setting.class_weights, dtype=setting.dtype)
+        self.selection = SelectionSet(selection, transform, setting.device, params, world=self.world)
+        self.schedule = make_schedule(params, sum(batch.closes for batch in self.stepper.plan(1)))
         self.average = MovingAverage(self.network.classifier, params.ema) if params.ema else None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=setting.dtype == torch.float16)
         self.fingerprint = f"{setting.fingerprint}/{self.world.size}"
         self.position, self.history = Position(), list[EpochRow]()
         self.last_saved = time.monotonic()
@@ -170,9 +82,9 @@ class _Training:
     # -- epochs ------------------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
-        if not self._resume():
-            self._begin()
         with fused(self.network.pairs):
+            if not self._resume():
+                self._begin()
             while not self.position.finished:
                 self._run_epoch()
         return self._outcome()
@@ -202,22 +114,17 @@ class _Training:
         position, network = self.position, self.network
         network.advance(position.epoch)
         network.train_mode()
-        batches = plan_epoch(
-            len(self.targets),
-            batch_size=self.params.batch_size,
-            accumulate=self.params.accumulate,
-            seed=self.params.seed,
-            epoch=position.epoch,
-            world=self.world,
-        )[position.batch :]
+        batches = self.stepper.plan(position.epoch)[position.batch :]
         started, seconds_before = time.monotonic(), position.seconds
-        sums = torch.tensor(position.sums, dtype=self._sum_dtype, device=self.device)
+        sums = torch.tensor(position.sums, dtype=self.stepper.sum_dtype, device=self.setting.device)
         done = sum(len(batch.rows) for batch in batches if batch.counts)
         step_sums = torch.zeros_like(sums)
-        for batch, pixels in zip(batches, self._prepare(batches), strict=True):
-            step_sums += self._backward(batch, pixels)
+        for batch, pixels in zip(batches, self.stepper.prepare(batches, position.epoch), strict=True):
+            step_sums += self.stepper.add_gradients(batch, pixels, position.epoch)
             if batch.closes:
-                self._step()
+                self.stepper.step(self.schedule(position.step))
+                if self.average:
+                    self.average.update()
                 stop = self._share(step_sums)
                 sums += step_sums
                 step_sums.zero_()
@@ -233,7 +140,7 @@ class _Training:
         position = self.position
         loss, weights, correct, count = position.sums
         score = self._score()
-        rates = {group["name"].split(".")[0].split(" ")[0]: group["lr"] for group in self._optimizer.param_groups}
+        rates = self._rates()
         row = EpochRow(
             epoch=position.epoch,
             train_loss=loss / max(weights, 1e-12),
@@ -267,63 +174,6 @@ class _Training:
             return True
         return False
 
-    # -- steps -------------------------------------------------------------------------------------------------------
-
-    def _prepare(self, batches: list[Batch]) -> Iterator[Tensor]:
-        epoch, seed = self.position.epoch, self.params.seed
-
-        def pixels_of(row: int) -> NDArray[np.uint8]:
-            digest = self.source.digest(row)
-            return self.augment.pixels(self.source.image(row), seed=seed, epoch=epoch, digest=digest)
-
-        return prepare_batches(
-            [batch.rows for batch in batches],
-            pixels_of,
-            size=self.augment.size,
-            workers=self.workers,
-            pin=self.device.type == "cuda",
-        )
-
-    def _backward(self, batch: Batch, pixels: Tensor) -> Tensor:
-        """Add the batch's gradients; its sums of (loss, weights, correct, images)."""
-        params, rank, epoch = self.params, self.world.rank, self.position.epoch
-        torch.manual_seed(derive_seed(params.seed, "batch", epoch, batch.index, rank))  # dropout
-        images = self.transform.normalise(pixels.to(self.device, non_blocking=True), torch.float32)
-        images = images.contiguous(memory_format=torch.channels_last)
-        targets = torch.from_numpy(self.targets[batch.rows]).to(self.device, non_blocking=True)
-        mix = mix_images(
-            images,
-            mixup=params.mixup,
-            cutmix=params.cutmix,
-            seed=params.seed,
-            epoch=epoch,
-            batch=batch.index,
-            rank=rank,
-        )
-        with self.network.gradient_sync(batch.closes):
-            with autocast(self.device, self.setting.dtype):
-                logits = self.network.forward(images if mix is None else mix.images)
-            loss = self.objective.loss_sum(logits.float(), targets, mix)
-            # Processes average their gradients; a borrowed image has no say.
-            share = self.world.size / self.objective.weight_sum(self.targets[batch.step_rows]) if batch.counts else 0.0
-            self.scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
-        weight = self.objective.weight_sum(self.targets[batch.rows])
-        sums = [loss.detach(), weight, correct_sum(logits, targets, mix), len(batch.rows)]
-        total = torch.stack([torch.as_tensor(value, device=self.device).to(self._sum_dtype) for value in sums])
-        return total * float(batch.counts)
-
-    def _step(self) -> None:
-        optimizer = self._optimizer
-        set_rates(optimizer, self.schedule(self.position.step))
-        if self.params.clip_norm:
-            self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters, self.params.clip_norm)
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if self.average:
-            self.average.update()
-
     def _share(self, sums: Tensor) -> bool:
         """Add up the sums of all processes in place; whether any of them was asked to stop."""
         stop = bool(self.watch.interruption)
@@ -344,8 +194,8 @@ class _Training:
         self.history = [EpochRow(**row) for row in content["history"]]
         self.network.advance(content["open"])
         self.network.classifier.load_state_dict(content["model"])
-        self._optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
+        self.network.optimizer.load_state_dict(content["optimizer"])
+        self.stepper.scaler.load_state_dict(content["scaler"])
         if self.average:
             self.average.restore(content["average"], content["average_steps"])
         return True
@@ -372,8 +222,8 @@ class _Training:
             "history": [asdict(row) for row in self.history],
             "open": self.network.epoch,
             "model": self.network.classifier.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "optimizer": self.network.optimizer.state_dict(),
+            "scaler": self.stepper.scaler.state_dict(),
             "average": self.average.state() if self.average else {},
             "average_steps": self.average.steps if self.average else 0,
         }
@@ -395,21 +245,20 @@ class _Training:
 
     # -- small things ------------------------------------------------------------------------------------------------
 
-    @property
-    def _optimizer(self) -> torch.optim.Optimizer:
-        assert self.network.optimizer is not None
-        return self.network.optimizer
-
-    @property
-    def _sum_dtype(self) -> torch.dtype:
-        return torch.float32 if self.device.type == "mps" else torch.float64
-
     def _averaged(self) -> AbstractContextManager[None]:
         return self.average.applied() if self.average else nullcontext()
 
     def _score(self) -> Score:
         with self._averaged():
             return self.selection.score(self.network.classifier, self.setting.dtype)
+
+    def _rates(self) -> dict[str, float]:
+        """The highest rate of the head and of the backbone."""
+        rates: dict[str, float] = {}
+        for group in self.network.optimizer.param_groups:
+            part = "head" if group["name"].startswith("head") else "backbone"
+            rates[part] = max(rates.get(part, 0.0), group["lr"])
+        return rates
 
     def _best_row(self, first: int) -> EpochRow:
         return max(self.history[first:], key=lambda row: row.score.key)
