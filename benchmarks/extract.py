@@ -1,0 +1,249 @@
+"""Extraction against the loop that everyone writes, on the same files with the same weights, in the same run.
+
+    python benchmarks/extract.py --data FOLDER --backbone mobilenet_v2 --weights FILE --images 397 --rounds 3
+
+Prints a Markdown table: images a second of the plain loop (ImageFolder + DataLoader, the preset's transform, float32,
+no_grad, batches of 32, with 4 and with 0 workers) and of `pipeline extract`, medians over interleaved rounds, their
+ratio, the machine's own limit from decode and forward measured alone, and the share of it that was reached. With
+``--forward`` only the forward pass alone is timed. Runs unchanged on a GPU (``--device cuda``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from pipeline.backbones import build_backbone, trainable_module
+from pipeline.data.decode import decode_image
+from pipeline.data.index import DigestIndex
+from pipeline.data.scan import scan_folder
+from pipeline.features.extractor import single_threaded_torch
+from pipeline.params import Params, load_params
+from pipeline.params.sections import IMAGE_EXTENSIONS
+from pipeline.runtime.device import usable_cores
+from pipeline.stages.extract import extract
+from pipeline.stages.sources import build_forward, resolve_origin
+
+
+def main() -> None:
+    arguments = _arguments()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = _copy_images(arguments.data, Path(scratch) / "images", arguments.images)
+        print(_machine(arguments.device))
+        print(
+            f"\n{arguments.images} images of {arguments.data.name}, {arguments.backbone}, {arguments.rounds} rounds\n"
+        )
+        _compare(arguments, folder, Path(scratch))
+        if arguments.memory:
+            _memory(arguments, folder, Path(scratch))
+        if arguments.nothing:
+            _nothing_to_do(Path(scratch), arguments.nothing)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = Path(os.environ.get("PIPELINE_SHARED", "../shared"))
+    parser.add_argument("--data", type=Path, default=shared / "data" / "hymenoptera_data")
+    parser.add_argument("--backbone", default="mobilenet_v2")
+    parser.add_argument("--weights", default="random", help="random, an enum name, or a file")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--memory", action="store_true", help="peak memory at the number of images and four times it")
+    parser.add_argument(
+        "--nothing", type=int, default=0, metavar="FILES", help="time the unchanged tree of FILES files"
+    )
+    return parser.parse_args()
+
+
+def _copy_images(source: Path, target: Path, count: int) -> Path:
+    """The first ``count`` images, in two class folders; repeated under other bytes where there are fewer."""
+    images = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)
+    for number in range(count):
+        original = images[number % len(images)]
+        path = target / ("first", "second")[number % 2] / f"{number:06}{original.suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Bytes after the end of a JPEG change its digest, and nothing else.
+        path.write_bytes(original.read_bytes() + b"\0" * (number // len(images)))
+    return target
+
+
+def _machine(device: str) -> str:
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    return f"{time.strftime('%Y-%m-%d')}, {usable_cores()} cores, {kind}, device {device}, {versions}"
+
+
+def _params(arguments: argparse.Namespace, folder: Path, cache: Path) -> Params:
+    file = cache.parent / "params.yaml"
+    file.write_text("")
+    overrides = [
+        f"data.root={folder}",
+        f"cache.dir={cache}",
+        f"backbone.name={arguments.backbone}",
+        f"backbone.weights={arguments.weights}",
+        f"extract.device={arguments.device}",
+        f"extract.precision={arguments.precision}",
+    ]
+    return load_params(file, overrides)
+
+
+def _compare(arguments: argparse.Namespace, folder: Path, scratch: Path) -> None:
+    contestants: dict[str, Callable[[], float]] = {
+        "plain loop, 4 workers": lambda: _plain_loop(arguments, folder, 4),
+        "plain loop, 0 workers": lambda: _plain_loop(arguments, folder, 0),
+        "pipeline extract": lambda: _ours(arguments, folder, scratch),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    limits: list[float] = []
+    for _ in range(arguments.rounds):
+        for name, run in contestants.items():
+            rates[name].append(run())
+        limits.append(_limit(arguments, folder, scratch))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    plain = max(medians["plain loop, 4 workers"], medians["plain loop, 0 workers"])
+    limit = statistics.median(limits)
+    print("| | images/s (median) | min to max | ratio to the better plain loop |")
+    print("| :-- | --: | --: | --: |")
+    for name, values in rates.items():
+        print(
+            f"| {name} | {medians[name]:.1f} | {min(values):.1f} to {max(values):.1f} | {medians[name] / plain:.2f} |"
+        )
+    spread, share = f"{min(limits):.1f} to {max(limits):.1f}", 100 * medians["pipeline extract"] / limit
+    print(f"| limit of the machine | {limit:.1f} | {spread} | {share:.0f} % of it reached |\n")
+
+
+def _plain_loop(arguments: argparse.Namespace, folder: Path, workers: int) -> float:
+    """Images a second of the loop in every tutorial."""
+    backbone = build_backbone(_section(arguments), Params().transform)
+    model = trainable_module(backbone).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu")
+    model.to(device)
+    weights = torchvision.models.get_model_weights(arguments.backbone)["IMAGENET1K_V1"]
+    data = torchvision.datasets.ImageFolder(str(folder), weights.transforms())
+    loader = torch.utils.data.DataLoader(data, batch_size=32, num_workers=workers)
+    started = time.perf_counter()
+    features = []
+    with torch.no_grad():
+        for images, _ in loader:
+            features.append(model(images.to(device)).cpu())
+    return len(data) / (time.perf_counter() - started)
+
+
+def _section(arguments: argparse.Namespace) -> Any:
+    return Params().backbone.model_copy(update={"name": arguments.backbone, "weights": arguments.weights})
+
+
+def _ours(arguments: argparse.Namespace, folder: Path, scratch: Path) -> float:
+    """Images a second of `extract` into an empty cache, from the first file opened to the last part published."""
+    cache = scratch / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    summary = extract(_params(arguments, folder, cache), lambda _line: None, quiet=True)
+    return float(summary["images_per_second"])
+
+
+def _limit(arguments: argparse.Namespace, folder: Path, scratch: Path) -> float:
+    """Images a second that decode and forward alone allow: on a CPU cores / (sum of core-seconds), else the smaller."""
+    params = _params(arguments, folder, scratch / "cache")
+    origin = resolve_origin(params)
+    forward = build_forward(params, origin)
+    files = sorted(folder.rglob("*.*"))[: 24 * usable_cores()]
+
+    def crop(file: Path) -> Any:
+        image = decode_image(file.read_bytes(), background=(255, 255, 255), exif=True, max_pixels=10**9)
+        return origin.transform.pixels(image)
+
+    with single_threaded_torch(origin.device.type == "cpu"), ThreadPoolExecutor(usable_cores()) as pool:
+        started = time.perf_counter()
+        pixels = list(pool.map(crop, files))
+        decode = len(files) / (time.perf_counter() - started)
+        batches = [pixels[i : i + forward.batch_size] for i in range(0, len(pixels), forward.batch_size)]
+        batches = [batch for batch in batches if len(batch) == forward.batch_size] or batches[:1]
+        parallel = usable_cores() if origin.device.type == "cpu" else 2
+        with ThreadPoolExecutor(parallel) as forwards:
+            list(forwards.map(forward, batches[:parallel]))
+            started = time.perf_counter()
+            list(forwards.map(forward, batches * 2))
+            rate = 2 * sum(map(len, batches)) / (time.perf_counter() - started)
+    return 1 / (1 / decode + 1 / rate) if origin.device.type == "cpu" else min(decode, rate)
+
+
+def _memory(arguments: argparse.Namespace, folder: Path, scratch: Path) -> None:
+    """Peak resident memory of an extract of all images, and of a quarter of them, each in a process of its own."""
+    quarter = scratch / "quarter"
+    for path in sorted(folder.rglob("*.*"))[::4]:
+        (quarter / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, quarter / path.parent.name)
+    for name, data in (("a quarter of the images", quarter), ("all images", folder)):
+        shutil.rmtree(scratch / "cache", ignore_errors=True)
+        _params(arguments, data, scratch / "cache")
+        command = [sys.executable, "-m", "pipeline", "extract", "-q", "-p", str(scratch / "params.yaml")]
+        for setting in (
+            f"data.root={data}",
+            f"cache.dir={scratch / 'cache'}",
+            f"backbone.name={arguments.backbone}",
+            f"backbone.weights={arguments.weights}",
+        ):
+            command += ["-s", setting]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        subprocess.run(command, check=True)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        print(f"Peak memory, {name}: {max(peak, before) / 1024:.0f} MB")
+
+
+def _nothing_to_do(scratch: Path, count: int) -> None:
+    """Scan and look-up of an unchanged tree against os.scandir + stat on it, interleaved."""
+    root = scratch / "many"
+    for number in range(count):
+        path = root / f"class{number % 100:03}" / f"{number:07}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    time.sleep(2.5)  # younger files are not trusted
+    tree = scan_folder(root, layout="auto", extensions=IMAGE_EXTENSIONS)
+    digests = torch.randint(0, 256, (count, 16), dtype=torch.uint8).numpy()
+    known = digests[:, 0] >= 0
+    index = scratch / "many.idx"
+    DigestIndex().updated(tree.paths, tree.stats, digests, known, read_ns=time.time_ns()).save(index)
+    ratios = []
+    for _ in range(7):
+        started = time.perf_counter()
+        _scandir_and_stat(str(root))
+        plain = time.perf_counter() - started
+        started = time.perf_counter()
+        tree = scan_folder(root, layout="auto", extensions=IMAGE_EXTENSIONS)
+        found = DigestIndex.load(index).lookup(tree.paths, tree.stats)[1]
+        ours = time.perf_counter() - started
+        assert found.all()
+        ratios.append((ours / plain, ours, plain))
+    ratio, ours, plain = sorted(ratios)[len(ratios) // 2]
+    print(
+        f"Nothing to do, {count} files: scan and look-up {ours:.2f} s, scandir + stat {plain:.2f} s, ratio {ratio:.2f}"
+    )
+
+
+def _scandir_and_stat(folder: str) -> None:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                _scandir_and_stat(entry.path)
+            else:
+                entry.stat()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Stage two end to end on a tiny folder: fit, score, publish, load, predict the same."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import load_run
+from pipeline.errors import DataError, HeadError, MissingFeaturesError, RunError
+from pipeline.params import Params
+from pipeline.stages.evaluate import evaluate_run
+from pipeline.stages.train_head import train_head
+
+from .conftest import write_image
+
+Extract = Callable[..., dict[str, Any]]
+MakeParams = Callable[..., Params]
+KINDS = (
+    "logistic",
+    "linear",
+    "mlp",
+    "svm",
+    "knn",
+    "nearest_centroid",
+    "ridge",
+    "lda",
+    "random_forest",
+    "gradient_boosting",
+    "mlp_sklearn",
+    "sklearn.naive_bayes.GaussianNB",
+)
+QUICK = ("head.linear.epochs=3", "head.mlp.epochs=3", "head.logistic.strengths=5", "head.folds=2")
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    with open(run / "predictions.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_run_predicts_live_what_it_reported(
+    kind: str, run_extract: Extract, make_params: MakeParams, root: Path, tmp_path: Path
+) -> None:
+    run_extract()
+    summary = train_head(make_params(*QUICK, f"head.kind={kind}"), lambda _line: None)
+    run = load_run(summary["run"], [f"cache.dir={tmp_path / 'live'}"])
+    reported = {str(root / row["path"]): row for row in rows_of(Path(summary["run"])) if row["split"] == "val"}
+    predictions = run.predict([root / "val"], top=2)
+    assert len(predictions) == len(reported) == 8
+    for prediction in predictions:
+        row = reported[prediction.path]
+        assert prediction.label == row["predicted"]
+        for label, probability in prediction.top:
+            assert (repr(probability) if probability is not None else "") == row[f"p_{label}"]
+    alone = run.predict([Path(predictions[0].path)], top=2)
+    assert alone == predictions[:1]
+
+
+def test_the_summary_has_every_promised_key(run_extract: Extract, make_params: MakeParams) -> None:
+    run_extract()
+    lines: list[str] = []
+    summary = train_head(make_params(*QUICK), lines.append)
+    assert {"run", "split", "n", "metrics", "baseline_accuracy", "selected"} <= set(summary)
+    promised = {"accuracy", "accuracy_ci95", "balanced_accuracy", "macro_f1", "log_loss", "ece"}
+    assert promised <= set(summary["metrics"])
+    assert (summary["split"], summary["n"], summary["baseline_accuracy"]) == ("val", 8, 0.5)
+    assert any(line.startswith("Trainable: 2,050 / ") for line in lines)
+    json.dumps(summary)
+
+
+def test_the_run_folder_is_complete_and_never_overwritten(run_extract: Extract, make_params: MakeParams) -> None:
+    run_extract()
+    params = make_params(*QUICK, "runs.name=mine")
+    run = Path(train_head(params, lambda _line: None)["run"])
+    names = {"params.yaml", "metrics.json", "model.json", "predictions.csv", "report.html"}
+    assert names < {file.name for file in run.iterdir()}
+    with pytest.raises(RunError, match="mine"):
+        train_head(params, lambda _line: None)
+
+
+def test_scores_do_not_depend_on_the_reported_set(run_extract: Extract, make_params: MakeParams, root: Path) -> None:
+    """What was chosen stays chosen when the reported images change."""
+    run_extract()
+    before = train_head(make_params(*QUICK), lambda _line: None)
+    for image in sorted((root / "val").rglob("*.jpg"))[:4]:
+        image.unlink()
+    after = train_head(make_params(*QUICK), lambda _line: None)
+    assert after["n"] == 4
+    seconds = {"seconds"}
+    assert {k: v for k, v in before["selected"].items() if k not in seconds} == {
+        k: v for k, v in after["selected"].items() if k not in seconds
+    }
+
+
+def test_several_kinds_make_a_leaderboard_and_one_winner(run_extract: Extract, make_params: MakeParams) -> None:
+    run_extract()
+    lines: list[str] = []
+    summary = train_head(make_params(*QUICK, "head.kind=[nearest_centroid, knn]"), lines.append)
+    metrics = json.loads((Path(summary["run"]) / "metrics.json").read_text())
+    assert sum(row["selected"] for row in metrics["leaderboard"]) == 1
+    assert "kind of head was chosen" in metrics["protocol"]
+    assert "on which nothing was chosen" in metrics["protocol"]
+
+
+def test_a_leak_of_train_into_val_is_reported(run_extract: Extract, make_params: MakeParams, root: Path) -> None:
+    leaked = sorted((root / "train" / "cat").iterdir())[0]
+    (root / "val" / "cat" / "leak.jpg").write_bytes(leaked.read_bytes())
+    run_extract()
+    summary = train_head(make_params(*QUICK), lambda _line: None)
+    assert summary["leak"]["leaked"] == 1
+    assert summary["leak"]["n"] == 8
+
+
+def test_a_flat_folder_is_split_by_content(run_extract: Extract, make_params: MakeParams, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    for number in range(40):
+        write_image(flat / ("a", "b")[number % 2] / f"{number}.jpg", number)
+    over = (f"data.root={flat}", "data.val_fraction=0.3", "data.test_fraction=0.2", *QUICK)
+    run_extract(*over)
+    summary = train_head(make_params(*over), lambda _line: None)
+    assert summary["split"] == "test"
+    assert 2 <= summary["n"] <= 16
+
+
+def test_views_are_embedded_once_and_trained_on(run_extract: Extract, make_params: MakeParams) -> None:
+    first = run_extract("extract.views=2")
+    assert (first["forwarded"], [view["forwarded"] for view in first["views"]]) == (24 + 32, [16, 16])
+    assert run_extract("extract.views=2")["forwarded"] == 0
+    summary = train_head(make_params(*QUICK, "extract.views=2"), lambda _line: None)
+    assert summary["n"] == 8
+    plain = train_head(make_params(*QUICK), lambda _line: None)
+    assert plain["metrics"]["log_loss"] != summary["metrics"]["log_loss"]
+
+
+def test_one_class_says_why_training_cannot_go_on(
+    run_extract: Extract, make_params: MakeParams, tmp_path: Path
+) -> None:
+    write_image(tmp_path / "one" / "only" / "a.jpg", 1)
+    over = (f"data.root={tmp_path / 'one'}",)
+    run_extract(*over)
+    with pytest.raises(DataError, match="cannot be trained") as caught:
+        train_head(make_params(*over), lambda _line: None)
+    assert "1 class folder" in str(caught.value)
+
+
+def test_training_before_extracting_names_the_remedy(make_params: MakeParams) -> None:
+    with pytest.raises(MissingFeaturesError) as caught:
+        train_head(make_params(), lambda _line: None)
+    assert "pipeline extract" in str(caught.value)
+
+
+def test_an_unknown_kind_names_near_ones(run_extract: Extract, make_params: MakeParams) -> None:
+    run_extract()
+    with pytest.raises(HeadError) as caught:
+        train_head(make_params("head.kind=logstic"), lambda _line: None)
+    assert "logistic" in str(caught.value)
+
+
+def test_evaluate_repeats_the_report_and_scores_other_folders(
+    run_extract: Extract, make_params: MakeParams, root: Path, tmp_path: Path
+) -> None:
+    run_extract()
+    summary = train_head(make_params(*QUICK), lambda _line: None)
+    run = load_run(summary["run"])
+    assert evaluate_run(run, quiet=True).metrics == summary["metrics"]
+    for number in range(6):
+        write_image(tmp_path / "other" / ("cat", "dog")[number % 2] / f"{number}.jpg", 50 + number)
+    elsewhere = evaluate_run(run, tmp_path / "other", quiet=True)
+    assert (elsewhere.split, elsewhere.n) == ("all", 6)
+    write_image(tmp_path / "other" / "bird" / "x.jpg", 99)
+    with pytest.raises(DataError, match="classes"):
+        evaluate_run(run, tmp_path / "other", quiet=True)
+
+
+def test_bad_files_are_listed_beside_good_predictions(
+    run_extract: Extract, make_params: MakeParams, root: Path, tmp_path: Path
+) -> None:
+    run_extract()
+    run = load_run(train_head(make_params(*QUICK), lambda _line: None)["run"])
+    folder = tmp_path / "new"
+    write_image(folder / "good.jpg", 1)
+    (folder / "bad.jpg").write_bytes(b"nothing")
+    bad, good = run.predict([folder])
+    assert bad.error is not None and "not an image" in bad.error
+    assert good.error is None and good.label in {"cat", "dog"}
+
+
+def test_other_weights_than_the_run_was_made_with_are_refused(
+    run_extract: Extract, make_params: MakeParams, root: Path, tmp_path: Path
+) -> None:
+    run_extract()
+    summary = train_head(make_params(*QUICK), lambda _line: None)
+    run = load_run(summary["run"], ["backbone.seed=1", f"cache.dir={tmp_path / 'live'}"])
+    with pytest.raises(RunError, match="other weights"):
+        run.predict([root / "val"])
+
+
+def test_the_same_params_give_the_same_numbers(run_extract: Extract, make_params: MakeParams) -> None:
+    run_extract()
+    for kind in ("logistic", "mlp"):
+        first, second = (train_head(make_params(*QUICK, f"head.kind={kind}"), lambda _line: None) for _ in range(2))
+        assert first["metrics"] == second["metrics"]
+        np.testing.assert_equal(rows_of(Path(first["run"])), rows_of(Path(second["run"])))
