@@ -20,6 +20,7 @@ Ints = NDArray[np.int64]
 Features = NDArray[np.float32]
 ClassWeight = Literal["balanced"] | dict[str, float] | None
 
+OWN_KINDS = ("logistic", "linear", "mlp", "sklearn")
 CHUNK_ROWS = 128
 LOG_FLOOR = float(np.finfo(np.float64).tiny)
 
@@ -144,9 +145,12 @@ def in_chunks(function: Callable[[NDArray[Any]], NDArray[Any]], X: NDArray[Any],
 
 
 @contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Predict with one BLAS thread, so that the bits of a row do not depend on how many cores there are."""
-    with threadpool_limits(1, user_api="blas"):
+def one_library_thread() -> Iterator[None]:
+    """Predict with one BLAS and OpenMP thread: a row's bits must not depend on how many cores there are.
+
+    Calls for single rows are also faster so, as there is too little in them to share.
+    """
+    with threadpool_limits(1):
         yield
 
 

@@ -12,7 +12,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import all_estimators
 
 from ..errors import HeadError
-from .base import near
+from .base import OWN_KINDS, near
 
 ALIASES = {
     "svm": "sklearn.svm.SVC",
@@ -73,7 +73,7 @@ def parameter_names(estimator: type[BaseEstimator]) -> list[str]:
 
 def _unknown(name: str, why: str) -> HeadError:
     paths = {estimator.__name__: _public_path(estimator) for _, estimator in all_estimators("classifier")}
-    known = {**{alias: alias for alias in ALIASES}, **paths, **{path: path for path in paths.values()}}
+    known = {**{kind: kind for kind in (*OWN_KINDS, *ALIASES)}, **paths, **{path: path for path in paths.values()}}
     close = near(name.rpartition(".")[2], list(known)) or near(name, list(known))
     for short in sorted(paths, key=len, reverse=True):
         close = re.sub(rf"(?<![\w.]){short}\b", paths[short], close)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import HeadError
 from ..params import HeadParams
-from .base import Head, near
+from .base import OWN_KINDS, Head
 from .estimators import ALIASES, resolve_estimator
 from .logistic import LogisticHead
 from .network import NetworkHead
 from .sklearn_head import SklearnHead
-
-OWN_KINDS = ("logistic", "linear", "mlp", "sklearn")
 
 
 def known_kinds() -> tuple[str, ...]:
@@ -31,13 +28,6 @@ def make_head(kind: str, params: HeadParams, *, class_names: Sequence[str], jobs
     Raises:
         HeadError: no such kind (near names are given), or parameters that it does not have.
     """
-    if kind not in known_kinds() and not kind.startswith("sklearn."):
-        raise HeadError(
-            f"There is no head of kind {kind!r}.",
-            where="head.kind",
-            remedy=f"{near(kind, known_kinds())}kinds: {', '.join(known_kinds())}; or a scikit-learn classifier by its "
-            "dotted path, such as sklearn.naive_bayes.GaussianNB",
-        )
     if kind == "logistic":
         return LogisticHead(params, class_names=class_names, device=device)
     if kind == "linear":
