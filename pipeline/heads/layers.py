@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .base import CHUNK_ROWS, Floats, one_blas_thread, softmax
+from .base import CHUNK_ROWS, Floats, one_library_thread, softmax
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Layers:
     def logits(self, X: NDArray[Any]) -> Floats:
         """Logits (n, c) of features (n, d); the bits of a row depend on that row alone."""
         parts = [np.empty((0, len(self.biases[-1])))]
-        with one_blas_thread():
+        with one_library_thread():
             for start in range(0, len(X), CHUNK_ROWS):
                 parts.append(self._rows(X[start : start + CHUNK_ROWS].astype(np.float64)))
         return np.concatenate(parts)

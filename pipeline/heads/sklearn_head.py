@@ -26,7 +26,7 @@ from .base import (
     check_training_data,
     class_weights,
     in_chunks,
-    one_blas_thread,
+    one_library_thread,
     softmax,
 )
 from .calibration import calibrate
@@ -212,7 +212,7 @@ class SklearnHead:
 
     def predict(self, X: Features) -> Ints:
         """The estimator's own prediction (n,)."""
-        with one_blas_thread(), config_context(assume_finite=True):
+        with one_library_thread(), config_context(assume_finite=True):
             return np.asarray(self.classes_[by_rows(self._fitted(), "predict", X).astype(np.int64)])
 
     def predict_proba(self, X: Features) -> Floats:
@@ -224,7 +224,7 @@ class SklearnHead:
         if self.source is None or not self.has_probabilities:
             raise HeadError("This head gives no probabilities.", why=self.why_no_probabilities)
         pipeline, source = self._fitted(), self.source
-        with one_blas_thread(), config_context(assume_finite=True):
+        with one_library_thread(), config_context(assume_finite=True):
             if source == "predict_proba" and self.temperature == 1.0:
                 return by_rows(pipeline, source, X).astype(np.float64)
             return softmax(_logits(pipeline, source, X) / self.temperature)

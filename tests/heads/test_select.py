@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.errors import HeadError
+from pipeline.heads import choose_head, curve_band, known_kinds, learning_curve, make_head
+from pipeline.heads.calibration import expected_calibration_error, fit_temperature
+from pipeline.heads.curve import nested_order
+from pipeline.params import HeadParams, LogisticParams, SklearnParams
+
+from .conftest import make_features
+
+NAMES = ["a", "b", "c"]
+
+
+def params(kind: str | list[str], **rest: object) -> HeadParams:
+    return HeadParams(kind=kind, folds=3, **rest)  # type: ignore[arg-type]
+
+
+def test_a_single_kind_is_fitted_with_cheap_baselines_beside_it() -> None:
+    X, y = make_features()
+    choice = choose_head(params("logistic"), X, y, class_names=NAMES)
+    assert choice.head.kind == "logistic"
+    rows = choice.leaderboard
+    assert [(row["kind"], row["chosen"], row["baseline"]) for row in rows] == [
+        ("logistic", True, False),
+        ("nearest_centroid", False, True),
+        ("knn", False, True),
+    ]
+    assert all(0 < row["cv_accuracy"] <= 1 for row in rows)
+    assert choice.selections == (("the strength C", "by 3-fold cross-validation", "train"),)
+    json.dumps(rows, allow_nan=False)
+
+
+def test_cross_validation_chooses_between_kinds() -> None:
+    X, y = make_features(150, 24, 3)
+    bad = SklearnParams(estimator="sklearn.dummy.DummyClassifier", params={})
+    choice = choose_head(params(["sklearn", "logistic"], sklearn=bad), X, y, class_names=NAMES, baselines=False)
+    assert choice.head.kind == "logistic"
+    entry = choice.entries[0]
+    assert entry.out_of_fold is not None and entry.out_of_fold.shape == (150, 3)
+    assert ("the kind of head", "by 3-fold cross-validation", "train") in choice.selections
+
+
+def test_a_held_out_set_decides_where_it_is_given() -> None:
+    X, y = make_features(150, 24, 3)
+    flipped = (y + 1) % 3  # a validation set on which only being wrong helps
+    choice = choose_head(
+        params(["logistic", "sklearn"], sklearn=SklearnParams(estimator="sklearn.dummy.DummyClassifier")),
+        X,
+        y,
+        class_names=NAMES,
+        held_out=(X, flipped),
+        baselines=False,
+    )
+    assert choice.head.kind == "sklearn"
+    assert ("the kind of head", "by accuracy", "val") in choice.selections
+
+
+def test_a_head_without_probabilities_has_a_row_too() -> None:
+    X, y = make_features(120, 10, 4)
+    section = SklearnParams(estimator="svm", params={"decision_function_shape": "ovo"})
+    choice = choose_head(params(["sklearn", "logistic"], sklearn=section), X, y, class_names=[*NAMES, "d"])
+    row = next(row for row in choice.leaderboard if row["kind"] == "sklearn")
+    assert row["cv_log_loss"] is None and row["cv_accuracy"] > 0
+
+
+def test_single_rows_of_each_class_cannot_compare_kinds() -> None:
+    X, y = np.eye(3, 8, dtype=np.float32), np.arange(3)
+    assert choose_head(params("logistic"), X, y, class_names=NAMES).head.kind == "logistic"
+    with pytest.raises(HeadError, match="impossible"):
+        choose_head(params(["logistic", "knn"]), X, y, class_names=NAMES)
+
+
+def test_kinds_are_listed() -> None:
+    assert {"logistic", "linear", "mlp", "sklearn", "svm", "gradient_boosting"} <= set(known_kinds())
+
+
+def test_the_curve_rises_with_images_and_parts_are_nested_and_stratified() -> None:
+    X, y = make_features(300, 24, 3)
+    X_val, y_val = X[200:], y[200:]
+    chosen = params("logistic", logistic=LogisticParams(strengths=5))
+    rows = learning_curve(
+        lambda: make_head("logistic", chosen, class_names=NAMES),
+        X[:200],
+        y[:200],
+        None,
+        X_val,
+        y_val,
+        fractions=(0.1, 0.4, 1.0),
+        repeats=2,
+    )
+    assert [(row["repeat"], row["images"]) for row in rows] == [(0, 20), (0, 80), (0, 200), (1, 20), (1, 80)]
+    band = curve_band(rows)
+    assert band[0]["accuracy"] < band[-1]["accuracy"]
+    assert all(point["low"] <= point["accuracy"] <= point["high"] for point in band)
+
+
+def test_every_beginning_of_the_order_is_stratified_and_keeps_groups() -> None:
+    y = np.repeat([0, 1], [80, 20])
+    order = nested_order(y, None, seed=0)
+    assert sorted(order) == list(range(100)) and np.bincount(y[order[:10]]).tolist() == [8, 2]
+    groups = np.arange(100) // 4
+    ids = groups[nested_order(y, groups, seed=0)]
+    assert (np.diff(ids) != 0).sum() == 24  # each group once, side by side
+
+
+def test_calibration_error_and_temperature() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 3))
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    index = np.array([rng.choice(3, p=row) for row in p])
+    assert expected_calibration_error(p, index) < 0.03
+    assert fit_temperature(logits * 5, index) == pytest.approx(5, rel=0.1)
+    sure = np.eye(3)[np.zeros(10, int)]
+    assert expected_calibration_error(sure, np.r_[np.zeros(5, int), np.ones(5, int)]) == pytest.approx(0.5)
+    assert 0 < fit_temperature(np.eye(3) * 3, np.arange(3)) < 0.1

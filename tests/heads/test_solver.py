@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from pipeline.heads.layers import standardisation
+from pipeline.heads.solver import Design, Problems, Solutions, solve
+
+from .conftest import make_features
+
+
+def scaled(X: np.ndarray) -> np.ndarray:
+    mean, scale = standardisation(X, True)
+    return (X - mean) / scale
+
+
+def solved(
+    X: np.ndarray, y: np.ndarray, strengths: list[float], weight: np.ndarray | None = None, tolerance: float = 1e-8
+) -> tuple[Design, Solutions]:
+    """Every strength on all rows with ``weight``, in one batch from zero."""
+    classes = int(y.max()) + 1
+    design = Design.build(torch.from_numpy(X), torch.from_numpy(y), classes)
+    rows = torch.ones(1, len(y), dtype=torch.float64) if weight is None else torch.from_numpy(weight)[None]
+    strength = torch.tensor(strengths, dtype=torch.float64)
+    problems = Problems.build(design, strength, rows.repeat(len(strengths), 1))
+    start = torch.zeros(len(strengths), design.outputs, design.exact.shape[1], dtype=torch.float64)
+    return design, solve(design, problems, start, tolerance)
+
+
+def sklearn_objective(X: np.ndarray, y: np.ndarray, C: float, weight: np.ndarray | None = None) -> tuple[float, object]:
+    model = LogisticRegression(C=C, tol=1e-12, max_iter=20_000).fit(X, y, sample_weight=weight)
+    logits = X @ model.coef_.T + model.intercept_
+    if logits.shape[1] == 1:
+        logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
+    losses = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(y)), y]
+    return C * float((losses if weight is None else losses * weight).sum()) + 0.5 * float((model.coef_**2).sum()), model
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+@pytest.mark.parametrize("shape", [(150, 24), (40, 90)], ids=["rows", "features"])
+def test_objective_and_predictions_are_those_of_scikit_learn(classes: int, shape: tuple[int, int]) -> None:
+    X, y = make_features(*shape, classes)
+    X = scaled(X)
+    strengths = [1e-5, 1e-3, 1e-1, 1e1, 1e3]
+    _, solutions = solved(X, y, strengths)
+    for number, C in enumerate(strengths):
+        expected, model = sklearn_objective(X, y, C)
+        assert float(solutions.objective[number]) <= expected * (1 + 1e-6)
+        logits = solutions.logits[number].T.numpy()
+        ours = logits.argmax(axis=1) if classes > 2 else (logits[:, 0] > 0).astype(int)
+        assert (ours == model.predict(X)).mean() > 0.99  # type: ignore[attr-defined]
+        assert abs(float(solutions.objective[number]) - expected) <= expected * 1e-5
+
+
+def test_the_certificate_is_a_bound() -> None:
+    X, y = make_features(classes=3)
+    X = scaled(X)
+    _, exact = solved(X, y, [1.0], tolerance=1e-13)
+    for tolerance in (1e-1, 1e-3, 1e-5):
+        _, rough = solved(X, y, [1.0], tolerance=tolerance)
+        assert float(rough.gap[0]) <= tolerance
+        assert float(rough.objective[0] / exact.objective[0]) - 1 <= float(rough.gap[0]) + 1e-12
+
+
+def test_float64_polishes_what_float32_cannot_reach() -> None:
+    X, y = make_features(classes=4)
+    _, solutions = solved(scaled(X), y, [1e-4, 1.0, 1e4], tolerance=1e-14)
+    assert float(solutions.gap.max()) <= 1e-14
+
+
+def test_weights_of_rows_are_those_of_scikit_learn() -> None:
+    X, y = make_features(classes=3)
+    X = scaled(X)
+    weight = np.random.default_rng(0).integers(0, 3, len(y)).astype(np.float64)
+    _, solutions = solved(X, y, [0.1], weight)
+    expected, _ = sklearn_objective(X[weight > 0], y[weight > 0], 0.1, weight[weight > 0])
+    assert float(solutions.objective[0]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_separable_data_has_a_solution_at_every_strength() -> None:
+    X, y = make_features(60, 80, 2, spread=5.0)
+    _, solutions = solved(scaled(X), y, list(np.geomspace(1e-6, 1e5, 12)), tolerance=1e-7)
+    assert float(solutions.gap.max()) <= 1e-7
+    assert torch.isfinite(solutions.weights).all()
+
+
+def test_a_class_without_rows_is_left_out() -> None:
+    X, y = make_features(classes=4)
+    X = scaled(X)
+    weight = (y != 2).astype(np.float64)
+    _, solutions = solved(X, y, [1.0], weight)
+    kept = y != 2
+    expected, _ = sklearn_objective(X[kept], np.searchsorted([0, 1, 3], y[kept]), 1.0)
+    assert float(solutions.objective[0]) == pytest.approx(expected, rel=1e-6)
+    assert not solutions.weights[0, 2].any()
+
+
+def test_the_rotation_shrinks_to_the_rank() -> None:
+    X, y = make_features(30, 90, 2)
+    design = Design.build(torch.from_numpy(scaled(X)), torch.from_numpy(y), 2)
+    assert design.exact.shape == (30, 30)  # 29 dimensions of centred rows, and the intercept
+    assert torch.allclose(design.exact[:, :-1] @ design.basis.T, torch.from_numpy(scaled(X)), atol=1e-10)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_solutions() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    X, y = make_features(classes=3)
+    X = scaled(X)
+    _, ours = solved(X, y, [0.1, 10.0])
+    target = torch.from_numpy(y).cuda()
+    design = Design.build(torch.from_numpy(X).cuda(), target, 3)
+    strength = torch.tensor([0.1, 10.0], dtype=torch.float64, device="cuda")
+    rows = torch.ones(2, len(y), dtype=torch.float64, device="cuda")
+    start = torch.zeros(2, 3, design.exact.shape[1], dtype=torch.float64, device="cuda")
+    theirs = solve(design, Problems.build(design, strength, rows), start, 1e-8)
+    assert torch.allclose(theirs.objective.cpu(), ours.objective, rtol=1e-7)
