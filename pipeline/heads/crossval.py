@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from ..errors import HeadError
 from .base import Features, Floats, Ints, log_losses, near, one_thread, softmax
 from .folds import Fold, missing_rows
 from .solver import ABSENT
+
+SECONDS_FOR_WORKERS = 5.0
 
 Scores = tuple[Ints, Floats | None]
 
@@ -65,19 +68,23 @@ def out_of_fold(
 ) -> list[OutOfFold]:
     """One `OutOfFold` a model, all models and folds in parallel, one BLAS thread each.
 
+    Worker processes take seconds to start: they are used where the first fit says that the others will take longer.
+
     Raises:
         HeadError: there are no folds, because every class has a single independent row.
     """
     if not folds:
         raise no_folds()
     tasks = [(model, fold) for model in models for fold in folds]
-    workers = min(jobs, len(tasks))
-    if workers == 1:
-        scores = [_fit_fold(model, X, index, groups, fold) for model, fold in tasks]
+    started = time.perf_counter()
+    scores = [_fit_fold(tasks[0][0], X, index, groups, tasks[0][1])]
+    left = (time.perf_counter() - started) * (len(tasks) - 1)
+    if jobs == 1 or left < SECONDS_FOR_WORKERS:
+        scores += [_fit_fold(model, X, index, groups, fold) for model, fold in tasks[1:]]
     else:
         with joblib.parallel_config("loky", inner_max_num_threads=1):
-            scores = joblib.Parallel(n_jobs=workers)(
-                joblib.delayed(_fit_fold)(model, X, index, groups, fold) for model, fold in tasks
+            scores += joblib.Parallel(n_jobs=min(jobs, len(tasks)))(
+                joblib.delayed(_fit_fold)(model, X, index, groups, fold) for model, fold in tasks[1:]
             )
     known = ~missing_rows(index, folds)
     count = len(folds)

@@ -42,6 +42,7 @@ INDEPENDENT = frozenset(
         "GradientBoostingClassifier",
         "HistGradientBoostingClassifier",
         "KNeighborsClassifier",
+        "NearestCentroid",
         "NuSVC",
         "RandomForestClassifier",
         "SVC",

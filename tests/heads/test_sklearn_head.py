@@ -7,7 +7,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pipeline.errors import HeadError
-from pipeline.heads import make_head
+from pipeline.heads import crossval, make_head
 from pipeline.heads.estimators import ALIASES
 from pipeline.heads.sklearn_head import SklearnHead
 from pipeline.params import HeadParams, SklearnParams
@@ -113,7 +113,8 @@ def test_class_weights_go_where_they_can() -> None:
         sklearn_head("knn", class_weight="balanced").fit(X, y)
 
 
-def test_search_finds_the_better_value_whatever_the_number_of_jobs() -> None:
+def test_search_finds_the_better_value_whatever_the_number_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crossval, "SECONDS_FOR_WORKERS", 0.0)
     X, y = make_features(90, 12, 3)
     rows = []
     for jobs in (1, 2):
