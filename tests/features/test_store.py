@@ -250,7 +250,9 @@ def test_a_part_that_changed_since_it_was_proven_is_proven_again(tmp_path: Path,
         make_store(tmp_path)
         settle(path.parent)
         whole = path.read_bytes()
-        path.write_bytes(flip(whole, 99) if keep_size else whole[:-1])
+        # Among the values, where HDF5 itself would see nothing wrong.
+        values = whole.index(features_of(make_digests(5)).astype(np.float16).tobytes())
+        path.write_bytes(flip(whole, values * 8) if keep_size else whole[:-1])
         os.utime(path, (1e9, 1e9))
 
     check_mended(*damaged_store(tmp_path, damage))

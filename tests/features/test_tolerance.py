@@ -53,3 +53,11 @@ def test_zeros_agree_with_zeros_only() -> None:
 def test_no_rows_agree() -> None:
     none = np.empty((0, 4), np.float32)
     assert compare_features(none, none).within(TOLERANCES["float32"]).tolist() == []
+
+
+def test_many_small_values_that_are_all_wrong_are_not_hidden_by_a_large_one() -> None:
+    old = np.full((1, 256), 0.009, np.float32)
+    old[0, 0] = 1.0
+    new = np.where(old == 1.0, 1.0, 0.0).astype(np.float32)
+    agreement = compare_features(old, new)
+    assert agreement.differences[0] < 0.01 and not agreement.within(TOLERANCES["float32"]).any()
