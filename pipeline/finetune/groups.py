@@ -14,7 +14,7 @@ from ..params.sections import FinetuneParams
 from .classifier import Classifier
 
 DOMINANT = 0.9  # a child that holds this share of the parameters is opened to find the blocks inside it
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Group:
 def find_blocks(backbone: nn.Module) -> list[Block]:
     """The backbone's top-level blocks, the input's first.
 
-    A child with nearly all parameters (``features``, ``encoder.layers``) is opened. Parameters outside any child
-    (class token, position embedding) go with the first block, and a bare norm goes with the block before it.
+    Containers of blocks (``features``, ``encoder.layers``) are opened. Parameters outside any child
+    (class token, position embedding) go with the first block, and bare norms go with the block before them.
     """
     children = _open(backbone, "")
     taken = {id(parameter) for _, module in children for parameter in module.parameters()}
@@ -56,7 +56,7 @@ def find_blocks(backbone: nn.Module) -> list[Block]:
         parameters = tuple(_named(module, name))
         if not parameters:
             continue
-        if blocks and isinstance(module, NORMS):
+        if blocks and _only_norms(module):
             last = blocks[-1]
             blocks[-1] = Block(last.name, (*last.modules, module), last.parameters + parameters)
         else:
@@ -149,14 +149,23 @@ def describe_groups(groups: list[Group], total: int) -> str:
 
 
 def _open(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
-    """The children of ``module``, or of the one descendant that holds nearly all its parameters."""
+    """The children of ``module``; those that are mere containers of blocks are replaced by what they contain."""
     children = [(f"{prefix}{name}", child) for name, child in module.named_children()]
-    total = _size(module)
+    sizes = [_size(child) for _, child in children]
+    first = next((child for (_, child), size in zip(children, sizes, strict=True) if size), None)
     opened: list[tuple[str, nn.Module]] = []
-    for name, child in children:
-        dominant = _size(child) >= DOMINANT * total and total > 0 and any(True for _ in child.children())
-        opened += _open(child, f"{name}.") if dominant else [(name, child)]
+    for (name, child), size in zip(children, sizes, strict=True):
+        within = sum(_size(inner) > 0 for inner in child.children())
+        dominant = within > 0 and size >= DOMINANT * sum(sizes)
+        # `features` of networks that end in large linear layers: first, and with more parts than stand beside it.
+        leads = child is first and within > sum(other > 0 for other in sizes) - 1 > 0
+        opened += _open(child, f"{name}.") if dominant or leads else [(name, child)]
     return opened
+
+
+def _only_norms(module: nn.Module) -> bool:
+    owners = [part for part in module.modules() if next(part.parameters(recurse=False), None) is not None]
+    return all(isinstance(part, NORMS) for part in owners)
 
 
 def _size(module: nn.Module) -> int:

@@ -121,5 +121,4 @@ class TrainingNetwork:
         if self.world.size > 1 and (first or added):
             # Reduces the gradients of what needs them when it is built: built anew when more is opened.
             ids = [self.device.index] if self.device.type == "cuda" else None
-            moving = self.batchnorm == "train"
-            self._forward = DistributedDataParallel(self.classifier, device_ids=ids, broadcast_buffers=moving)
+            self._forward = DistributedDataParallel(self.classifier, device_ids=ids)

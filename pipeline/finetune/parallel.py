@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed
 
 from ..runtime.distributed import World
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -24,3 +27,11 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+def by_main(world: World, compute: Callable[[], Result]) -> Result:
+    """``compute`` in the main process, its result in every one: only that process needs to see the files."""
+    result = [compute() if world.is_main else None]
+    if world.size > 1:
+        torch.distributed.broadcast_object_list(result)
+    return result[0]  # type: ignore[return-value]

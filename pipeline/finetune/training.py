@@ -22,6 +22,7 @@ from .ema import MovingAverage
 from .history import EpochRow, Score
 from .images import LabelledImages, PixelTransform
 from .network import TrainingNetwork
+from .parallel import by_main
 from .schedule import make_schedule
 from .selection import SelectionSet
 from .steps import Stepper
@@ -187,7 +188,8 @@ class _Training:
     # -- states ------------------------------------------------------------------------------------------------------
 
     def _resume(self) -> bool:
-        content = load_checkpoint(self.setting.folder, fingerprint=self.fingerprint)
+        folder = self.setting.folder
+        content = by_main(self.world, lambda: load_checkpoint(folder, fingerprint=self.fingerprint))
         if content is None:
             return False
         self.position = Position(**content["position"])
@@ -236,9 +238,10 @@ class _Training:
         }
 
     def _outcome(self) -> Outcome:
-        start, tuned = load_state(self.setting.folder, 0), load_state(self.setting.folder, self._tuned_epoch())
+        folder, epoch = self.setting.folder, self._tuned_epoch()
+        start, tuned = by_main(self.world, lambda: (load_state(folder, 0), load_state(folder, epoch)))
         best = max((row.epoch for row in self.history if row.best), default=0)
-        outcome = Outcome(start, tuned, best, self._tuned_epoch(), tuple(self.history), tuple(self.position.warnings))
+        outcome = Outcome(start, tuned, best, epoch, tuple(self.history), tuple(self.position.warnings))
         self.network.classifier.load_state_dict(outcome.best)
         self.network.classifier.eval()
         return outcome

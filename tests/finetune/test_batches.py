@@ -1,0 +1,71 @@
+"""Batches: every image once, shared out without gaps; pixels in order, errors where they belong."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from pipeline.finetune.batches import plan_epoch, prepare_batches, resolve_workers
+from pipeline.runtime.distributed import World
+
+from .support import tiny_params
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 33])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_image_once_over_all_processes(count: int, size: int) -> None:
+    params = tiny_params(batch_size=4, accumulate=2)
+    plans = [plan_epoch(count, params, epoch=1, world=World(rank, size, rank)) for rank in range(size)]
+    rows = [row for plan in plans for batch in plan if batch.counts for row in batch.rows]
+    assert sorted(rows) == list(range(count))
+    assert len({tuple((batch.index, batch.closes) for batch in plan) for plan in plans}) == 1
+    assert all(len(batch.rows) for plan in plans for batch in plan)
+    assert plans[0][-1].closes
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return [int(row) for batch in plan_epoch(20, tiny_params(seed=seed), epoch=epoch) for row in batch.rows]
+
+    assert order(0, 1) == order(0, 1)
+    assert len({tuple(order(0, 1)), tuple(order(0, 2)), tuple(order(1, 1))}) == 3
+
+
+def test_step_rows_hold_the_whole_step() -> None:
+    plan = plan_epoch(20, tiny_params(batch_size=4, accumulate=3), epoch=1)
+    assert [batch.closes for batch in plan] == [False, False, True, False, True]
+    assert sorted(np.concatenate([batch.rows for batch in plan[:3]])) == sorted(plan[0].step_rows)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_pixels_arrive_in_order(workers: int) -> None:
+    def pixels_of(row: int) -> NDArray[np.uint8]:
+        time.sleep(0.002 * (row % 3))
+        return np.full((4, 4, 3), row, np.uint8)
+
+    rows = [np.arange(start, start + 5) for start in range(0, 40, 5)]
+    batches = list(prepare_batches(rows, pixels_of, size=4, workers=workers))
+    assert all(batch.shape == (5, 3, 4, 4) for batch in batches)
+    assert batches[0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.cat(batches)[:, 0, 0, 0].tolist() == list(range(40))
+
+
+def test_an_error_is_raised_where_its_batch_is_due() -> None:
+    def pixels_of(row: int) -> NDArray[np.uint8]:
+        if row == 5:
+            raise OSError("gone")
+        return np.zeros((2, 2, 3), np.uint8)
+
+    batches = prepare_batches([np.array([0, 1]), np.array([4, 5])], pixels_of, size=2, workers=2)
+    assert len(next(batches)) == 2
+    with pytest.raises(OSError, match="gone"):
+        next(batches)
+
+
+def test_workers() -> None:
+    assert resolve_workers(3, torch.device("cpu")) == 3
+    assert resolve_workers("auto", torch.device("cpu")) >= 1

@@ -1,0 +1,115 @@
+"""Parameter groups: every trainable parameter once, frozen ones nowhere, rates by depth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+
+from pipeline.backbones.network import make_module
+from pipeline.errors import FinetuneError
+from pipeline.finetune.groups import (
+    backbone_groups,
+    describe_groups,
+    find_blocks,
+    group_rows,
+    head_groups,
+    unfrozen_blocks,
+)
+from pipeline.finetune.network import TrainingNetwork
+
+from .support import tiny_classifier, tiny_params
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last", "count"),
+    [
+        ("resnet18", "model.conv1", "model.layer4", 5),
+        ("mobilenet_v3_small", "model.features.0", "model.classifier", 14),
+        ("convnext_tiny", "model.features.0", "model.features.7", 8),
+        ("vit_b_16", "model.conv_proj", "model.encoder.layers.encoder_layer_11", 13),
+    ],
+)
+def test_blocks_of_known_architectures(name: str, first: str, last: str, count: int) -> None:
+    network, _ = make_module(name)
+    blocks = find_blocks(network)
+    assert (blocks[0].name, blocks[-1].name) == (first, last)
+    assert len(blocks) == count
+    named = [name for block in blocks for name, _ in block.parameters]
+    assert sorted(named) == sorted(name for name, _ in network.named_parameters())
+
+
+def test_every_parameter_is_in_one_group_without_decay_for_vectors() -> None:
+    classifier, params = tiny_classifier(), tiny_params(weight_decay=0.1, layer_decay=0.5)
+    blocks = find_blocks(classifier.backbone)
+    groups = head_groups(classifier, params) + backbone_groups(blocks, range(len(blocks)), params)
+    ids = [id(parameter) for group in groups for _, parameter in group.parameters]
+    assert sorted(ids) == sorted(id(parameter) for parameter in classifier.parameters())
+    for group in groups:
+        for _, parameter in group.parameters:
+            assert group.weight_decay == (0.1 if parameter.ndim > 1 else 0.0)
+
+
+def test_layer_decay_lowers_the_rate_with_the_distance_from_the_head() -> None:
+    classifier, params = tiny_classifier(), tiny_params(layer_decay=0.5, backbone_lr=0.4)
+    groups = backbone_groups(find_blocks(classifier.backbone), range(3), params)
+    assert {group.name.split(" ")[0]: group.lr for group in groups} == {
+        "backbone.2": 0.4,
+        "backbone.1": 0.2,
+        "backbone.0": pytest.approx(0.1),
+    }
+
+
+@pytest.mark.parametrize("unfreeze", ["none", "last-1", "last-2", "all"])
+def test_frozen_parameters_are_in_no_optimizer(unfreeze: str) -> None:
+    network = TrainingNetwork(tiny_classifier(), tiny_params(unfreeze=unfreeze), device=CPU, batchnorm="frozen")
+    held = {id(parameter) for group in network.optimizer.param_groups for parameter in group["params"]}
+    trainable = {id(parameter) for parameter in network.classifier.parameters() if parameter.requires_grad}
+    assert held == trainable
+    opened = {"none": 0, "last-1": 1, "last-2": 2, "all": 3}[unfreeze]
+    assert len(network.open) == opened
+    modes = [block.modules[0].training for block in network.blocks]
+    network.train_mode()
+    modes = [block.modules[0].training for block in network.blocks]
+    assert modes == [index >= 3 - opened for index in range(3)]
+
+
+def test_zero_rates_freeze() -> None:
+    network = TrainingNetwork(tiny_classifier(), tiny_params(backbone_lr=0.0), device=CPU, batchnorm="frozen")
+    assert network.trainable == sum(parameter.numel() for parameter in network.classifier.head.parameters())
+    with pytest.raises(FinetuneError, match="Nothing is left to train"):
+        TrainingNetwork(tiny_classifier(), tiny_params(backbone_lr=0.0, head_lr=0.0), device=CPU, batchnorm="frozen")
+
+
+def test_gradual_unfreezing_ends_with_everything_and_keeps_the_optimizer() -> None:
+    network = TrainingNetwork(tiny_classifier(), tiny_params(unfreeze="gradual"), device=CPU, batchnorm="frozen")
+    optimizer, counts = network.optimizer, [network.trainable]
+    for epoch in (2, 3):
+        network.advance(epoch)
+        counts.append(network.trainable)
+    assert counts == sorted(set(counts)) and counts[-1] == network.total
+    assert network.optimizer is optimizer
+    assert len(unfrozen_blocks("gradual", 13, epoch=1, epochs=5)) == 0
+    assert len(unfrozen_blocks("gradual", 13, epoch=5, epochs=5)) == 13
+
+
+def test_too_many_blocks_is_an_error_that_names_the_limit() -> None:
+    with pytest.raises(FinetuneError, match="3 blocks"):
+        unfrozen_blocks("last-4", 3, epoch=1, epochs=1)
+
+
+def test_the_table_adds_up() -> None:
+    classifier, params = tiny_classifier(), tiny_params()
+    blocks = find_blocks(classifier.backbone)
+    groups = head_groups(classifier, params) + backbone_groups(blocks, range(3), params)
+    total = sum(parameter.numel() for parameter in classifier.parameters())
+    assert sum(row["parameters"] for row in group_rows(groups)) == total
+    assert f"trainable {total:,} of {total:,} parameters (100.0 %)" in describe_groups(groups, total)
+
+
+def test_blocks_of_a_plain_torchvision_model_cover_it() -> None:
+    model = torchvision.models.squeezenet1_0(weights=None)
+    named = [name for block in find_blocks(model) for name, _ in block.parameters]
+    assert len(named) == len(set(named)) == len(list(model.parameters()))

@@ -1,0 +1,173 @@
+"""The loop: it learns, keeps the best, leaves frozen parts alone, and computes the same however it is cut up."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import FinetuneError, Interrupted
+from pipeline.files import file_lock
+from pipeline.finetune import Setting, Watch, train_classifier
+from pipeline.finetune.batchnorm import batchnorm_modules
+
+from .support import STILL, TRANSFORM, labelled, state_digest, tiny_classifier, tiny_params, train_tiny
+
+
+def test_it_learns_and_returns_the_best_epoch(tmp_path: Path) -> None:
+    outcome, classifier = train_tiny(tmp_path, tiny_params(epochs=6, backbone_lr=3e-2, head_lr=3e-2, batch_size=6))
+    scores = [(row.selection_accuracy, -row.selection_loss) for row in outcome.history]
+    assert outcome.history[0].epoch == 0 and outcome.history[0].train_loss is None
+    assert outcome.history[outcome.best_epoch].selection_accuracy > 0.8
+    assert scores[outcome.best_epoch] == max(scores)
+    assert state_digest(dict(classifier.state_dict())) == state_digest(outcome.best)
+    assert not classifier.training
+
+
+def test_the_start_is_kept_where_no_epoch_beats_it(tmp_path: Path) -> None:
+    params = tiny_params(epochs=2, backbone_lr=0.0, head_lr=1e-9, schedule="none", weight_decay=0.0)
+    classifier = tiny_classifier()
+    with torch.no_grad():  # so bad a rate moves nothing; a head that is better by the start than any noise
+        classifier.head.linear0.weight.zero_()
+        classifier.head.linear0.bias.copy_(torch.tensor([5.0, 0.0, 0.0]))
+    before = state_digest(dict(classifier.state_dict()))
+    train = labelled(12)
+    train = dataclasses.replace(train, targets=np.ones(12, np.int64))  # teaches only the wrong class
+    selection = labelled(6, seed=1)
+    selection = dataclasses.replace(selection, targets=np.zeros(6, np.int64))
+    outcome = train_classifier(
+        classifier, train, selection, TRANSFORM, params.model_copy(update={"head_lr": 1.0}), Setting(tmp_path, "x")
+    )
+    assert outcome.best_epoch == 0 and outcome.tuned_epoch > 0
+    assert state_digest(outcome.best) == before == state_digest(dict(classifier.state_dict()))
+    assert state_digest(outcome.tuned) != before
+
+
+@pytest.mark.parametrize("batchnorm", ["frozen", "train"])
+def test_buffers_of_frozen_parts_are_bit_identical(tmp_path: Path, batchnorm: str) -> None:
+    params = tiny_params(unfreeze="last-1", epochs=1)
+    outcome, classifier = train_tiny(tmp_path, params, batchnorm=batchnorm)
+    changed = {name for name, value in outcome.tuned.items() if not torch.equal(value, outcome.start[name])}
+    moved = {name for name in changed if "running_" in name or "num_batches" in name}
+    assert {name for name in changed if name.startswith("backbone.")} - moved == {
+        "backbone.2.0.weight",
+        "backbone.2.1.weight",
+        "backbone.2.1.bias",
+    }
+    assert bool(moved) == (batchnorm == "train") and all(name.startswith("backbone.2.") for name in moved)
+    assert len(batchnorm_modules(classifier)) == 3
+
+
+def test_head_only(tmp_path: Path) -> None:
+    outcome, _ = train_tiny(tmp_path, tiny_params(unfreeze="none", epochs=1), batchnorm="train")
+    changed = {name for name, value in outcome.tuned.items() if not torch.equal(value, outcome.start[name])}
+    assert changed == {"head.linear0.weight", "head.linear0.bias"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_batch_of_one_image_trains(tmp_path: Path, batch_size: int) -> None:
+    params = tiny_params(epochs=1, batch_size=batch_size)
+    outcome, _ = train_tiny(tmp_path, params, count=batch_size + 1, batchnorm="train")
+    assert np.isfinite(outcome.history[1].train_loss)
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
+    together = tiny_params(augment=STILL, batch_size=12, class_weight="balanced", epochs=2)
+    apart = together.model_copy(update={"batch_size": 4, "accumulate": 3})
+    weights = np.array([1.0, 2.0, 0.5])
+    (one, _), (other, _) = (
+        train_tiny(tmp_path / str(params.accumulate), params, count=30, class_weights=weights)
+        for params in (together, apart)
+    )
+    for name, value in one.tuned.items():
+        torch.testing.assert_close(other.tuned[name], value, atol=1e-4, rtol=1e-3)
+    assert other.history[2].train_loss == pytest.approx(one.history[2].train_loss, rel=1e-4)
+
+
+VARIANTS = {
+    "everything": {"mixup": 0.2, "cutmix": 1.0, "ema": 0.9, "dropout": 0.2, "accumulate": 2, "layer_decay": 0.7},
+    "gradual": {"unfreeze": "gradual", "optimizer": "adam", "schedule": "one_cycle"},
+    "sgd": {"optimizer": "sgd", "schedule": "step", "label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, name: str) -> None:
+    params = tiny_params(**VARIANTS[name])
+    whole, _ = train_tiny(tmp_path / "whole", params, batchnorm="train")
+    seen = 0
+    for stop_after in (2, 3, 4):
+        watch = Watch()
+
+        def count(images: int, watch: Watch = watch, stop_after: int = stop_after) -> None:
+            nonlocal seen
+            seen += 1
+            if seen >= stop_after:
+                watch.interruption.request()
+
+        watch = dataclasses.replace(watch, on_batch=count)
+        seen = 0
+        with pytest.raises(Interrupted):
+            train_tiny(tmp_path / "cut", params, watch=watch, batchnorm="train")
+    torch.manual_seed(123)
+    resumed, _ = train_tiny(tmp_path / "cut", params, batchnorm="train")
+    assert state_digest(resumed.tuned) == state_digest(whole.tuned)
+    for first, second in zip(resumed.history, whole.history, strict=True):
+        assert dataclasses.replace(first, seconds=0, images_per_second=0) == dataclasses.replace(
+            second, seconds=0, images_per_second=0
+        )
+
+
+def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
+    first, _ = train_tiny(tmp_path, tiny_params(epochs=1))
+    again, _ = train_tiny(tmp_path, tiny_params(epochs=1))
+    assert again.history == first.history and state_digest(again.best) == state_digest(first.best)
+
+
+def test_the_same_numbers_for_any_number_of_threads_that_prepare(tmp_path: Path) -> None:
+    one, _ = train_tiny(tmp_path / "1", tiny_params(epochs=1, workers=1))
+    four, _ = train_tiny(tmp_path / "4", tiny_params(epochs=1, workers=4, image_cache_mb=0))
+    assert state_digest(one.tuned) == state_digest(four.tuned)
+
+
+def test_the_random_state_outside_is_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    tiny_classifier()
+    torch.manual_seed(7)
+    state = torch.random.get_rng_state()
+    classifier = tiny_classifier()
+    torch.random.set_rng_state(state)
+    train_classifier(
+        classifier, labelled(9), labelled(6), TRANSFORM, tiny_params(epochs=1, dropout=0.5), Setting(tmp_path, "x")
+    )
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_early_stopping(tmp_path: Path) -> None:
+    params = tiny_params(epochs=20, patience=2, backbone_lr=0.0, head_lr=1e-7, schedule="none")
+    outcome, _ = train_tiny(tmp_path, params, count=12)
+    waited = outcome.history[-1].epoch - outcome.tuned_epoch
+    assert outcome.history[-1].epoch == 20 or (waited == 2 and "no better for 2 epochs" in outcome.warnings[0])
+
+
+def test_divergence_stops_and_keeps_the_start(tmp_path: Path) -> None:
+    params = tiny_params(epochs=5, optimizer="sgd", clip_norm=0.0, schedule="none", head_lr=1e30, backbone_lr=1e30)
+    outcome, _ = train_tiny(tmp_path, params)
+    assert len(outcome.history) < 6 and "diverged" in outcome.warnings[0]
+    assert all(torch.isfinite(value).all() for value in outcome.best.values())
+
+
+def test_other_params_or_data_cannot_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    train_tiny(tmp_path, tiny_params(epochs=1))
+    with pytest.raises(FinetuneError, match="another training run"):
+        train_tiny(tmp_path, tiny_params(epochs=1), fingerprint="other")
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with file_lock(tmp_path / ".lock", shared=False), pytest.raises(BlockingIOError):
+        train_tiny(tmp_path, tiny_params(epochs=1))
