@@ -11,7 +11,7 @@ import numpy as np
 from ..data.decode import BadImage
 from ..errors import PipelineError, VerifyError
 from ..features.digests import stack_digests
-from ..features.extractor import Forward, Pixels
+from ..features.extractor import Forward, Pixels, single_threaded_torch
 from ..features.inventory import key_folders, verify_key
 from ..features.rounding import as_stored
 from ..features.store import FeatureStore
@@ -143,7 +143,9 @@ class _Check:
 def _check(chosen: _Sample, store: FeatureStore, forward: Forward) -> _Check:
     tolerance = TOLERANCES[store.spec.precision]
     stored = store.read(stack_digests(chosen.digests))
-    computed = as_stored(forward(chosen.pixels), store.spec.dtype) if chosen.pixels else stored
+    # As extract runs it, so that on the machine that stored them features come out equal to the bit.
+    with single_threaded_torch(forward.device.type == "cpu"):
+        computed = as_stored(forward(chosen.pixels), store.spec.dtype) if chosen.pixels else stored
     agreement = compare_features(stored, computed)
     problems = [*chosen.problems, *_disagreements(store, chosen.paths, agreement, tolerance)]
     return _Check(chosen.paths, agreement, tolerance, problems)

@@ -123,7 +123,7 @@ def test_verify_finds_nothing_wrong_with_a_good_cache(run_extract: Extract, make
     by_name = {Path(key["folder"]).name: key for key in report["keys"]}
     mine = by_name.pop(key_folder(summary).name)
     (other,) = by_name.values()
-    assert mine["recomputed"]["images"] == 5 and mine["recomputed"]["min_cosine"] > 0.9999
+    assert mine["recomputed"]["images"] == 5 and mine["recomputed"]["max_difference"] == 0
     assert other["recomputed"] is None and "only their bytes" in other["note"]
     assert "only their bytes" in lines and "5 features computed again" in lines
 
