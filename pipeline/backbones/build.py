@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,14 @@ def _preset(
         if packaged is not None:
             return packaged
     presets = [preset_transform(item) for item in architecture.downloads]
-    return next((preset for preset in presets if size in (None, preset.crop)), presets[0])
+    fitting = [preset for preset in presets if size in (None, preset.crop)]
+    return fitting[0] if fitting else _scaled(presets[0], size or presets[0].crop)
+
+
+def _scaled(preset: Transform, crop: int) -> Transform:
+    """``preset`` at another crop, the resize in proportion."""
+    resize = None if preset.resize is None else round(preset.resize * crop / preset.crop)
+    return replace(preset, crop=crop, resize=resize)
 
 
 def _load(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from ..data.decode import BadImage, Reason
 from ..errors import BackboneError, WeightsError
 from ..params import TransformParams
 
@@ -88,8 +89,6 @@ class Transform:
         short, long = sorted(image.size)
         pixels = self.resize * (self.resize * long // max(short, 1))
         if pixels > MAX_RESIZED_PIXELS:
-            from ..data.decode import BadImage, Reason
-
             raise BadImage(
                 Reason.TOO_MANY_PIXELS,
                 f"{image.width} x {image.height} pixels, resized to a shorter side of {self.resize}, are {pixels}",

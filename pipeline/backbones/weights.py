@@ -220,9 +220,8 @@ def _mismatch(
 ) -> WeightsError:
     lines = [f"{len(missing)} of {count} tensors are missing: {_some(missing)}"] if missing else []
     lines += [_some(problems, "; ")] if problems else []
-    nearest = (
-        _nearest_architecture(fitted.tensors) if not all("finite" in item for item in problems) or missing else None
-    )
+    others = len(missing) + len(problems) > count / 10  # else this is the right model, with something amiss
+    nearest = _nearest_architecture(fitted.tensors) if others else None
     remedy = f"they fit {nearest}: set backbone.name={nearest}" if nearest not in (None, architecture.name) else None
     return WeightsError(
         f"The weights do not fit {architecture.name}.",

@@ -10,6 +10,7 @@ from torchvision.models import get_weight
 from torchvision.transforms import functional as F
 
 from pipeline.backbones.transform import Transform, adjust_transform, preset_transform
+from pipeline.data.decode import BadImage, Reason
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.params import TransformParams
 
@@ -66,10 +67,9 @@ def test_without_resize_the_image_is_only_cropped_or_framed() -> None:
 
 
 def test_a_strip_that_would_grow_beyond_memory_is_a_bad_image() -> None:
-    decode = pytest.importorskip("pipeline.data.decode")
-    with pytest.raises(decode.BadImage) as caught:
+    with pytest.raises(BadImage) as caught:
         Transform().pixels(Image.new("RGB", (1, 60_000 * 60)))
-    assert caught.value.reason == decode.Reason.TOO_MANY_PIXELS
+    assert caught.value.reason == Reason.TOO_MANY_PIXELS
 
 
 def test_normalise_computes_in_float32_before_rounding() -> None:

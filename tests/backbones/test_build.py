@@ -1,0 +1,208 @@
+"""From params to a backbone, and to its identity without touching weights that are known."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import pipeline.backbones.build as build_module
+from pipeline.backbones import BackboneIdentity, WeightsMemo, build_backbone, build_classifier, resolve_backbone
+from pipeline.backbones import download as download_module
+from pipeline.backbones.download import checkpoint_file
+from pipeline.backbones.transform import Transform
+from pipeline.errors import BackboneError, WeightsError
+from pipeline.params import BackboneParams, TransformParams
+
+from .conftest import build, filled_model
+
+NAME = "shufflenet_v2_x0_5"
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A weights file that lies long enough unchanged to be remembered."""
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(dict(filled_model(NAME).state_dict()), path)
+    return path
+
+
+@pytest.fixture
+def old_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading happens an hour after the files of the test were written."""
+    now = time.time_ns
+    monkeypatch.setattr(build_module.time, "time_ns", lambda: now() + 3_600_000_000_000)
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the backbones that were loaded, in order."""
+    calls: list[str] = []
+    original = build_module.build_backbone
+
+    def counting(params: BackboneParams, transform: TransformParams) -> Any:
+        calls.append(params.name)
+        return original(params, transform)
+
+    monkeypatch.setattr(build_module, "build_backbone", counting)
+    return calls
+
+
+def params(path: Path | str, **values: Any) -> BackboneParams:
+    return BackboneParams.model_validate({"name": NAME, "weights": str(path), **values})
+
+
+def test_random_weights_are_seeded_and_leave_the_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = build_backbone(params("random"), TransformParams())
+    assert torch.equal(torch.rand(3), expected)
+    again, other = build_backbone(params("random"), TransformParams()), build(NAME, seed=1)
+    assert first.identity == again.identity != other.identity
+    assert first.identity == BackboneIdentity(NAME, "random-0", first.identity.digest)
+
+
+def test_an_untouched_weights_file_is_neither_loaded_nor_hashed(
+    tmp_path: Path, weights: Path, built: list[str], old_files: None
+) -> None:
+    memo = tmp_path / "cache" / "weights.json"
+    first = resolve_backbone(params(weights), TransformParams(), WeightsMemo(memo))
+    assert built == [NAME]
+    assert resolve_backbone(params(weights), TransformParams(), WeightsMemo(memo)) == first
+    assert built == [NAME]
+    backbone = build_backbone(params(weights), TransformParams())
+    assert first == (backbone.identity, backbone.transform, backbone.feature_dim)
+
+
+@pytest.mark.parametrize("change", ["transform", "layer", "pooling", "content", "touched"])
+def test_whatever_changes_is_looked_at_again(
+    tmp_path: Path, weights: Path, built: list[str], old_files: None, change: str
+) -> None:
+    memo = WeightsMemo(tmp_path / "weights.json")
+    first = resolve_backbone(params(weights), TransformParams(), memo)
+    transform = TransformParams(crop=64) if change == "transform" else TransformParams()
+    values = {"layer": "stage3"} if change == "layer" else {"pooling": "max"} if change == "pooling" else {}
+    if change == "content":
+        state = safetensors.torch.load_file(weights)
+        state["conv1.0.weight"] += 1
+        safetensors.torch.save_file(state, weights)
+    if change == "touched":
+        os.utime(weights, ns=(1, 1))
+    second = resolve_backbone(params(weights, **values), transform, memo)
+    assert built == [NAME, NAME] and (first == second) == (change == "touched")
+
+
+def test_a_file_just_written_is_hashed_again(tmp_path: Path, weights: Path, built: list[str]) -> None:
+    memo = WeightsMemo(tmp_path / "weights.json")
+    for _ in range(2):
+        resolve_backbone(params(weights), TransformParams(), memo)
+    assert built == [NAME, NAME]
+
+
+def test_random_weights_are_remembered_too(tmp_path: Path, built: list[str]) -> None:
+    for seed in (0, 0, 1):
+        resolve_backbone(params("random", seed=seed), TransformParams(), WeightsMemo(tmp_path / "weights.json"))
+    assert built == [NAME, NAME]
+
+
+def test_a_damaged_fact_is_found_out_anew(tmp_path: Path, built: list[str]) -> None:
+    file = tmp_path / "weights.json"
+    first = resolve_backbone(params("random"), TransformParams(), WeightsMemo(file))
+    file.write_text(file.read_text().replace('"crop": 224', '"crop": -224'))
+    assert resolve_backbone(params("random"), TransformParams(), WeightsMemo(file)) == first
+    assert built == [NAME, NAME]
+
+
+def test_a_download_that_fails_says_what_was_tried_and_the_ways_out() -> None:
+    started = time.monotonic()
+    with pytest.raises(WeightsError) as caught:
+        build_backbone(params("DEFAULT"), TransformParams())
+    assert time.monotonic() - started < 20
+    assert "IMAGENET1K_V1" in caught.value.what and ".pth" in str(caught.value.where)
+    assert "backbone.weights" in str(caught.value.remedy) and "TORCH_HOME" in str(caught.value.remedy)
+    folder = checkpoint_file(download_weights()).parent
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def download_weights() -> Any:
+    from torchvision.models import get_weight
+
+    return get_weight("ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1")
+
+
+class _Answer:
+    def __init__(self, content: bytes) -> None:
+        self.content, self.headers = content, {"Content-Length": str(len(content))}
+
+    def read(self, count: int) -> bytes:
+        piece, self.content = self.content[:count], self.content[count:]
+        return piece
+
+    def __enter__(self) -> _Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def test_a_download_is_checked_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: list[str], old_files: None
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    torch.save(filled_model(NAME).state_dict(), tmp_path / "content")
+    content = (tmp_path / "content").read_bytes()
+    monkeypatch.setattr(download_module, "urlopen", lambda *_args, **_options: _Answer(content))
+    with pytest.raises(WeightsError, match="downloaded") as caught:  # its name promises another digest
+        build_backbone(params("DEFAULT"), TransformParams())
+    assert "digest" in str(caught.value.why) and not checkpoint_file(download_weights()).exists()
+    monkeypatch.setattr(
+        download_module, "_HASH", download_module.re.compile(f"({hashlib.sha256(content).hexdigest()})")
+    )
+    memo = WeightsMemo(tmp_path / "weights.json")
+    first = resolve_backbone(params("DEFAULT"), TransformParams(), memo)
+    assert first[0].weights == "IMAGENET1K_V1" and checkpoint_file(download_weights()).read_bytes() == content
+    resolve_backbone(params("DEFAULT"), TransformParams(), memo)  # remembered now that the file is there
+    loads = len(built)
+    checkpoint_file(download_weights()).unlink()
+    assert resolve_backbone(params("IMAGENET1K_V1"), TransformParams(), memo) == first
+    assert len(built) == loads
+
+
+def test_a_crop_that_does_not_fit_the_model_is_an_error() -> None:
+    with pytest.raises(BackboneError) as caught:
+        build_backbone(BackboneParams(name="vit_b_32", weights="random"), TransformParams(crop=160))
+    assert caught.value.where == "transform.crop" and "224" in str(caught.value.remedy)
+
+
+def test_the_transform_of_a_file_without_one_is_the_plain_preset(weights: Path) -> None:
+    assert build_backbone(params(weights), TransformParams()).transform == Transform(resize=256, crop=224)
+    assert build_backbone(params(weights), TransformParams(resize=288)).transform.resize == 288
+
+
+def test_the_shared_weights_are_right(shared: Path) -> None:
+    """The statistics of pooled features and the hits that come with these weights, on some of the images."""
+    path = str(shared / "weights" / "mobilenet_v2-imagenet.safetensors")
+    backbone = build_backbone(BackboneParams(name="mobilenet_v2", weights=path), TransformParams())
+    files = sorted((shared / "data").glob("hymenoptera_data/val/*/*.jpg"))[::6]
+    pixels = np.stack([backbone.transform.pixels(Image.open(file).convert("RGB")) for file in files])
+    batch = backbone.transform.normalise(torch.from_numpy(pixels))
+    features = backbone.module(batch)
+    assert features.shape == (len(files), 1280)
+    assert features.mean().item() == pytest.approx(0.40, abs=0.03)
+    assert features.std().item() == pytest.approx(0.59, abs=0.04)
+    module, transform, categories = build_classifier("mobilenet_v2", path)
+    assert transform == backbone.transform
+    names = [categories[index] for index in module(batch).argmax(1)]
+    hits = sum(
+        name == {"ants": "ant", "bees": "bee"}[file.parent.name] for name, file in zip(names, files, strict=True)
+    )
+    assert hits / len(files) > 0.65
