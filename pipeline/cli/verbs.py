@@ -39,6 +39,22 @@ def train_head(params: Params, curve: bool, reporter: Reporter) -> None:
 
 
 @click.command()
+@click.option("--from", "from_run", metavar="RUN", help="Stage-two run to start from (default: the latest).")
+@click.option("--resume", metavar="RUN", help="Go on with a training that was stopped or killed (or `latest`).")
+@click.option("--find-lr", "find", is_flag=True, help="Only draw loss against learning rate and suggest both rates.")
+@experiment_options
+def finetune(params: Params, from_run: str | None, resume: str | None, find: bool, reporter: Reporter) -> None:
+    """Train backbone and head together, starting from the probe."""
+    from ..stages.finetune import find_lr
+    from ..stages.finetune import finetune as stage
+
+    if find:
+        reporter.finish(find_lr(params, reporter.say, from_run=from_run))
+    else:
+        reporter.finish(stage(params, reporter.say, from_run=from_run, resume=resume, quiet=reporter.quiet))
+
+
+@click.command()
 @click.argument("run")
 @click.option("--data", "root", type=PATHS, help="Score on the labelled images of this folder instead of the run's.")
 @run_options
@@ -141,6 +157,7 @@ def demo_data(folder: Path, reporter: Reporter) -> None:
 VERBS: dict[str, click.Command] = {
     "extract": extract,
     "train-head": train_head,
+    "finetune": finetune,
     "evaluate": evaluate,
     "predict": predict,
     "classify": classify,

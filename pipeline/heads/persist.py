@@ -19,7 +19,7 @@ from skops.io.exceptions import UntrustedTypesFoundException
 
 from ..errors import HeadError, RunError
 from ..params import HeadParams
-from .base import Head
+from .base import Head, Ints
 from .layers import Layers
 from .logistic import LogisticHead
 from .network import NetworkHead
@@ -114,13 +114,18 @@ def _load_layers(data: bytes, kind: str, classes: int, dropout: float) -> Logist
     fits = [weight.shape for weight in weights] == shapes and [len(bias) for bias in biases] == widths[1:]
     if not count or not fits or widths[-1] != classes:
         raise ValueError("the shapes of its layers do not fit together")
+    return head_of_layers(kind, Layers(weights, biases, dropout=dropout), np.arange(classes))
+
+
+def head_of_layers(kind: str, layers: Layers, classes: Ints) -> LogisticHead | NetworkHead:
+    """A fitted head of ``kind`` (logistic, linear or mlp) that computes ``layers`` for the targets ``classes`` (c,)."""
     params = HeadParams()
     head: LogisticHead | NetworkHead = (
         LogisticHead(params, class_names=())
         if kind == "logistic"
         else NetworkHead(kind, params.linear if kind == "linear" else params.mlp, params, class_names=())
     )
-    head.layers = Layers(weights, biases, dropout=dropout)
+    head.layers, head.classes_ = layers, classes
     return head
 
 

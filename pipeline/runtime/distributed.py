@@ -24,7 +24,8 @@ class World:
 
     def share(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The positions in a scan that fall to this process: every size-th, whatever the others have done already."""
-        return positions[positions % self.size == self.rank]
+        mine: NDArray[np.int64] = positions[positions % self.size == self.rank]
+        return mine
 
 
 def world_from_environment() -> World:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..artifacts import data_digest
 from ..data.scan import SPLITS, ImageTree
 from ..data.splits import assign_splits, group_ids, groups_of
 from ..errors import MissingFeaturesError
@@ -34,6 +35,7 @@ class Opened:
     origin: Origin
     key: str
     warnings: tuple[str, ...]
+    data_digest: str = ""
     views: tuple[Features, ...] = ()  # each (rows of train, d): augmented views of the training images, in order
 
 
@@ -58,7 +60,8 @@ def open_features(params: Params) -> Opened:
     store.touch()
     table = build_table(source, store, rows, params.data)
     views = tuple(_read_view(params, origin, table, number) for number in range(1, params.extract.views + 1))
-    return Opened(table, origin, store.spec.key, (*source.warnings, *store.warnings), views)
+    warnings = (*source.warnings, *store.warnings)
+    return Opened(table, origin, store.spec.key, warnings, digest_of_data(table), views)
 
 
 def _read_view(params: Params, origin: Origin, table: FeatureTable, number: int) -> Features:
@@ -73,6 +76,12 @@ def _read_view(params: Params, origin: Origin, table: FeatureTable, number: int)
             where=error.where,
             remedy="run `pipeline extract` with the same params (make train-head does so by itself)",
         ) from error
+
+
+def digest_of_data(table: FeatureTable) -> str:
+    """Hex digest of contents, labels and splits, whatever the paths and the order."""
+    labels = [table.class_names[target] if target >= 0 else "" for target in table.targets]
+    return data_digest(table.digests, labels, [SPLITS[split] for split in table.splits])
 
 
 def digest_unknown(source: Source) -> None:

@@ -13,12 +13,12 @@ from ..artifacts import (
     ParameterCounts,
     RunModel,
     current_versions,
-    data_digest,
 )
 from ..backbones import BackboneIdentity, make_module
 from ..data.scan import SPLITS
 from ..features.table import FeatureTable
 from ..heads import Head
+from .load import digest_of_data
 from .sources import Origin
 
 
@@ -35,10 +35,8 @@ def backbone_record(identity: BackboneIdentity) -> BackboneRecord:
 
 def data_record(table: FeatureTable) -> DataRecord:
     """The data by its digest, and the images of each split."""
-    labels = [table.class_names[target] if target >= 0 else "" for target in table.targets]
-    splits = [SPLITS[split] for split in table.splits]
     images = {name: int((table.splits == number).sum()) for number, name in enumerate(SPLITS)}
-    return DataRecord(root=str(table.root), digest=data_digest(table.digests, labels, splits), images=images)
+    return DataRecord(root=str(table.root), digest=digest_of_data(table), images=images)
 
 
 def parameter_counts(origin: Origin, head: Head) -> ParameterCounts:
