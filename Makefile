@@ -99,13 +99,8 @@ predict: setup ## label images (IMAGES=) with a run (RUN=, default latest)
 compare: setup ## compare runs (RUN="NAME NAME", default all) in one table
 	@$(load) if [ -e "$$RUN" ]; then verb compare "$$RUN" "$$@"; else verb compare $$RUN "$$@"; fi
 
-demo: setup ## the whole way on the demo images, then extract again: it costs nothing
-	@$(load) set -- -s "data.root=$$DEMO_DATA" "$$@"; \
-	"$$VENV/bin/python" -m pipeline demo-data "$$DEMO_DATA"; \
-	verb extract "$$@"; \
-	verb train-head "$$@"; \
-	echo 'Once more: what is cached is not computed again.'; \
-	verb extract "$$@"
+demo: setup ## every stage on the demo images, then extract again: it costs nothing
+	@$(load) set -- -s "data.root=$$DEMO_DATA" "$$@"; verb demo "$$@"
 
 test: setup ## run the tests (TESTS=tests/heads for some)
 	@"$$VENV/bin/python" -m pytest $$TESTS $$ARGS

@@ -10,6 +10,7 @@ import click
 
 from ..params import Params
 from .cache import cache
+from .compare import compare
 from .options import Reporter, experiment_options, reporting_options, run_options
 from .tables import print_backbones, write_predictions_csv
 
@@ -154,14 +155,25 @@ def demo_data(folder: Path, reporter: Reporter) -> None:
     reporter.finish({"images": count, "root": str(folder.resolve())})
 
 
+@click.command()
+@experiment_options
+def demo(params: Params, reporter: Reporter) -> None:
+    """Run every stage on the demo images (written to data.root) and sum up."""
+    from ..stages.demo import demo as stage
+
+    reporter.finish(stage(params, reporter.say, quiet=reporter.quiet))
+
+
 VERBS: dict[str, click.Command] = {
     "extract": extract,
     "train-head": train_head,
     "finetune": finetune,
     "evaluate": evaluate,
+    "compare": compare,
     "predict": predict,
     "classify": classify,
     "backbones": backbones,
+    "demo": demo,
     "demo-data": demo_data,
     "cache": cache,
 }

@@ -403,7 +403,6 @@ class _Job:
         rows = table.splits == parts.reported
         train = np.zeros(len(table), bool)
         train[parts.train] = True
-        on = "train" if parts.selection_name != "val" else "val"
         facts = {
             "split": SPLITS[parts.reported],
             "selected": {
@@ -415,7 +414,7 @@ class _Job:
             "history": [asdict(row) for row in outcome.history],
             "warnings": [*self.opened.warnings, *outcome.warnings],
             "protocol": protocol_sentence(
-                [Selection("the epoch", f"by its accuracy on {parts.selection_name}", on)],
+                [Selection("the epoch", "by its accuracy", parts.selection_name)],
                 fitted=f"the backbone with its {head.kind} head",
                 fitted_on="train",
                 n_fitted=len(parts.train),
