@@ -14,6 +14,7 @@ from torchvision.ops import StochasticDepth
 
 from ..errors import BackboneError
 from .catalogue import Architecture, classifier_path, find_architecture, make_classifier, meta_images
+from .pooling import MapPool, TokenPool
 
 # Where a model keeps its global pooling as a module, by the way its name begins.
 _POOLING_MODULES = {
@@ -82,34 +83,6 @@ class FrozenBackbone(nn.Module):
         with torch.no_grad():
             features: Tensor = self.network(images)
         return features
-
-
-class _MapPool(nn.Module):
-    """Pool a feature map over its positions ``dims``, by mean or maximum."""
-
-    def __init__(self, kind: str, dims: tuple[int, int]) -> None:
-        super().__init__()
-        self.kind, self.dims = kind, dims
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.amax(self.dims) if self.kind == "max" else x.mean(self.dims)
-
-
-class _TokenPool(nn.Module):
-    """Pool tokens (n, 1 + patches, c): the class token, the patches' mean or maximum, or class token and mean."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "cls":
-            return x[:, 0]
-        patches = x[:, 1:]
-        if self.kind == "max":
-            return patches.amax(1)
-        mean = patches.mean(1)
-        return torch.cat([x[:, 0], mean], 1) if self.kind == "cls_avg" else mean
 
 
 def make_module(name: str, *, layer: str | None = None, pooling: str = "default") -> tuple[FeatureNetwork, int]:
@@ -197,7 +170,7 @@ def _pooled_tokens(architecture: Architecture, model: VisionTransformer, pooling
     if pooling in ("default", "cls"):
         return FeatureNetwork(model)
     if pooling == "cls_avg":
-        return FeatureNetwork(_pick(model, "encoder"), _TokenPool(pooling), picks_layer=True)
+        return FeatureNetwork(_pick(model, "encoder"), TokenPool(pooling), picks_layer=True)
     raise _pooling_error(architecture, pooling, "a vision transformer has a class token", "default, cls or cls_avg")
 
 
@@ -218,7 +191,7 @@ def _pooled_maps(architecture: Architecture, model: nn.Module, pooling: str) -> 
             return FeatureNetwork(model)
     for prefix, node in _LAST_MAPS.items():
         if architecture.model.startswith(prefix):
-            return FeatureNetwork(_pick(model, node), _MapPool("max", (2, 3)), picks_layer=True)
+            return FeatureNetwork(_pick(model, node), MapPool("max", (2, 3)), picks_layer=True)
     raise _pooling_error(architecture, pooling, "its pooling cannot be replaced", "default")
 
 
@@ -245,15 +218,15 @@ def _pool_for(architecture: Architecture, model: nn.Module, layer: str, output: 
     kind = "avg" if pooling == "default" else pooling
     shape = tuple(output.shape) if isinstance(output, Tensor) else ()
     if len(shape) == 3 and isinstance(model, VisionTransformer):
-        return _TokenPool(kind)
+        return TokenPool(kind)
     if kind in ("cls", "cls_avg"):
         raise _pooling_error(architecture, pooling, f"the output of {layer} has no class token", "default, avg or max")
     if len(shape) == 2:
         return None
     if len(shape) == 4 and shape[2] == shape[3]:
-        return _MapPool(kind, (2, 3))
+        return MapPool(kind, (2, 3))
     if len(shape) == 4 and shape[1] == shape[2]:  # channels last, as inside Swin and ConvNeXt
-        return _MapPool(kind, (1, 2))
+        return MapPool(kind, (1, 2))
     raise BackboneError(
         f"The output of {layer} in {architecture.name} is no feature map, no tokens and no vector.",
         where="backbone.layer",

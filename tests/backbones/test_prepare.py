@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
+import pipeline.backbones.prepare as prepare_module
 from pipeline.backbones import (
     Backbone,
     Verdict,
@@ -18,8 +19,9 @@ from pipeline.backbones import (
     reduced_precision_of,
     verdict_key,
 )
+from pipeline.backbones.onednn import FusedConvolution, can_fuse, fuse_convolutions
 from pipeline.backbones.precision import sample_images
-from pipeline.backbones.prepare import fold_batchnorm
+from pipeline.backbones.prepare import diffuse_rounding, fold_batchnorm
 from pipeline.backbones.weights import tensors_digest
 
 from .conftest import build, filled_network
@@ -90,6 +92,61 @@ def test_a_convolution_used_twice_is_not_folded() -> None:
     expected = network(images(8))
     folded, count = fold_batchnorm(network)
     assert count == 0 and torch.allclose(folded(images(8)), expected)
+
+
+def test_fused_convolutions_add_and_activate_like_the_plain_ones() -> None:
+    """Every way in which an addition can follow: after, before, in place, shared, of another shape."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(6))
+            self.twice, self.relu, self.six, self.silu = nn.Conv2d(4, 4, 1), nn.ReLU(True), nn.ReLU6(), nn.SiLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a = self.relu(self.convs[0](x))
+            b = self.convs[1](a)
+            b += a
+            b = self.relu(b)
+            c = b + self.convs[2](b)
+            kept = self.six(self.convs[3](c))
+            changed = kept * 1.0
+            changed += self.convs[4](kept)
+            d = self.convs[5](changed) + changed.mean((2, 3), keepdim=True)
+            return self.silu(self.twice(d)) + self.twice(kept) + changed
+
+    torch.manual_seed(0)
+    block = Block().eval()
+    example = torch.randn(2, 4, 9, 9)
+    with torch.no_grad():
+        traced = fx.symbolic_trace(copy.deepcopy(block))
+        assert fuse_convolutions(traced, example) == 6
+        for x in (example, torch.randn(3, 4, 7, 12)):
+            torch.testing.assert_close(traced(x), block(x), rtol=1e-4, atol=1e-5)
+    fused = [module for module in traced.modules() if isinstance(module, FusedConvolution)]
+    assert sum(module.adds for module in fused) >= 2
+    assert {module.activation[0] for module in fused} >= {"none", "relu", "hardtanh"}
+
+
+def test_a_machine_without_the_operators_gets_the_folded_network(
+    resnet: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = prepare_for_inference(resnet, device=CPU, precision="float32")
+    monkeypatch.setattr(prepare_module, "fuse_convolutions", lambda *_args, **_options: 1 / 0)
+    plain = prepare_for_inference(resnet, device=CPU, precision="float32")
+    assert any(isinstance(module, FusedConvolution) for module in fused.modules()) == can_fuse(torch.float32)
+    assert not any(isinstance(module, FusedConvolution) for module in plain.modules())
+    torch.testing.assert_close(plain(images(64)), fused(images(64)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_diffused_rounding_keeps_the_sum_of_a_filter(dtype: torch.dtype) -> None:
+    weight = torch.randn(64, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    rounded, plain = diffuse_rounding(weight, dtype), weight.to(dtype).float()
+    assert torch.equal(rounded, rounded.to(dtype).float()) and rounded.shape == weight.shape
+    error = (rounded - weight).flatten(1).sum(1).abs().mean()
+    assert error < 0.3 * (plain - weight).flatten(1).sum(1).abs().mean()
+    assert (rounded - weight).abs().max() <= 2 * torch.finfo(dtype).eps * weight.abs().max()
 
 
 def test_threads_may_share_a_prepared_backbone() -> None:
