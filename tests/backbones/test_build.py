@@ -19,7 +19,7 @@ from pipeline.backbones import BackboneIdentity, WeightsMemo, build_backbone, bu
 from pipeline.backbones import download as download_module
 from pipeline.backbones.download import checkpoint_file
 from pipeline.backbones.transform import Transform
-from pipeline.errors import BackboneError, WeightsError
+from pipeline.errors import WeightsError
 from pipeline.params import BackboneParams, TransformParams
 
 from .conftest import build, filled_model
@@ -175,12 +175,6 @@ def test_a_download_is_checked_and_kept(
     checkpoint_file(download_weights()).unlink()
     assert resolve_backbone(params("IMAGENET1K_V1"), TransformParams(), memo) == first
     assert len(built) == loads
-
-
-def test_a_crop_that_does_not_fit_the_model_is_an_error() -> None:
-    with pytest.raises(BackboneError) as caught:
-        build_backbone(BackboneParams(name="vit_b_32", weights="random"), TransformParams(crop=160))
-    assert caught.value.where == "transform.crop" and "224" in str(caught.value.remedy)
 
 
 def test_the_transform_of_a_file_without_one_is_the_plain_preset(weights: Path) -> None:

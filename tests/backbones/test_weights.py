@@ -19,7 +19,7 @@ from pipeline.backbones.catalogue import find_architecture, make_classifier
 from pipeline.backbones.checkpoint import read_checkpoint
 from pipeline.backbones.transform import Transform
 from pipeline.backbones.weights import locate_weights, tensors_digest
-from pipeline.errors import WeightsError
+from pipeline.errors import BackboneError, WeightsError
 from pipeline.params import BackboneParams, TransformParams
 
 from .conftest import filled_model
@@ -263,12 +263,16 @@ def test_every_mnasnet_loads_from_a_file_without_module_versions(tmp_path: Path)
 
 
 def test_position_embeddings_tell_the_image_size(tmp_path: Path) -> None:
-    architecture = find_architecture("vit_b_32")
-    model = make_classifier(architecture, image_size=384)
-    state = {key: torch.zeros(value.shape) for key, value in model.state_dict().items()}
-    backbone = load(saved(tmp_path, state), "vit_b_32")
+    whole = make_classifier(find_architecture("vit_b_32"), image_size=384).state_dict()
+    names = ("class_token", "conv_proj.weight", "conv_proj.bias", "encoder.pos_embedding")
+    path = saved(tmp_path, {name: torch.zeros(whole[name].shape) for name in names})
+    backbone = load(path, "vit_b_32", layer="encoder.dropout")
     assert (backbone.transform.resize, backbone.transform.crop) == (439, 384)
-    assert backbone.module.network.get_parameter("model.encoder.pos_embedding").shape[1] == 145
+    assert backbone.module(torch.zeros(1, 3, 384, 384)).shape == (1, 768)
+    params = BackboneParams(name="vit_b_32", weights=str(path), layer="encoder.dropout")
+    with pytest.raises(BackboneError) as caught:
+        build_backbone(params, TransformParams(crop=160))
+    assert caught.value.where == "transform.crop" and "384" in str(caught.value.remedy)
 
 
 def test_names_of_weights() -> None:
