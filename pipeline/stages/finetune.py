@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -411,7 +412,7 @@ class _Job:
                 "kept_probe": not outcome.best_epoch and self.start.run is not None,
                 **self._comparison(scored),
             },
-            "history": [asdict(row) for row in outcome.history],
+            "history": [_finite(asdict(row)) for row in outcome.history],
             "warnings": [*self.opened.warnings, *outcome.warnings],
             "protocol": protocol_sentence(
                 [Selection("the epoch", "by its accuracy", parts.selection_name)],
@@ -464,3 +465,9 @@ class _Job:
             f" ({100 * chosen['difference']:+.1f} points; exact McNemar p = {p:.3g}: {verdict})"
         )
         return lines
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for JSON, where a loss that diverged has no number."""
+    infinite = {name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    return {name: None if name in infinite else value for name, value in row.items()}

@@ -1,0 +1,157 @@
+"""Stage three end to end on a tiny folder: from the probe, compared with it, resumed, extracted with again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline import load_run
+from pipeline.errors import FinetuneError
+from pipeline.params import Params, load_params
+from pipeline.stages.extract import extract
+from pipeline.stages.finetune import find_lr, finetune
+from pipeline.stages.train_head import train_head
+
+from .conftest import FAST
+
+Extract = Callable[..., dict[str, Any]]
+MakeParams = Callable[..., Params]
+QUICK = (
+    "head.logistic.strengths=5",
+    "head.folds=2",
+    "finetune.epochs=2",
+    "finetune.batch_size=8",
+    "finetune.selection_fraction=0.25",
+    "finetune.device=cpu",
+    "finetune.batchnorm=frozen",
+)
+
+
+def silent(_line: str) -> None:
+    """Say nothing."""
+
+
+@pytest.fixture
+def probe(run_extract: Extract, make_params: MakeParams) -> Path:
+    """A stage-two run to start from."""
+    run_extract()
+    return Path(train_head(make_params(*QUICK), silent)["run"])
+
+
+def test_the_tuned_run_predicts_what_it_reports_and_can_be_extracted_with(
+    probe: Path, make_params: MakeParams, root: Path, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    summary = finetune(make_params(*QUICK, "finetune.backbone_lr=1e-3"), lines.append)
+    assert any(line.startswith("Epoch 0 repeats the probe") for line in lines)
+    assert any("McNemar" in line for line in lines)
+    assert summary["selected"]["probe_run"] == probe.name
+    run = load_run(summary["run"], [f"cache.dir={tmp_path / 'live'}"])
+    reported = (Path(summary["run"]) / "predictions.csv").read_text()
+    for prediction in run.predict([root / "val"]):
+        assert prediction.probability is not None
+        assert f"{Path(prediction.path).name}," in reported and repr(prediction.probability) in reported
+    weights = f"backbone.weights={Path(summary['run']) / 'backbone.safetensors'}"
+    again = extract(make_params(weights), silent, quiet=True)
+    assert again["key"] == run.model.feature_key
+    assert again["forwarded"] == 0
+
+
+def test_without_a_better_epoch_the_probe_is_kept(probe: Path, make_params: MakeParams) -> None:
+    lines: list[str] = []
+    ruin = ("finetune.head_lr=100", "finetune.backbone_lr=1", "finetune.optimizer=sgd", "finetune.clip_norm=0")
+    summary = finetune(make_params(*QUICK, *ruin), lines.append)
+    kept = load_run(probe).head
+    assert summary["selected"]["epoch"] == 0
+    assert summary["selected"]["difference"] == 0
+    assert any("keeps what training started from" in line for line in lines)
+    assert (load_run(summary["run"]).head.layers.weights[0] == kept.layers.weights[0]).all()  # type: ignore[attr-defined]
+
+
+def test_a_random_head_needs_no_probe(run_extract: Extract, make_params: MakeParams) -> None:
+    run_extract()
+    summary = finetune(make_params(*QUICK, "finetune.start=random", "finetune.batchnorm=auto"), silent)
+    assert summary["n"] == 8
+    assert "probe_run" not in summary["selected"]
+
+
+def test_interpolation_is_chosen_on_the_selection_set(probe: Path, make_params: MakeParams) -> None:
+    lines: list[str] = []
+    finetune(make_params(*QUICK, "finetune.interpolate=true"), lines.append)
+    assert any(line.startswith("Interpolation:") for line in lines)
+
+
+def test_without_a_fitting_probe_the_message_says_what_to_do(run_extract: Extract, make_params: MakeParams) -> None:
+    run_extract()
+    with pytest.raises(FinetuneError) as caught:
+        finetune(make_params(*QUICK), silent)
+    assert "train-head" in str(caught.value)
+
+
+def test_the_rate_finder_suggests_both_rates(probe: Path, make_params: MakeParams) -> None:
+    found = find_lr(make_params(*QUICK), silent)
+    assert set(found["suggested"]) == {"head_lr", "backbone_lr"}
+    assert Path(found["plot"]).read_bytes().startswith(b"<?xml")
+
+
+def test_a_killed_training_resumes_to_the_same_weights(probe: Path, make_params: MakeParams, tmp_path: Path) -> None:
+    settings = (*QUICK, "finetune.epochs=6", "finetune.checkpoint_minutes=0.0001", "runs.name=tuned")
+    whole = finetune(make_params(*settings, "runs.name=whole"), silent)
+    command = [sys.executable, "-m", "pipeline", "finetune", "-q", "-p", str(tmp_path / "params.yaml")]
+    places = (f"data.root={tmp_path / 'images'}", f"cache.dir={tmp_path / 'cache'}", f"runs.dir={tmp_path / 'runs'}")
+    for override in (*FAST, *places, *settings):
+        command += ["-s", override]
+    process = subprocess.Popen(command)
+    checkpoint = tmp_path / "runs" / ".training" / "tuned" / "checkpoint.pt"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not checkpoint.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = finetune(make_params(), silent, resume="latest")
+    assert Path(resumed["run"]).name == "tuned"
+    first, second = (load_file(Path(summary["run"]) / "backbone.safetensors") for summary in (whole, resumed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not checkpoint.exists()
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_a_step(recipe: Path, root: Path, tmp_path: Path) -> None:
+    places = (f"data.root={root}", f"cache.dir={tmp_path / 'cache'}", f"runs.dir={tmp_path / 'runs'}")
+    small = (
+        "backbone.weights=random",
+        "transform.resize=32",
+        "transform.crop=32",
+        "extract.batch_size=8",
+        "finetune.epochs=1",
+        "finetune.batch_size=8",
+        "finetune.batchnorm=frozen",
+        "finetune.selection_fraction=0.25",
+        "finetune.augment.crop=32",
+        "head.mlp.epochs=1",
+        "head.logistic.strengths=3",
+        "head.folds=2",
+    )
+    params = load_params(recipe, (*places, *small))
+    extract(params, silent, quiet=True)
+    summary = train_head(params, silent)
+    tunes = "finetune" in recipe.read_text().split("\nhead:")[0] and "\nfinetune:" in recipe.read_text()
+    if tunes:
+        summary = finetune(params, silent)
+    metrics = json.loads((Path(summary["run"]) / "metrics.json").read_text())
+    assert metrics["n"] == 8
