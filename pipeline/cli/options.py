@@ -67,6 +67,18 @@ def experiment_options(verb: Verb) -> Verb:
     return wrapped
 
 
+def lazy_options(verb: Verb) -> Verb:
+    """As `experiment_options`, for verbs that do not always need params: the verb gets ``load``, which reads them."""
+
+    @_params_options
+    @reporting_options
+    @functools.wraps(verb)
+    def wrapped(file: Path | None, overrides: tuple[str, ...], **arguments: Any) -> None:
+        verb(load=functools.partial(load_params, file or DEFAULT_FILE, overrides), **arguments)
+
+    return wrapped
+
+
 def run_options(verb: Verb) -> Verb:
     """As `experiment_options`, for verbs on a finished run, which brings params of its own: ``-p`` says where runs are.
 

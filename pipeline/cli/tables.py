@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -48,3 +48,16 @@ def print_backbones(rows: Sequence[BackboneRow]) -> None:
     for row in rows:
         table.add_row(row.name, str(row.feature_dim), f"{row.parameters:,}", str(row.input_size), " ".join(row.weights))
     Console(soft_wrap=True, highlight=False).print(table)
+
+
+def print_ranking(summary: dict[str, Any]) -> None:
+    """One line a ranked backbone on standard output, then what is recommended and why."""
+    table = Table("backbone", "accuracy", "95 % interval", "parameters", "features", "ms an image", box=None)
+    for row in summary["backbones"]:
+        low, high = (100 * bound for bound in row["interval"])
+        accuracy, interval = f"{100 * row['accuracy']:.1f} %", f"{low:.1f} to {high:.1f}"
+        numbers = (f"{row['parameters']:,}", str(row["feature_dim"]), f"{row['milliseconds']:.1f}")
+        table.add_row(row["label"], accuracy, interval, *numbers)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(table)
+    console.print(f"Recommended: {summary['reason']}")

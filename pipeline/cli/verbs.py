@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,8 @@ import click
 from ..params import Params
 from .cache import cache
 from .compare import compare
-from .options import Reporter, experiment_options, reporting_options, run_options
-from .tables import print_backbones, write_predictions_csv
+from .options import Reporter, experiment_options, lazy_options, reporting_options, run_options
+from .tables import print_backbones, print_ranking, write_predictions_csv
 
 if TYPE_CHECKING:
     from ..stages.predict import Prediction
@@ -132,9 +132,22 @@ def _finish_predictions(
 
 
 @click.command()
-@reporting_options
-def backbones(reporter: Reporter) -> None:
-    """List the backbones by name with feature_dim, parameters, weights and input size."""
+@click.argument("names", nargs=-1, metavar="[NAME[=WEIGHTS]]...")
+@click.option("--rank", is_flag=True, help="Probe the backbones NAME... on a sample of data.root and recommend one.")
+@click.option("--images", type=click.IntRange(2), default=1000, show_default=True, help="Training images to rank on.")
+@lazy_options
+def backbones(names: tuple[str, ...], rank: bool, images: int, load: Callable[[], Params], reporter: Reporter) -> None:
+    """List the backbones by name with feature_dim, parameters, weights and input size, or rank some on your images."""
+    if rank != bool(names):
+        raise click.UsageError("--rank and the names of backbones go together: backbones --rank NAME NAME")
+    if rank:
+        from ..stages.rank import rank_backbones
+
+        summary = rank_backbones(load(), names, reporter.say, images=images, quiet=reporter.quiet)
+        if not reporter.as_json:
+            print_ranking(summary)
+        reporter.finish(summary)
+        return
     from ..backbones import list_backbones
 
     rows = list_backbones()
