@@ -59,5 +59,7 @@ def print_ranking(summary: dict[str, Any]) -> None:
         numbers = (f"{row['parameters']:,}", str(row["feature_dim"]), f"{row['milliseconds']:.1f}")
         table.add_row(row["label"], accuracy, interval, *numbers)
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    # As wide as it needs, so that paths of weights stay whole.
+    console.width = max(console.width, console.measure(table, options=console.options.update_width(10_000)).maximum)
     console.print(table)
     console.print(f"Recommended: {summary['reason']}")
