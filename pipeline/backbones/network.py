@@ -7,8 +7,8 @@ import difflib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor
+from torch import Tensor, fx, nn
+from torchvision.models.feature_extraction import DualGraphModule, create_feature_extractor
 from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops import StochasticDepth
 
@@ -45,14 +45,23 @@ _KEEPS_SHAPE = (
 class FeatureNetwork(nn.Module):
     """Images (n, 3, h, w), normalised, to features (n, feature_dim); trainable.
 
-    Parameters and buffers are torchvision's own under ``model.``.
+    Parameters and buffers are torchvision's own under ``model.``. ``image_size`` is the only size, in pixels, that
+    a model with position embeddings takes.
     """
 
-    def __init__(self, model: nn.Module, pool: nn.Module | None = None, *, picks_layer: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pool: nn.Module | None = None,
+        *,
+        picks_layer: bool = False,
+        image_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.pool = pool if pool is not None else nn.Identity()
         self.picks_layer = picks_layer
+        self.image_size = image_size
 
     def forward(self, images: Tensor) -> Tensor:
         output = self.model(images)
@@ -170,7 +179,9 @@ def _pooled_tokens(architecture: Architecture, model: VisionTransformer, pooling
     if pooling in ("default", "cls"):
         return FeatureNetwork(model)
     if pooling == "cls_avg":
-        return FeatureNetwork(_pick(model, "encoder"), TokenPool(pooling), picks_layer=True)
+        return FeatureNetwork(
+            _pick(model, "encoder"), TokenPool(pooling), picks_layer=True, image_size=model.image_size
+        )
     raise _pooling_error(architecture, pooling, "a vision transformer has a class token", "default, cls or cls_avg")
 
 
@@ -205,12 +216,28 @@ def _cut_at_layer(
     except ValueError as error:
         raise _layer_error(architecture, layer, names, "it lies inside a layer that is taken whole") from error
     output = _run_on_meta(FeatureNetwork(picked, picks_layer=True), size, architecture.name)
-    return FeatureNetwork(picked, _pool_for(architecture, model, layer, output, pooling), picks_layer=True)
+    pool = _pool_for(architecture, model, layer, output, pooling)
+    return FeatureNetwork(picked, pool, picks_layer=True, image_size=_needed_size(model))
 
 
 def _pick(model: nn.Module, node: str) -> nn.Module:
-    picked: nn.Module = create_feature_extractor(model, {node: _OUTPUT}, suppress_diff_warning=True)
-    return picked.eval()
+    """The part of ``model`` up to ``node``, with the parameters of that part only."""
+    picked = create_feature_extractor(model, {node: _OUTPUT}, suppress_diff_warning=True)
+    for graph in (picked.train_graph, picked.eval_graph):
+        _drop_needless(graph)
+    pruned: nn.Module = DualGraphModule(picked, picked.train_graph, picked.eval_graph)
+    return pruned.eval()
+
+
+def _drop_needless(graph: fx.Graph) -> None:
+    """Erase what the output does not need; assertions about later layers would otherwise keep these layers alive."""
+    needed: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op in ("output", "placeholder") or any(user in needed for user in node.users):
+            needed.add(node)
+    for node in reversed(graph.nodes):
+        if node not in needed:
+            graph.erase_node(node)
 
 
 def _pool_for(architecture: Architecture, model: nn.Module, layer: str, output: Any, pooling: str) -> nn.Module | None:

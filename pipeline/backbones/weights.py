@@ -16,6 +16,7 @@ from ..errors import WeightsError
 from ..files import DIGEST_BYTES, canonical_json
 from .catalogue import (
     AUXILIARY_PREFIXES,
+    PACKAGED,
     Architecture,
     backbone_names,
     classifier_path,
@@ -235,6 +236,8 @@ def _nearest_architecture(tensors: Mapping[str, Tensor]) -> str | None:
     """The backbone of which nearly all tensors are there with their shapes; looked for only to explain an error."""
     best, best_share = None, 0.9
     for name in backbone_names():
+        if name in PACKAGED:
+            continue  # the same model as one of torchvision's
         model = make_classifier(find_architecture(name))
         head = f"{classifier_path(model)}."
         state = {key: value for key, value in model.state_dict().items() if not key.endswith(COUNTER)}

@@ -15,8 +15,17 @@ import torch
 from PIL import Image
 
 import pipeline.backbones.build as build_module
-from pipeline.backbones import BackboneIdentity, WeightsMemo, build_backbone, build_classifier, resolve_backbone
+from pipeline.backbones import (
+    BackboneIdentity,
+    WeightsMemo,
+    build_backbone,
+    build_classifier,
+    catalogue,
+    resolve_backbone,
+)
 from pipeline.backbones import download as download_module
+from pipeline.backbones.catalogue import find_architecture
+from pipeline.backbones.checkpoint import checkpoint_bytes
 from pipeline.backbones.download import checkpoint_file
 from pipeline.backbones.transform import Transform
 from pipeline.errors import WeightsError
@@ -175,6 +184,22 @@ def test_a_download_is_checked_and_kept(
     checkpoint_file(download_weights()).unlink()
     assert resolve_backbone(params("IMAGENET1K_V1"), TransformParams(), memo) == first
     assert len(built) == loads
+
+
+def test_packaged_weights_are_a_backbone_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, path = Transform(resize=72, crop=64), tmp_path / "small.safetensors"
+    half = {key: value.half() for key, value in filled_model(NAME).state_dict().items() if not key.startswith("fc.")}
+    path.write_bytes(checkpoint_bytes(half, own, name="small"))
+    monkeypatch.setitem(catalogue.PACKAGED, "small", (NAME, path))
+    backbone = build_backbone(BackboneParams(name="small"), TransformParams())
+    assert (backbone.transform, backbone.identity.name, backbone.identity.weights) == (own, "small", "DEFAULT")
+    assert backbone.feature_dim == 1024 and backbone.module(torch.zeros(1, 3, 64, 64)).dtype == torch.float32
+    random = build_backbone(BackboneParams(name="small", weights="random"), TransformParams())
+    assert random.transform == own and random.identity.digest != backbone.identity.digest
+    row = catalogue._row(find_architecture("small"))
+    assert (row.weights, row.input_size) == (("DEFAULT",), 64)
+    with pytest.raises(WeightsError, match="IMAGENET1K_V1"):
+        build_backbone(BackboneParams(name="small", weights="IMAGENET1K_V1"), TransformParams())
 
 
 def test_the_transform_of_a_file_without_one_is_the_plain_preset(weights: Path) -> None:

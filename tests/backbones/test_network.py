@@ -186,6 +186,12 @@ def test_an_earlier_layer_is_pooled(name: str, layer: str, feature_dim: int) -> 
     assert make_module(name, layer=layer)[1] == feature_dim
 
 
+def test_a_cut_network_holds_only_what_it_runs() -> None:
+    network, _ = make_module("vit_b_16", layer="encoder.layers.encoder_layer_2")
+    names = {name.split(".")[3] for name in network.state_dict() if ".encoder_layer_" in name}
+    assert names == {"encoder_layer_0", "encoder_layer_1", "encoder_layer_2"}
+
+
 @pytest.mark.parametrize("name", ["resnet18", "swin_t"])
 def test_a_layers_features_are_the_hooked_output_pooled(name: str) -> None:
     layer, dims = ("layer3", (2, 3)) if name == "resnet18" else ("features.3", (1, 2))
