@@ -71,8 +71,8 @@ class Design:
     def logits(self, weights: Tensor) -> Tensor:
         """Logits (p, k, n) for weights (p, k, r + 1), in the precision of the weights."""
         problems, outputs, width = weights.shape
-        product = self.rows(weights.dtype) @ weights.reshape(problems * outputs, width).T
-        return product.T.contiguous().view(problems, outputs, -1)
+        product = weights.reshape(problems * outputs, width) @ self.rows(weights.dtype).T
+        return product.view(problems, outputs, -1)
 
     def backward(self, residuals: Tensor) -> Tensor:
         """Sums (p, k, r + 1) over rows of features times residuals (p, k, n)."""
