@@ -7,6 +7,7 @@ cores decode and two streams feed the device.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -89,19 +90,26 @@ class Forward:
     """One frozen module on one device, always called with the same shape so that a batch's company changes no bit.
 
     Args:
-        module: normalised images (n, 3, h, w) to features (n, d), prepared for ``device``.
+        load: gives the module, normalised images (n, 3, h, w) to features (n, d) on ``device``; called once, and only
+            when there is an image to forward.
         normalise: uint8 images on the device to what the module takes.
         batch_size: images a call; short batches are padded. On a GPU that runs out of memory it is halved.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        normalise: Callable[[torch.Tensor], torch.Tensor],
-        device: torch.device,
-        batch_size: int,
+        self, load: Callable[[], nn.Module], normalise: Normalise, device: torch.device, batch_size: int
     ) -> None:
-        self.module, self.normalise, self.device, self.batch_size = module, normalise, device, batch_size
+        self.normalise, self.device, self.batch_size = normalise, device, batch_size
+        self._load, self._lock = load, threading.Lock()
+        self._module: nn.Module | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module, loaded by whichever thread needs it first."""
+        with self._lock:
+            if self._module is None:
+                self._module = self._load()
+            return self._module
 
     def __call__(self, pixels: Sequence[Pixels]) -> Features:
         """Features (n, d), float32, of uint8 images (3, h, w) of one size."""

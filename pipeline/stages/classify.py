@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..backbones import build_classifier
 from ..features.digests import Digests
@@ -35,7 +33,7 @@ def classify(params: Params, paths: Sequence[Path], *, top: int = 5, quiet: bool
     quarantine = open_quarantine(params, transform)
     view = plain_view(transform, params.data, params.extract)
     device = resolve_device(params.extract.device)
-    forward = Forward(module.to(device), partial(transform.normalise, dtype=torch.float32), device, CPU_BATCH)
+    forward = Forward(lambda: module.to(device), transform.normalise, device, CPU_BATCH)
     logits: dict[bytes, np.ndarray] = {}
 
     def sink(features: Features, digests: Digests) -> None:

@@ -107,7 +107,7 @@ class Run:
             store=open_store(params, origin),
             quarantine=open_quarantine(params, origin.transform),
             transformation=plain_view(origin.transform, params.data, params.extract),
-            make_forward=lambda: forward_of(self.build_backbone(), origin.device, origin.precision, size),
+            make_forward=lambda: forward_of(self.build_backbone, origin, size),
             workers=worker_count(params.extract),
             part_seconds=params.extract.part_seconds,
             quiet=quiet,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..backbones.prepare import prepare_for_inference
 from ..data.decode import DECODER, decode_image
 from ..data.index import DigestIndex
 from ..data.scan import ImageTree, list_images, scan_folder
+from ..errors import WeightsError
 from ..features.extractor import Forward
 from ..features.prepare import Books, Crop, Decode
 from ..features.quarantine import Quarantine
@@ -181,20 +182,32 @@ def open_quarantine(params: Params, transform: Transform) -> Quarantine:
 
 
 def build_forward(params: Params, origin: Origin) -> Forward:
-    """Load the backbone and prepare it for inference on the origin's device."""
-    backbone = build_backbone(params.backbone, params.transform)
-    size = batch_size(params.extract, origin)
-    return forward_of(backbone, origin.device, origin.precision, size, compiled=params.extract.compile)
+    """The origin's backbone as a function of pixels; the weights are loaded when the first image comes."""
+
+    def load() -> Backbone:
+        backbone = build_backbone(params.backbone, params.transform)
+        if backbone.identity.digest != origin.identity.digest:
+            raise WeightsError(
+                "The weights changed while they were in use.",
+                where=params.backbone.weights,
+                why=f"their digest was {origin.identity.digest} and is {backbone.identity.digest}",
+                remedy="run the command again",
+            )
+        return backbone
+
+    return forward_of(load, origin, batch_size(params.extract, origin), compiled=params.extract.compile)
 
 
-def forward_of(
-    backbone: Backbone, device: torch.device, precision: str, size: int, *, compiled: bool = False
-) -> Forward:
-    """A backbone as a function of pixels, with one forward shape."""
-    module: nn.Module = prepare_for_inference(backbone, device=device, precision=precision)
-    if compiled:
-        module = torch.compile(module)  # type: ignore[assignment]
-    return Forward(module, backbone.transform.normalise, device, size)
+def forward_of(load: Callable[[], Backbone], origin: Origin, size: int, *, compiled: bool = False) -> Forward:
+    """A backbone, prepared for the origin's device and precision, as a function of pixels with one forward shape."""
+
+    def prepare() -> nn.Module:
+        module: nn.Module = prepare_for_inference(
+            load(), device=origin.device, precision=origin.precision, fuse=not compiled
+        )
+        return torch.compile(module) if compiled else module  # type: ignore[return-value]
+
+    return Forward(prepare, origin.transform.normalise, origin.device, size)
 
 
 def batch_size(extract: ExtractParams, origin: Origin) -> int:

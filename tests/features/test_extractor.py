@@ -53,7 +53,7 @@ def normalise(batch: torch.Tensor) -> torch.Tensor:
 
 
 def make_forward(network: nn.Module = NETWORK, *, batch_size: int = 8) -> Forward:
-    return Forward(network, normalise, torch.device("cpu"), batch_size)
+    return Forward(lambda: network, normalise, torch.device("cpu"), batch_size)
 
 
 def prepare_image(position: int, clock: Clock) -> Content:

@@ -41,7 +41,6 @@ def test_no_weights_are_loaded_when_nothing_is_to_do(run_extract: Extract, monke
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("pipeline.stages.sources.build_backbone", refuse)
-    monkeypatch.setattr("pipeline.backbones.build.build_backbone", refuse)
     assert run_extract()["reused"] == 24
 
 
