@@ -21,7 +21,9 @@ from ..errors import BackboneError
 
 # Weights that come with the package, by backbone name: (torchvision architecture, safetensors file). Such a file
 # carries its transform in its metadata; `weights: DEFAULT` loads it, and nothing else has to know about it.
-PACKAGED: dict[str, tuple[str, Path]] = {}
+PACKAGED: dict[str, tuple[str, Path]] = {
+    "starter": ("shufflenet_v2_x1_0", Path(__file__).parent / "starter" / "weights.safetensors"),
+}
 
 # What a builder must be told so that the model always is the one its weights were trained as: without auxiliary
 # heads, and (googlenet, inception_v3) with the input renormalised inside, as torchvision does for its weights.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scikit-learn brings it
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # scikit-learn brings it
 
 from ..errors import HeadError
 from ..params import HeadParams
@@ -144,13 +145,19 @@ def in_chunks(function: Callable[[NDArray[Any]], NDArray[Any]], X: NDArray[Any],
     return np.concatenate(results)
 
 
+@cache
+def _libraries() -> ThreadpoolController:
+    """The thread pools of this process; looking for them takes longer than predicting a row."""
+    return ThreadpoolController()
+
+
 @contextmanager
 def one_library_thread() -> Iterator[None]:
     """Predict with one BLAS and OpenMP thread: a row's bits must not depend on how many cores there are.
 
     Calls for single rows are also faster so, as there is too little in them to share.
     """
-    with threadpool_limits(1):
+    with _libraries().limit(limits=1):
         yield
 
 
@@ -160,7 +167,7 @@ def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(1):
+        with _libraries().limit(limits=1):
             yield
     finally:
         torch.set_num_threads(threads)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import joblib
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.model_selection import ParameterGrid
 
 from ..errors import HeadError
 from .base import Features, Floats, Ints, log_losses, near, one_thread, softmax
@@ -82,6 +81,8 @@ def out_of_fold(
     if jobs == 1 or left < SECONDS_FOR_WORKERS:
         scores += [_fit_fold(model, X, index, groups, fold) for model, fold in tasks[1:]]
     else:
+        import joblib  # here, as few runs come by
+
         with joblib.parallel_config("loky", inner_max_num_threads=1):
             scores += joblib.Parallel(n_jobs=min(jobs, len(tasks)))(
                 joblib.delayed(_fit_fold)(model, X, index, groups, fold) for model, fold in tasks[1:]
@@ -137,7 +138,7 @@ def candidates(search: Mapping[str, Sequence[Any]], kind: str, kinds: Sequence[s
             )
         if owner in (None, kind):
             own[key.removeprefix(f"{owner}.")] = values
-    return list(ParameterGrid(own)) if own else []
+    return [dict(zip(own, chosen, strict=True)) for chosen in itertools.product(*own.values())] if own else []
 
 
 def ranking(accuracy: float, log_loss: float | None) -> tuple[float, float]:

@@ -6,13 +6,13 @@ import importlib
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any
-
-from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import all_estimators
+from typing import TYPE_CHECKING, Any
 
 from ..errors import HeadError
 from .base import OWN_KINDS, near
+
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
 
 ALIASES = {
     "svm": "sklearn.svm.SVC",
@@ -33,6 +33,8 @@ def resolve_estimator(name: str) -> type[BaseEstimator]:
     Raises:
         HeadError: there is no such name, or it is no classifier.
     """
+    from sklearn.base import BaseEstimator, ClassifierMixin
+
     path = ALIASES.get(name, name)
     if not DOTTED.fullmatch(path):
         raise _unknown(name, "it is neither an alias nor a dotted path below sklearn.")
@@ -72,6 +74,8 @@ def parameter_names(estimator: type[BaseEstimator]) -> list[str]:
 
 
 def _unknown(name: str, why: str) -> HeadError:
+    from sklearn.utils import all_estimators
+
     paths = {estimator.__name__: _public_path(estimator) for _, estimator in all_estimators("classifier")}
     known = {**{kind: kind for kind in (*OWN_KINDS, *ALIASES)}, **paths, **{path: path for path in paths.values()}}
     close = near(name.rpartition(".")[2], list(known)) or near(name, list(known))

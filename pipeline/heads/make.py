@@ -9,7 +9,6 @@ from .base import OWN_KINDS, Head
 from .estimators import ALIASES, resolve_estimator
 from .logistic import LogisticHead
 from .network import NetworkHead
-from .sklearn_head import SklearnHead
 
 
 def known_kinds() -> tuple[str, ...]:
@@ -34,6 +33,8 @@ def make_head(kind: str, params: HeadParams, *, class_names: Sequence[str], jobs
         return NetworkHead(kind, params.linear, params, class_names=class_names, device=device, jobs=jobs)
     if kind == "mlp":
         return NetworkHead(kind, params.mlp, params, class_names=class_names, device=device, jobs=jobs)
+    from .sklearn_head import SklearnHead  # here, as importing scikit-learn takes longer than the default head
+
     named = kind == "sklearn"
     estimator = params.sklearn.estimator if named else kind
     resolve_estimator(estimator)

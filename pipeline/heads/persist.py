@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import io
-import json
 import zipfile
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import skops.io
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
-from skops.io.exceptions import UntrustedTypesFoundException
 
-from ..errors import HeadError, RunError
+from ..errors import RunError
 from ..params import HeadParams
 from .base import Head, Ints
 from .layers import Layers
 from .logistic import LogisticHead
 from .network import NetworkHead
-from .sklearn_head import SklearnHead
-from .trees import check_trees
-from .trusted import BASICS, LOADERS, TYPES
 
 LAYERS_FILE = "head.safetensors"
 SKLEARN_FILE = "head.skops"
-SCHEMA = "schema.json"
-NODE_KEYS = {"__class__", "__module__", "__loader__"}
 
 
 def save_head(head: Head, folder: Path) -> dict[str, Any]:
@@ -49,24 +39,11 @@ def save_head(head: Head, folder: Path) -> dict[str, Any]:
         assert head.layers is not None
         (folder / LAYERS_FILE).write_bytes(save_tensors(_tensors(head.layers)))
         return {**meta, "file": LAYERS_FILE, "dropout": head.layers.dropout}
-    assert isinstance(head, SklearnHead)
-    data = skops.io.dumps(head.pipeline, compression=zipfile.ZIP_DEFLATED)
-    if unknown := sorted(set(_unknown_names(data))):
-        raise HeadError(
-            f"{head.estimator} cannot be saved.",
-            why=f"it holds {', '.join(unknown)}, which a run folder may not name",
-            remedy="choose another classifier or other parameters",
-        )
+    from .persist_sklearn import save_sklearn  # here, as importing skops and scikit-learn takes seconds
+
+    data, more = save_sklearn(head)
     (folder / SKLEARN_FILE).write_bytes(data)
-    return {
-        **meta,
-        "file": SKLEARN_FILE,
-        "estimator": head.estimator,
-        "temperature": head.temperature,
-        "source": head.source,
-        "has_probabilities": head.has_probabilities,
-        "why_no_probabilities": head.why_no_probabilities,
-    }
+    return {**meta, **more, "file": SKLEARN_FILE}
 
 
 def load_head(folder: Path, meta: dict[str, Any]) -> Head:
@@ -83,7 +60,9 @@ def load_head(folder: Path, meta: dict[str, Any]) -> Head:
         if file == LAYERS_FILE:
             head: Head = _load_layers(data, kind, len(classes), float(meta["dropout"]))
         else:
-            head = _load_sklearn(data, kind, meta, folder / file)
+            from .persist_sklearn import load_sklearn
+
+            head = load_sklearn(data, kind, meta, folder / file)
     except (KeyError, TypeError, ValueError, OSError, SafetensorError, zipfile.BadZipFile) as error:
         raise RunError(
             "The head of this run cannot be loaded.",
@@ -127,51 +106,3 @@ def head_of_layers(kind: str, layers: Layers, classes: Ints) -> LogisticHead | N
     )
     head.layers, head.classes_ = layers, classes
     return head
-
-
-def _load_sklearn(data: bytes, kind: str, meta: dict[str, Any], file: Path) -> SklearnHead:
-    if unknown := sorted(set(_unknown_names(data))):
-        raise RunError(
-            f"The head of this run names {unknown[0]}, which is not allowed in a run folder.",
-            where=file,
-            why=f"not on the list of types that may be loaded: {', '.join(unknown)}",
-            remedy="train the head again yourself; do not load run folders from sources that you do not trust",
-        )
-    head = SklearnHead(kind, str(meta["estimator"]), {}, HeadParams(), class_names=())
-    try:
-        head.pipeline = skops.io.loads(data, trusted=sorted(TYPES))
-    except UntrustedTypesFoundException as error:
-        raise ValueError(str(error)) from error
-    check_trees(head.pipeline)
-    head.temperature, head.source = float(meta["temperature"]), meta["source"]
-    head.has_probabilities = bool(meta["has_probabilities"])
-    head.why_no_probabilities = meta["why_no_probabilities"]
-    if head.source not in (None, "predict_proba", "decision_function"):
-        raise ValueError(f"probabilities cannot come from {head.source!r}")
-    return head
-
-
-def _unknown_names(data: bytes) -> Iterator[str]:
-    """Names in a skops file that are not on the allow-list, read from its schema as plain JSON."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        schema = json.loads(archive.read(SCHEMA))
-    for node in _nodes(schema):
-        name, loader = f"{node.get('__module__')}.{node.get('__class__')}", node.get("__loader__")
-        allowed = BASICS if loader == "TypeNode" else TYPES
-        if name not in allowed:
-            yield name
-        elif loader not in LOADERS:
-            yield f"{loader} of {name}"
-
-
-def _nodes(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object in the schema that says how to build something."""
-    open_ = [value]
-    while open_:
-        item = open_.pop()
-        if isinstance(item, dict):
-            if NODE_KEYS & set(item):
-                yield item
-            open_ += item.values()
-        elif isinstance(item, list):
-            open_ += item
