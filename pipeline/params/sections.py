@@ -92,7 +92,7 @@ class DataParams(Section):
 
 
 class BackboneParams(Section):
-    name: Name = "resnet18"
+    name: Name = "starter"
     weights: Name = "DEFAULT"
     layer: Name | None = None
     pooling: Literal["default", "avg", "max", "cls", "cls_avg"] = "default"
