@@ -9,28 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import HeadError
 from ..params import HeadParams
-from ..runtime.seeds import make_generator
-from .base import Features, Floats, Head, Ints, log_losses
+from .base import Features, Floats, Head, Ints, check_training_data, log_losses
+from .baselines import baseline_accuracies
 from .crossval import OutOfFold, ranking
+from .folds import stratified_group_folds
 from .make import make_head
 
 BASELINES = ("nearest_centroid", "knn")
-BASELINE_ROWS = 10_000
 
 HeldOut = tuple[Features, Ints]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One kind on the leaderboard. ``baseline`` kinds are shown only; exactly one other is ``chosen``.
+    """One kind on the leaderboard. ``baseline`` kinds are shown only and keep no head; one other is ``chosen``.
 
     ``out_of_fold`` (n, c) are cross-validated probabilities of the rows of train, columns as ``head.classes_``.
     """
 
     kind: str
-    head: Head
+    head: Head | None
     seconds: float
     cv_accuracy: float | None
     cv_log_loss: float | None
@@ -100,9 +99,9 @@ def choose_head(
     best = min(range(len(entries)), key=lambda number: (_rank(entries[number], on_val), number))
     entries[best] = replace(entries[best], chosen=True)
     entries.sort(key=lambda entry: (not entry.chosen, _rank(entry, on_val)))
-    head = entries[0].head
+    head = heads[best]
     if baselines:
-        entries += _baselines(params, X, y, groups, held_out, class_names=class_names)
+        entries += _baselines(params, X, y, groups, held_out)
     return Choice(head, tuple(entries), tuple(_selections(head, len(kinds), on_val)))
 
 
@@ -128,7 +127,6 @@ def _entry(
     held_out: HeldOut | None,
     *,
     judged: bool,
-    baseline: bool = False,
 ) -> Entry:
     started = time.perf_counter()
     head.fit(X, y, groups)
@@ -144,7 +142,6 @@ def _entry(
         cv_log_loss,
         val_accuracy,
         val_log_loss,
-        baseline=baseline,
         out_of_fold=probabilities,
     )
 
@@ -164,11 +161,8 @@ def _scores(head: Head, X: Features, y: Ints) -> tuple[float, float | None]:
     accuracy = float((head.predict(X) == y).mean())
     if not head.has_probabilities:
         return accuracy, None
-    probabilities = head.predict_proba(X)
-    padded = np.concatenate([probabilities, np.zeros((len(y), 1))], axis=1)
-    place = np.searchsorted(head.classes_, y)
-    found = head.classes_[np.minimum(place, len(head.classes_) - 1)] == y
-    return accuracy, float(log_losses(padded, np.where(found, place, len(head.classes_))).mean())
+    padded = np.concatenate([head.predict_proba(X), np.zeros((len(y), 1))], axis=1)
+    return accuracy, float(log_losses(padded, _positions(head.classes_, y)).mean())
 
 
 def _rank(entry: Entry, on_val: bool) -> tuple[float, float]:
@@ -178,27 +172,21 @@ def _rank(entry: Entry, on_val: bool) -> tuple[float, float]:
 
 
 def _baselines(
-    params: HeadParams,
-    X: Features,
-    y: Ints,
-    groups: Ints | None,
-    held_out: HeldOut | None,
-    *,
-    class_names: Sequence[str],
-) -> list[Entry]:
-    """Nearest centroid and nearest neighbours where they were not asked for, on at most `BASELINE_ROWS` rows."""
-    rows = np.arange(len(X))
-    if len(X) > BASELINE_ROWS:
-        rows = np.sort(make_generator("baselines", params.seed).choice(len(X), BASELINE_ROWS, replace=False))
-    entries = []
+    params: HeadParams, X: Features, y: Ints, groups: Ints | None, held_out: HeldOut | None
+) -> Iterator[Entry]:
+    """Nearest centroid and nearest neighbours, where they are not among the kinds that were asked for."""
+    _, classes, index = check_training_data(X, y)
+    folds = stratified_group_folds(index, groups, params.folds, params.seed)
+    other = None if held_out is None else (held_out[0], _positions(classes, held_out[1]))
     for kind in BASELINES:
-        if kind in params.kinds:
-            continue
-        plain = HeadParams(kind=kind, folds=params.folds, seed=params.seed, standardize=params.standardize)
-        head = make_head(kind, plain, class_names=class_names, jobs=1)
-        part = None if groups is None else groups[rows]
-        try:
-            entries.append(_entry(head, X[rows], y[rows], part, held_out, judged=True, baseline=True))
-        except HeadError:
-            continue  # a baseline that this data does not allow (too few rows) is left off the table
-    return entries
+        if kind not in params.kinds:
+            started = time.perf_counter()
+            accuracies = baseline_accuracies(kind, X, index, folds, other, params.seed)
+            seconds = time.perf_counter() - started
+            yield Entry(kind, None, seconds, accuracies[0], None, accuracies[1], None, baseline=True)
+
+
+def _positions(classes: Ints, y: Ints) -> Ints:
+    """Each target's position among the sorted ``classes``, -1 where it is not among them."""
+    place = np.minimum(np.searchsorted(classes, y), len(classes) - 1)
+    return np.where(classes[place] == y, place, -1)

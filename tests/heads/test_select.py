@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from pipeline.errors import HeadError
 from pipeline.heads import choose_head, curve_band, known_kinds, learning_curve, make_head
+from pipeline.heads.baselines import baseline_accuracies
 from pipeline.heads.calibration import expected_calibration_error, fit_temperature
 from pipeline.heads.curve import nested_order
+from pipeline.heads.folds import stratified_group_folds
 from pipeline.params import HeadParams, LogisticParams, SklearnParams
 
 from .conftest import make_features
@@ -73,6 +77,27 @@ def test_single_rows_of_each_class_cannot_compare_kinds() -> None:
     assert choose_head(params("logistic"), X, y, class_names=NAMES).head.kind == "logistic"
     with pytest.raises(HeadError, match="impossible"):
         choose_head(params(["logistic", "knn"]), X, y, class_names=NAMES)
+
+
+@pytest.mark.parametrize("kind", ["knn", "nearest_centroid"])
+def test_baselines_are_about_what_scikit_learn_says(kind: str) -> None:
+    X, y = make_features(200, 24, 3, spread=0.5)
+    folds = stratified_group_folds(y, None, 3, 0)
+    ours, other = baseline_accuracies(kind, X, y, folds, (X[:50], y[:50]), 0)
+    head = make_head(kind, params(kind), class_names=NAMES).fit(X, y)
+    assert ours == pytest.approx(head.cross_validate(X, y).accuracy(y), abs=0.03)
+    assert other == pytest.approx((head.predict(X[:50]) == y[:50]).mean(), abs=0.05)
+
+
+def test_the_default_head_does_without_importing_scikit_learn() -> None:
+    code = (
+        "import sys, numpy as np; from pipeline.heads import choose_head; from pipeline.params import HeadParams\n"
+        "X = np.random.default_rng(0).normal(size=(40, 6)).astype('float32'); y = (X[:, 0] > 0).astype(int)\n"
+        "choose_head(HeadParams(), X, y, class_names=['a', 'b'])\n"
+        "print([name for name in ('sklearn', 'skops', 'scipy', 'joblib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_kinds_are_listed() -> None:
