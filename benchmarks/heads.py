@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import joblib  # type: ignore[import-untyped]
+import joblib
 import numpy as np
 import sklearn
 import torch
