@@ -48,6 +48,7 @@ from pipeline.finetune.network import TrainingNetwork
 from pipeline.finetune.selection import autocast
 from pipeline.params.sections import BackboneParams, FinetuneParams, TransformParams
 from pipeline.runtime.device import resolve_device, usable_cores
+from pipeline.runtime.memory import reuse_freed_memory
 
 SIDES = ("plain", "ours", "alone")
 
@@ -230,6 +231,7 @@ def _run_ours(arguments: argparse.Namespace, device: torch.device) -> None:
 
 def _run_alone(arguments: argparse.Namespace, device: torch.device) -> None:
     """The same network on one batch that lies on the device already."""
+    reuse_freed_memory()
     classifier, transform = _build(arguments, 2)
     params, dtype = FinetuneParams(batch_size=arguments.batch_size), resolve_training_dtype("auto", device)
     network = TrainingNetwork(classifier, params, device=device, batchnorm=arguments.batchnorm)
