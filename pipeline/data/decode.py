@@ -9,6 +9,7 @@ import os
 import stat
 import threading
 import warnings
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -154,6 +155,20 @@ def decode_image(
         # Damaged content makes Pillow's plugins raise nearly anything: OSError, ValueError, SyntaxError, TypeError,
         # KeyError, struct.error, zlib.error, ... There is no list of them, and one bad image must not end a run.
         raise _verdict(data, error) from error
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """`decode_image` with its settings, which can be told to another process."""
+
+    background: Colour
+    exif: bool
+    max_pixels: int
+    draft_size: tuple[int, int] | None = None
+
+    def __call__(self, data: bytes) -> Image.Image:
+        """As `decode_image`."""
+        return decode_image(data, **vars(self))
 
 
 def _allow_pixels(max_pixels: int) -> None:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..data.decode import decoder_versions
+from ..data.decode import Reason, decoder_versions, read_bytes
+from ..data.trial import find_killers
 from ..errors import Interrupted
 from ..features.digests import Digests, empty_digests, first_occurrences, locate, stack_digests
 from ..features.drift import SAMPLES, PixelRecord, pixel_digest
 from ..features.extractor import Clock, Forward, Pixels, extract_features
+from ..features.journal import Journal, Suspect, journal, suspects_left_behind
 from ..features.ledger import Outcome
 from ..features.prepare import Preparation
-from ..features.quarantine import Quarantine
+from ..features.quarantine import BadContent, Quarantine
 from ..features.rounding import Features
-from ..features.store import FeatureStore
+from ..features.store import FeatureStore, cannot_write
 from ..features.writer import PartWriter
+from ..files import digest_bytes
 from ..runtime.distributed import World
 from ..runtime.interrupt import stop_after_batch
 from ..runtime.progress import ProgressBar
@@ -79,12 +83,14 @@ class Embedding:
         forward = self.make_forward()
         with self.store.writing():
             self._check_drift()
-            return self._embed(todo, forward)
+            self._try_suspects()
+            with self._journal() as opened:
+                return self._embed(todo, forward, opened)
 
-    def _embed(self, todo: NDArray[np.int64], forward: Forward) -> Outcome:
+    def _embed(self, todo: NDArray[np.int64], forward: Forward, opened: Journal) -> Outcome:
         computed: list[Digests] = []
         samples: dict[bytes, str] = {}
-        preparation = self._preparation(samples)
+        preparation = self._preparation(samples, opened)
         writer = PartWriter(self.store.publish, self.part_seconds, after=self._remember_often())
 
         def sink(features: Features, digests: Digests) -> None:
@@ -113,7 +119,7 @@ class Embedding:
             raise _interrupted(writer.published, len(todo))
         return self._outcome(np.concatenate([empty_digests(), *computed]), clock, seconds)
 
-    def _preparation(self, samples: dict[bytes, str]) -> Preparation:
+    def _preparation(self, samples: dict[bytes, str], opened: Journal) -> Preparation:
         def crop(image: Image.Image, digest: bytes) -> Pixels:
             pixels = self.transformation.crop(image, digest)
             if len(samples) < SAMPLES:
@@ -121,7 +127,14 @@ class Embedding:
             return pixels
 
         have = {row.tobytes() for row in self.store.digests}
-        return Preparation(self.source.books, have, self.quarantine, decode=self.transformation.decode, crop=crop)
+        return Preparation(
+            self.source.books,
+            have,
+            self.quarantine,
+            decode=self.transformation.decode,
+            crop=crop,
+            in_hand=opened.in_hand,
+        )
 
     def _remember_often(self) -> Callable[[], None]:
         """Save the index beside a part now and then, so that a kill does not cost reading everything again."""
@@ -134,6 +147,30 @@ class Embedding:
                 self.source.save_index()
 
         return after
+
+    @contextmanager
+    def _journal(self) -> Iterator[Journal]:
+        with ExitStack() as held:
+            try:
+                opened = held.enter_context(journal(self.store.cache_dir, self.workers))
+            except OSError as error:
+                raise cannot_write(self.store.cache_dir, error) from error
+            yield opened
+
+    def _try_suspects(self) -> None:
+        """Try what earlier processes were decoding when they were killed, and quarantine what did it."""
+        with suspects_left_behind(self.store.cache_dir) as suspects:
+            present = {suspect.path: suspect.digest for suspect in suspects if self._is_present(suspect)}
+            for path, end in find_killers(list(present), self.transformation.decode).items():
+                reason = Reason.KILLS_DECODER
+                self.quarantine.add(present[path], BadContent(str(path), reason.value, end, reason.remedy))
+
+    def _is_present(self, suspect: Suspect) -> bool:
+        """Whether the file is still what it was, and not known to be bad."""
+        with suppress(OSError):
+            held = digest_bytes(read_bytes(suspect.path)[0])
+            return held == suspect.digest and not self.quarantine.get(suspect.digest)
+        return False
 
     def _check_drift(self) -> None:
         record = PixelRecord(self.store.folder)

@@ -15,12 +15,12 @@ from torch import nn
 from ..backbones import Backbone, BackboneIdentity, Transform, WeightsMemo, build_backbone, resolve_backbone
 from ..backbones.precision import Verdict, accept_precision, reduced_precision_of, verdict_key
 from ..backbones.prepare import prepare_for_inference
-from ..data.decode import DECODER, decode_image
+from ..data.decode import DECODER, Decoder
 from ..data.index import DigestIndex
 from ..data.scan import ImageTree, list_images, scan_folder
 from ..errors import WeightsError
 from ..features.extractor import Forward
-from ..features.prepare import Books, Crop, Decode
+from ..features.prepare import Books, Crop
 from ..features.quarantine import Quarantine
 from ..features.spec import PLAIN_VIEW, FeatureSpec
 from ..features.store import FeatureStore
@@ -85,7 +85,7 @@ def _open(tree: ImageTree, cache: CacheParams, *, name: bytes) -> Source:
 class Transformation:
     """From a file's bytes to an RGB image, and from the image (and its digest) to uint8 pixels (3, h, w)."""
 
-    decode: Decode
+    decode: Decoder
     crop: Crop
 
 
@@ -100,10 +100,9 @@ def augmented_view(transform: Transform, data: DataParams, extract: ExtractParam
     return Transformation(_decode(transform, data, extract), lambda image, digest: crop(image, digest))
 
 
-def _decode(transform: Transform, data: DataParams, extract: ExtractParams) -> Decode:
+def _decode(transform: Transform, data: DataParams, extract: ExtractParams) -> Decoder:
     draft = transform.resize or transform.crop
-    return partial(
-        decode_image,
+    return Decoder(
         background=transform.background,
         exif=transform.exif,
         max_pixels=data.max_pixels,

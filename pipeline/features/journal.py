@@ -1,0 +1,110 @@
+"""Which image each decoding thread has in hand, in a file that outlives the process.
+
+Some contents crash a decoder, or hang it until somebody kills the process. The next run finds here what was being
+decoded then. An entry is two writes to the page cache, which survive the process; nothing is synced, since a power
+cut is not the decoder's doing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..files import DIGEST_BYTES, temporary_name
+
+FOLDER, SUFFIX = "journal", ".slots"
+# A slot: the length of the path, 0 while nothing is in hand; the content's digest; the path.
+SLOT = 4096 + DIGEST_BYTES + 2
+EMPTY = b"\0\0"
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A content that was being decoded when its process ended, and where it lay."""
+
+    path: Path
+    digest: bytes
+
+
+@contextmanager
+def journal(cache_dir: Path, slots: int) -> Iterator[Journal]:
+    """The journal of this process, gone when the block ends, left behind when the process is killed.
+
+    Args:
+        slots: how many contents can be in hand at once.
+
+    Raises:
+        OSError: the cache folder cannot be written.
+    """
+    folder = cache_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    path = temporary_name(folder / "slots")
+    final = path.with_name(path.name.lstrip(".") + SUFFIX)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        # Locked before it has the name that others look for: whoever can lock it knows that its process has ended.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.write(descriptor, bytes(SLOT * slots))
+        os.rename(path, final)
+        yield Journal(descriptor, slots)
+    finally:
+        for leftover in (path, final):
+            leftover.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+class Journal:
+    """Slots of a locked file; see `journal`."""
+
+    def __init__(self, descriptor: int, slots: int) -> None:
+        self._descriptor, self._free = descriptor, deque(range(slots))
+
+    @contextmanager
+    def in_hand(self, path: str, digest: bytes) -> Iterator[None]:
+        """Hold that the content ``digest`` (16 bytes) at ``path`` is being decoded while the block runs."""
+        slot = self._free.pop()
+        name = os.fsencode(path)
+        os.pwrite(self._descriptor, len(name).to_bytes(2, "little") + digest + name, slot * SLOT)
+        try:
+            yield
+        finally:
+            os.pwrite(self._descriptor, EMPTY, slot * SLOT)
+            self._free.append(slot)
+
+
+@contextmanager
+def suspects_left_behind(cache_dir: Path) -> Iterator[list[Suspect]]:
+    """What processes that have ended without closing their journal had in hand; forgotten when the block ends well.
+
+    A journal that another process looks through at the moment is left to it.
+    """
+    descriptors: list[int] = []
+    files: list[Path] = []
+    suspects: list[Suspect] = []
+    try:
+        for file in sorted((cache_dir / FOLDER).glob(f"*{SUFFIX}")):
+            with suppress(OSError):  # in use, or gone, or not ours to read
+                descriptors.append(os.open(file, os.O_RDWR | os.O_CLOEXEC))
+                fcntl.flock(descriptors[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                suspects += _read_slots(file.read_bytes())
+                files.append(file)
+        yield suspects
+        for file in files:
+            file.unlink(missing_ok=True)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _read_slots(data: bytes) -> Iterator[Suspect]:
+    for start in range(0, len(data) - SLOT + 1, SLOT):
+        slot = data[start : start + SLOT]
+        length = int.from_bytes(slot[:2], "little")
+        digest, name = slot[2 : 2 + DIGEST_BYTES], slot[2 + DIGEST_BYTES : 2 + DIGEST_BYTES + length]
+        if length and len(name) == length and b"\0" not in name:
+            yield Suspect(Path(os.fsdecode(name)), digest)
