@@ -16,11 +16,12 @@ export $(VALUES)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo-data named-data extract train-head finetune evaluate predict compare demo \
+.PHONY: help setup demo-data named-data advise extract train-head finetune evaluate predict compare demo \
 	test test-lowest torture lint types format bench clean
 
 # $(load) VERB turns each setting of $SET into its own -s among the recipe's "$@". A word of SET that does not
-# begin with `section.key=` goes on with the value before it, so that values may hold spaces.
+# begin with `section.key=` goes on with the value before it, so that values may hold spaces. $ARGS is for the verb
+# that was asked for; those that go before it take of it only what every verb takes.
 define load
 set -ef; set --; item=; \
 for word in $$SET; do case "$$word" in \
@@ -28,7 +29,9 @@ for word in $$SET; do case "$$word" in \
 	*) item="$${item:+$$item }$$word";; \
 esac; done; \
 [ -z "$$item" ] || set -- "$$@" -s "$$item"; set +f; \
-verb() { name=$$1; shift; "$$VENV/bin/python" -m pipeline "$$name" -p "$$PARAMS" "$$@" $$ARGS; };
+verb() { name=$$1; shift; args=; for word in $$ARGS; do case " $(MAKECMDGOALS) :$$word" in \
+	*" $$name "*|*:--json|*:-q|*:--quiet|*:-v|*:--verbose) args="$$args $$word";; \
+esac; done; "$$VENV/bin/python" -m pipeline "$$name" -p "$$PARAMS" "$$@" $$args; };
 endef
 
 # What an environment was made for: its interpreter, the place of the project and its dependencies.
@@ -81,6 +84,9 @@ named-data: setup
 
 extract: named-data ## stage one: images to cached features; only what is new is computed
 	@$(load) verb extract "$$@"
+
+advise: named-data ## say what pays for these images: probe, fine-tune or train from scratch
+	@$(load) verb advise "$$@"
 
 train-head: extract ## stage two: cached features to a classifier, its scores and a run folder
 	@$(load) verb train-head "$$@"

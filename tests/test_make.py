@@ -157,6 +157,18 @@ class TestVerbs:
     def test_train_head_extracts_first(self, ready: Clone) -> None:
         assert ready.verbs("train-head") == [["extract", "-p", "params.yaml"], ["train-head", "-p", "params.yaml"]]
 
+    def test_advise_needs_no_features(self, ready: Clone) -> None:
+        assert ready.verbs("advise", "ARGS=--domain similar") == [
+            ["advise", "-p", "params.yaml", "--domain", "similar"]
+        ]
+
+    def test_further_options_are_for_the_verb_that_was_asked_for(self, ready: Clone) -> None:
+        assert ready.verbs("finetune", "ARGS=--find-lr --json") == [
+            ["extract", "-p", "params.yaml", "--json"],
+            ["train-head", "-p", "params.yaml", "--json"],
+            ["finetune", "-p", "params.yaml", "--find-lr", "--json"],
+        ]
+
     def test_extract_is_not_repeated(self, ready: Clone) -> None:
         verbs = [call[0] for call in ready.verbs("extract", "train-head", "finetune")]
         assert verbs == ["extract", "train-head", "finetune"]

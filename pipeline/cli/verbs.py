@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..params import Params
+from .advise import advise
 from .cache import cache
 from .compare import compare
 from .options import Reporter, experiment_options, lazy_options, reporting_options, run_options
@@ -178,6 +179,7 @@ def demo(params: Params, reporter: Reporter) -> None:
 
 
 VERBS: dict[str, click.Command] = {
+    "advise": advise,
     "extract": extract,
     "train-head": train_head,
     "finetune": finetune,

@@ -1,0 +1,37 @@
+"""`pipeline advise`: probe, fine-tune or train from scratch, and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ..params import Params
+from .options import DEFAULT_FILE, Reporter, experiment_options
+
+if TYPE_CHECKING:
+    from ..evaluate.advice_rules import Domain
+    from ..evaluate.advice_text import Given
+
+
+@click.command()
+@click.option(
+    "--domain",
+    type=click.Choice(["similar", "different"]),
+    help="How near the images are to ImageNet's photographs.  [default: what a probe's score says, or both]",
+)
+@experiment_options
+def advise(params: Params, domain: Domain | None, reporter: Reporter) -> None:
+    """Say from the images of data.root what pays (probe, fine-tune, train from scratch), why, and what to run."""
+    from ..stages.advise import advise_on
+
+    reporter.finish(advise_on(params, reporter.say, domain=domain, given=_given()))
+
+
+def _given() -> Given:
+    """The params file and settings as typed, for the commands that are suggested."""
+    from ..evaluate.advice_text import Given
+
+    typed = click.get_current_context().params
+    file = typed["file"]
+    return Given(None if file is None or file == DEFAULT_FILE else str(file), tuple(typed["overrides"]))
