@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .advice import Advice, Facts, Recommendation
+from .advice import Advice, Recommendation
+from .advice_facts import Facts
 from .advice_rules import Reason, Step
 
 WIDTH = 100
@@ -120,7 +121,7 @@ def _recommendation_lines(recommendation: Recommendation, advice: Advice, given:
     for reason in recommendation.reasons:
         yield from _wrapped(_sourced(reason), "  - ", "    ")
     if skip == len(recommendation.steps):
-        yield "  Nothing more to run."
+        yield "  Nothing more to run: `pipeline predict` labels new images with the probe."
     yield from _step_lines(recommendation.steps[skip:], given, first=skip + 1)
 
 

@@ -16,7 +16,8 @@ from ..data.index import DigestIndex
 from ..data.scan import SPLITS, ImageTree, scan_folder
 from ..data.splits import assign_splits, group_ids, groups_of, leaked
 from ..errors import DataError, RunError
-from ..evaluate.advice import Facts, Point, Probe, Tuned, advise
+from ..evaluate.advice import advise
+from ..evaluate.advice_facts import Facts, Point, Probe, Tuned
 from ..evaluate.advice_rules import Domain
 from ..evaluate.advice_text import Given, advice_lines, advice_values
 from ..files import digest_bytes

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluate.advice import Advice, Facts, Point, Probe, Tuned, advise, curve_rises, judge_domain
+from pipeline.evaluate.advice import Advice, advise, curve_rises, judge_domain
+from pipeline.evaluate.advice_facts import Facts, Point, Probe, Tuned
 from pipeline.evaluate.advice_rules import DOMAINS, RULES, Domain, find_rule
 from pipeline.evaluate.advice_text import Given, advice_lines, advice_values, commands, shared_steps
 from pipeline.params import load_params
@@ -105,6 +106,12 @@ def test_a_rising_and_a_flat_curve_are_told_apart() -> None:
     assert "more images of the same kind would not help" in texts(flat)
     ranks = [any("--rank" in step.options for step in each.recommendations[0].steps) for each in (rising, flat)]
     assert ranks == [False, True]
+
+
+def test_a_probe_that_is_there_is_not_asked_for_again() -> None:
+    there = facts(300, 300, probe=GOOD, curve=RISING)
+    assert [len(advise(there, domain).recommendations[0].steps) for domain in DOMAINS] == [0, 1]
+    assert any("Nothing more to run" in line for line in advice_lines(there, advise(there), Given()))
 
 
 def test_a_noisy_rise_is_no_rise() -> None:
