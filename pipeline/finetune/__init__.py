@@ -3,6 +3,7 @@
 ``train_classifier`` is the way in; it takes a `Classifier`, two `LabelledImages`, and a `Setting`.
 """
 
+from .batchnorm import resolve_batchnorm
 from .classifier import Classifier, fold_head, make_head_module, make_random_head
 from .contract import Outcome, Setting, State, Watch
 from .groups import describe_groups, group_rows
@@ -42,6 +43,7 @@ __all__ = [
     "make_head_module",
     "make_random_head",
     "process_group",
+    "resolve_batchnorm",
     "resolve_training_dtype",
     "sweeps_plot",
     "train_classifier",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +19,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .depthwise import convolve
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
+BatchNormMode = Literal["frozen", "train"]
+
+
+def resolve_batchnorm(wanted: Literal["auto", "frozen", "train"], *, from_scratch: bool) -> BatchNormMode:
+    """``auto``: statistics are trained where both backbone and head begin at random, and frozen otherwise.
+
+    A head that was fitted to features knows those that the running statistics give. Statistics of batches would
+    hand it others from the first step on, however random the weights are, and the training would diverge.
+    """
+    if wanted != "auto":
+        return wanted
+    return "train" if from_scratch else "frozen"
 
 
 def batchnorm_modules(module: nn.Module) -> list[_BatchNorm]:

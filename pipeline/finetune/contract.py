@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..runtime.distributed import World
 from ..runtime.interrupt import Interruption
+from .batchnorm import BatchNormMode
 from .history import EpochRow
-from .network import BatchNormMode
 
 State = dict[str, Tensor]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..params.sections import FinetuneParams
 from ..runtime.distributed import World
-from .batchnorm import batchnorm_modules, find_pairs
+from .batchnorm import BatchNormMode, batchnorm_modules, find_pairs
 from .classifier import Classifier
 from .groups import Block, Group, backbone_groups, find_blocks, head_groups, unfrozen_blocks
 from .optimizer import as_param_group, make_optimizer
-
-BatchNormMode = Literal["frozen", "train"]
 
 
 class TrainingNetwork:

@@ -67,19 +67,8 @@ class SelectionSet:
         parts = list(self._forward(classifier, dtype))
         return np.concatenate([part.numpy() for part in parts]) if parts else np.empty((0, 0), np.float32)
 
-    def _forward(self, classifier: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
-        classifier.eval()
-        for pixels in self._pixels():
-            yield self._logits_of(pixels, classifier, dtype)
-
-    @torch.inference_mode()
-    def _logits_of(self, pixels: Tensor, classifier: nn.Module, dtype: torch.dtype) -> Tensor:
-        images = self.transform.normalise(pixels.to(self.device, non_blocking=True), torch.float32)
-        with autocast(self.device, dtype):
-            logits: Tensor = classifier(images.contiguous(memory_format=torch.channels_last))
-        return logits.float().cpu()
-
-    def _pixels(self) -> Iterator[Tensor]:
+    def pixels(self) -> Iterator[Tensor]:
+        """The evaluation pixels of this process's images, a batch at a time: uint8 (n, 3, crop, crop), on the CPU."""
         if self._kept:
             yield from self._kept
             return
@@ -90,6 +79,18 @@ class SelectionSet:
                 kept.append(pixels)
             yield pixels
         self._kept = kept
+
+    def _forward(self, classifier: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
+        classifier.eval()
+        for pixels in self.pixels():
+            yield self._logits_of(pixels, classifier, dtype)
+
+    @torch.inference_mode()
+    def _logits_of(self, pixels: Tensor, classifier: nn.Module, dtype: torch.dtype) -> Tensor:
+        images = self.transform.normalise(pixels.to(self.device, non_blocking=True), torch.float32)
+        with autocast(self.device, dtype):
+            logits: Tensor = classifier(images.contiguous(memory_format=torch.channels_last))
+        return logits.float().cpu()
 
     def _pixels_of(self, row: int) -> NDArray[np.uint8]:
         return self.transform.pixels(self.images.source.image(row)).transpose(1, 2, 0)

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from pipeline.finetune.batchnorm import batchnorm_modules, find_pairs, fused
+from pipeline.finetune.batchnorm import batchnorm_modules, find_pairs, fused, resolve_batchnorm
 
 from .support import tiny_backbone
 
@@ -74,3 +74,16 @@ def test_a_network_that_cannot_be_traced_trains_unfused() -> None:
 def test_known_architectures_are_fused_throughout(name: str) -> None:
     model = getattr(torchvision.models, name)(weights=None)
     assert len(find_pairs(model)) == len(batchnorm_modules(model))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "from_scratch", "resolved"),
+    [
+        ("auto", False, "frozen"),
+        ("auto", True, "train"),
+        ("frozen", True, "frozen"),
+        ("train", False, "train"),
+    ],
+)
+def test_auto_trains_statistics_only_where_all_begins_at_random(wanted: str, from_scratch: bool, resolved: str) -> None:
+    assert resolve_batchnorm(wanted, from_scratch=from_scratch) == resolved  # type: ignore[arg-type]
