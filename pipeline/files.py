@@ -6,12 +6,14 @@ folder, synced, renamed, and the folder is synced, so that this also holds acros
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,9 +37,38 @@ def digest_file(path: Path) -> bytes:
     return state.digest()
 
 
+def read_regular_file(path: Path) -> bytes:
+    """The content of a file that is one; a device or a pipe in its place could be read for ever.
+
+    Raises:
+        OSError: there is none, it is something else, or it cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_bytes()
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces, the same text for equal values; refuses NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def seal_json(value: Any) -> bytes:
+    """JSON behind the digest of itself, so that a flipped bit shows."""
+    body = json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()
+    return digest_bytes(body).hex().encode() + b"\n" + body
+
+
+def unseal_json(data: bytes) -> Any:
+    """The inverse of `seal_json`.
+
+    Raises:
+        ValueError: a byte of it changed.
+    """
+    seal, _, body = data.partition(b"\n")
+    if seal != digest_bytes(body).hex().encode():
+        raise ValueError("the seal does not match what it seals")
+    return json.loads(body)
 
 
 def sync_folder(folder: Path) -> None:

@@ -92,7 +92,7 @@ class RunModel(Record):
     class_names: Annotated[list[Text], Field(min_length=1)]
     backbone: BackboneRecord
     transform: dict[Text, Any]
-    precision: Text
+    precision: Annotated[str, Field(pattern=r"^(float32|bfloat16|float16)$")]
     storage_dtype: Annotated[str, Field(pattern=r"^float(16|32)$")]
     feature_dim: Annotated[int, Field(ge=1)]
     forward_shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=4, max_length=4)]

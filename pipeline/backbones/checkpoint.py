@@ -42,6 +42,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         WeightsError: the file is missing, unreadable, damaged, would run code, or holds no tensors.
     """
     try:
+        if path.exists() and not path.is_file():
+            _fail(path, "it is not a regular file", "name the file itself in backbone.weights")
         with open(path, "rb") as file:
             head = file.read(200)
     except OSError as error:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..files import canonical_json, publish_file
+from ..files import canonical_json, publish_file, seal_json, unseal_json
 
-FORMAT = 1
+FORMAT = 2
 # A file changed within the granularity of its time stamps after being read would look unchanged.
 SAFE_NS = 2_000_000_000
 
@@ -28,7 +27,7 @@ def stat_of(path: Path) -> Stat | None:
 
 
 class WeightsMemo:
-    """A small JSON file of facts, each under a key of what it depends on.
+    """A small sealed JSON file of facts, each under a key of what it depends on.
 
     It is a memory and nothing more: a missing, damaged or foreign file is an empty memory, and one that cannot be
     written changes nothing but speed. Facts about a file hold as long as its `stat_of` is what it was.
@@ -58,13 +57,12 @@ class WeightsMemo:
             return
         entry = {"stat": list(stat) if stat else None, "fact": dict(fact)}
         self._facts = {**self._read(), **self._facts, canonical_json(key): entry}
-        content = json.dumps({"format": FORMAT, "facts": self._facts}, indent=1, sort_keys=True)
         with suppress(OSError):  # a cache that cannot be written is for its own writer to report
-            publish_file(self._file, content.encode())
+            publish_file(self._file, seal_json({"format": FORMAT, "facts": self._facts}))
 
     def _read(self) -> dict[str, Any]:
         try:
-            content = json.loads(self._file.read_bytes())
+            content = unseal_json(self._file.read_bytes())
         except (OSError, ValueError, RecursionError):
             return {}
         if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -103,7 +103,7 @@ class Walker:
                         self._without_stat(prefix, entry, error)
                     else:
                         names.append(name)
-                elif entry.is_dir():
+                elif self._is_folder(prefix, entry):
                     folders.append(name)
                 else:
                     self.ignored[os.path.splitext(name)[1].lower()] += 1
@@ -120,6 +120,13 @@ class Walker:
         if wanted:
             self._spellings.add(suffix)
         return wanted
+
+    def _is_folder(self, prefix: str, entry: os.DirEntry[str]) -> bool:
+        try:
+            return entry.is_dir()
+        except OSError as error:  # a link to itself
+            self._without_stat(prefix, entry, error)
+            return False
 
     def _without_stat(self, prefix: str, entry: os.DirEntry[str], error: OSError) -> None:
         """An entry that was listed and has no stat: gone since (no matter), a dead link, or out of reach."""

@@ -7,15 +7,17 @@ cut is not the decoder's doing.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import DIGEST_BYTES, temporary_name
+from .store import cannot_write
 
 FOLDER, SUFFIX = "journal", ".slots"
 # A slot: the length of the path, 0 while nothing is in hand; the content's digest; the path.
@@ -39,42 +41,60 @@ def journal(cache_dir: Path, slots: int) -> Iterator[Journal]:
         slots: how many contents can be in hand at once.
 
     Raises:
-        OSError: the cache folder cannot be written.
+        CacheError: the cache folder cannot be written.
     """
-    folder = cache_dir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    path = temporary_name(folder / "slots")
+    path = temporary_name(cache_dir / FOLDER / "slots")
     final = path.with_name(path.name.lstrip(".") + SUFFIX)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        # Locked before it has the name that others look for: whoever can lock it knows that its process has ended.
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        os.write(descriptor, bytes(SLOT * slots))
-        os.rename(path, final)
-        yield Journal(descriptor, slots)
-    finally:
-        for leftover in (path, final):
-            leftover.unlink(missing_ok=True)
-        os.close(descriptor)
+    with ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            held.callback(os.close, descriptor)
+            held.callback(_remove, path, final)
+            # Locked before it has the name that others look for: whoever can lock it knows that its process has ended.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            opened = Journal(descriptor, path, slots)
+            os.rename(path, final)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        yield opened
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
 
 
 class Journal:
     """Slots of a locked file; see `journal`."""
 
-    def __init__(self, descriptor: int, slots: int) -> None:
-        self._descriptor, self._free = descriptor, deque(range(slots))
+    def __init__(self, descriptor: int, path: Path, slots: int) -> None:
+        self._descriptor, self._path, self._free = descriptor, path, deque(range(slots))
+        self._write(bytes(SLOT * slots), 0)
 
     @contextmanager
     def in_hand(self, path: str, digest: bytes) -> Iterator[None]:
-        """Hold that the content ``digest`` (16 bytes) at ``path`` is being decoded while the block runs."""
+        """Hold that the content ``digest`` (16 bytes) at ``path`` is being decoded while the block runs.
+
+        Raises:
+            CacheError: the cache folder cannot be written.
+        """
         slot = self._free.pop()
         name = os.fsencode(path)
-        os.pwrite(self._descriptor, len(name).to_bytes(2, "little") + digest + name, slot * SLOT)
+        self._write(len(name).to_bytes(2, "little") + digest + name, slot)
         try:
             yield
         finally:
-            os.pwrite(self._descriptor, EMPTY, slot * SLOT)
+            self._write(EMPTY, slot)
             self._free.append(slot)
+
+    def _write(self, data: bytes, slot: int) -> None:
+        try:
+            if os.pwrite(self._descriptor, data, slot * SLOT) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
 
 
 @contextmanager

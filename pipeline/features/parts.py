@@ -7,7 +7,6 @@ a part in full is remembered by its stat, so that opening a key again does not r
 from __future__ import annotations
 
 import io
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ..files import canonical_json, digest_bytes, publish_file
+from ..files import canonical_json, digest_bytes, publish_file, seal_json, unseal_json
 from .digests import Digests
 from .rounding import Features
 from .spec import FeatureSpec
@@ -31,7 +30,7 @@ DAMAGED_PREFIX = "damaged-"
 SAFE_NS = 2_000_000_000
 # So many rows are published at the latest; more parts cost little, and a kill loses less.
 PART_ROWS = 4096
-HDF5_ERRORS = (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError)
+HDF5_ERRORS = (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError)
 
 Stat = tuple[int, int, int, int]
 
@@ -95,7 +94,7 @@ class Proofs:
         if self._changed:
             known = {name: stat for name, stat in self._proven.items() if name in names}
             with suppress(OSError):
-                publish_file(self._folder / VERIFIED_FILE, _seal(known))
+                publish_file(self._folder / VERIFIED_FILE, seal_json(known))
 
 
 def build_part(features: np.ndarray, digests: Digests, spec: FeatureSpec) -> bytes:
@@ -104,10 +103,11 @@ def build_part(features: np.ndarray, digests: Digests, spec: FeatureSpec) -> byt
     with h5py.File(buffer, "w") as file:
         file.create_dataset("features", data=features)
         file.create_dataset("digest", data=digests)
-        file.attrs["key"] = spec.key
-        file.attrs["spec"] = canonical_json(spec.as_dict())
+        # Texts of fixed length: on damaged ones of variable length libhdf5 can search for ever.
+        file.attrs["key"] = np.bytes_(spec.key)
+        file.attrs["spec"] = np.bytes_(canonical_json(spec.as_dict()))
         if features.dtype.name != spec.dtype:
-            file.attrs["widened"] = f"these rows do not survive {spec.dtype}"
+            file.attrs["widened"] = np.bytes_(f"these rows do not survive {spec.dtype}")
     return buffer.getvalue()
 
 
@@ -141,9 +141,12 @@ def check_part(name: str, data: bytes, key: str, feature_dim: int | None) -> str
         return "its bytes do not match the digest in its name"
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
+            told = _fixed_text(file, "key")
+            if told != key:
+                return f"it belongs to the key {told}"
             features, digest = file["features"], file["digest"]
-            if file.attrs.get("key") != key:
-                return f"it belongs to the key {file.attrs.get('key')}"
+            if not (_is_plain(features) and _is_plain(digest)):
+                return "its datasets are not simply stored in it"
             shapes_fit = features.ndim == 2 and digest.shape == (len(features), 16)
             is_wide_enough = shapes_fit and feature_dim in (None, features.shape[1])
             if not is_wide_enough or digest.dtype != np.uint8 or features.dtype not in (np.float16, np.float32):
@@ -151,6 +154,20 @@ def check_part(name: str, data: bytes, key: str, feature_dim: int | None) -> str
     except HDF5_ERRORS as error:
         return f"it is not a part ({error})"
     return None
+
+
+def _fixed_text(file: h5py.File, name: str) -> str | None:
+    """An attribute that is a text of fixed length, or None where it is anything else."""
+    if name not in file.attrs or file.attrs.get_id(name).dtype.kind != "S":
+        return None
+    return bytes(file.attrs[name]).decode("ascii", "replace")
+
+
+def _is_plain(dataset: Any) -> bool:
+    """Whether the values lie in this very file, as many bytes as they take in memory."""
+    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external or dataset.chunks:
+        return False
+    return bool(dataset.id.get_storage_size() == dataset.size * dataset.dtype.itemsize)
 
 
 def part_of(path: Path, data: bytes) -> Part:
@@ -178,17 +195,9 @@ def _stat(path: Path) -> Stat:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
-def _seal(value: Any) -> bytes:
-    """JSON behind the digest of itself, so that a flipped bit shows."""
-    body = canonical_json(value).encode()
-    return digest_bytes(body).hex().encode() + b"\n" + body
-
-
 def _read_note(file: Path) -> dict[str, Stat]:
     try:
-        seal, _, body = file.read_bytes().partition(b"\n")
-        if seal != digest_bytes(body).hex().encode():
-            return {}
-        return {name: (stat[0], stat[1], stat[2], stat[3]) for name, stat in json.loads(body).items()}
+        note = unseal_json(file.read_bytes())
+        return {name: (stat[0], stat[1], stat[2], stat[3]) for name, stat in note.items()}
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from ..errors import RunError
+from ..files import read_regular_file
 from ..params import HeadParams
 from .base import Head, Ints
 from .layers import Layers
@@ -56,14 +58,14 @@ def load_head(folder: Path, meta: dict[str, Any]) -> Head:
     try:
         file = {LAYERS_FILE: LAYERS_FILE, SKLEARN_FILE: SKLEARN_FILE}[meta["file"]]
         kind, classes = str(meta["kind"]), np.array([int(target) for target in meta["classes"]], dtype=np.int64)
-        data = (folder / file).read_bytes()
+        data = read_regular_file(folder / file)
         if file == LAYERS_FILE:
             head: Head = _load_layers(data, kind, len(classes), float(meta["dropout"]))
         else:
             from .persist_sklearn import load_sklearn
 
             head = load_sklearn(data, kind, meta, folder / file)
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError, zipfile.BadZipFile) as error:
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
         raise RunError(
             "The head of this run cannot be loaded.",
             where=folder,

@@ -16,6 +16,7 @@ from .sections import Params
 
 PATH_KEYS = ("data.root", "backbone.weights", "cache.dir", "runs.dir")
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt")
+LARGEST = 1 << 24  # bytes of a params file
 Tree = dict[str, Any]
 
 
@@ -50,7 +51,11 @@ def dump_params(params: Params) -> str:
 
 def _read_tree(file: Path) -> tuple[Tree, list[Problem]]:
     try:
-        tree, repeated = parse_yaml(file.read_text(encoding="utf-8-sig"))
+        with open(file, "rb") as content:  # bounded, for a device in its place never ends
+            data = content.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise _not_params(file, f"must be at most {LARGEST} bytes", "more")
+        tree, repeated = parse_yaml(data.decode("utf-8-sig"))
     except OSError as error:
         raise _not_params(file, "must be a readable file", str(error.strerror)) from error
     except UnicodeDecodeError as error:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..features.ledger import Outcome
 from ..features.prepare import Preparation
 from ..features.quarantine import BadContent, Quarantine
 from ..features.rounding import Features
-from ..features.store import FeatureStore, cannot_write
+from ..features.store import FeatureStore
 from ..features.writer import PartWriter
 from ..files import digest_bytes
 from ..runtime.distributed import World
@@ -84,7 +84,7 @@ class Embedding:
         with self.store.writing():
             self._check_drift()
             self._try_suspects()
-            with self._journal() as opened:
+            with journal(self.store.cache_dir, self.workers) as opened:
                 return self._embed(todo, forward, opened)
 
     def _embed(self, todo: NDArray[np.int64], forward: Forward, opened: Journal) -> Outcome:
@@ -147,15 +147,6 @@ class Embedding:
                 self.source.save_index()
 
         return after
-
-    @contextmanager
-    def _journal(self) -> Iterator[Journal]:
-        with ExitStack() as held:
-            try:
-                opened = held.enter_context(journal(self.store.cache_dir, self.workers))
-            except OSError as error:
-                raise cannot_write(self.store.cache_dir, error) from error
-            yield opened
 
     def _try_suspects(self) -> None:
         """Try what earlier processes were decoding when they were killed, and quarantine what did it."""

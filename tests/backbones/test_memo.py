@@ -51,6 +51,15 @@ def test_a_damaged_memory_is_empty_and_written_anew(tmp_path: Path, content: byt
     assert WeightsMemo(file).get(KEY) == FACT
 
 
+def test_a_flipped_bit_anywhere_empties_the_memory(tmp_path: Path) -> None:
+    file = tmp_path / "memo.json"
+    WeightsMemo(file).put(KEY, FACT)
+    whole = file.read_bytes()
+    for position in range(len(whole)):
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        assert WeightsMemo(file).get(KEY) is None
+
+
 def test_two_writers_keep_each_others_facts(tmp_path: Path) -> None:
     first, second = WeightsMemo(tmp_path / "memo.json"), WeightsMemo(tmp_path / "memo.json")
     first.put({"n": 1}, FACT)

@@ -1,0 +1,102 @@
+"""What the children of the torture tests do. Importing this imports everything they need, once, in their server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import load_run
+from pipeline.errors import CacheError
+from pipeline.params import Params, load_params
+from pipeline.params.sections import FinetuneParams
+from pipeline.stages.cache import collect_garbage
+from pipeline.stages.cache_verify import verify_cache
+from pipeline.stages.extract import extract
+from pipeline.stages.sources import open_store, resolve_origin
+from pipeline.stages.train_head import train_head
+from tests.finetune.support import state_digest, train_tiny
+
+HEAD = ("head.logistic.strengths=5", "head.folds=2")
+
+
+def silent(_line: str) -> None:
+    """Say nothing."""
+
+
+def params_of(settings: list[str]) -> Params:
+    """Params of nothing but these settings."""
+    torch.set_num_threads(1)
+    file = Path(next(one for one in settings if one.startswith("cache.dir=")).partition("=")[2]).parent / "params.yaml"
+    if not file.exists():
+        file.touch()
+    return load_params(file, settings)
+
+
+def extract_job(settings: list[str]) -> dict[str, Any]:
+    """Extract quietly; the summary."""
+    return extract(params_of(settings), silent, quiet=True)
+
+
+def verify_job(settings: list[str]) -> dict[str, Any]:
+    """Verify the whole cache, and two features by computing them again."""
+    return verify_cache(params_of(settings), silent, sample=2)
+
+
+def train_job(settings: list[str]) -> dict[str, Any]:
+    """Train a head; the metrics."""
+    return dict(train_head(params_of([*settings, *HEAD]), silent)["metrics"])
+
+
+def collect_job(settings: list[str]) -> str | None:
+    """Collect garbage of thirty days; why it was refused, if it was."""
+    try:
+        collect_garbage(params_of(settings), silent, lambda _question: True, days=30)
+    except CacheError as error:
+        return str(error)
+    return None
+
+
+def collect_often_job(settings: list[str], until: str) -> int:
+    """Collect garbage again and again until a file appears; how often it was not refused."""
+    times = 0
+    while not os.path.exists(until):
+        times += collect_job(settings) is None
+    return times
+
+
+def finetune_job(folder: str, params: str) -> str:
+    """A tiny training, continued where it was left; the digest of the weights it ends with."""
+    torch.set_num_threads(1)
+    outcome, _ = train_tiny(Path(folder), FinetuneParams.model_validate_json(params), batchnorm="train")
+    return state_digest(outcome.tuned)
+
+
+def read_often_job(settings: list[str], reference: str, until: str) -> int:
+    """Read all features there are until a file appears, hold each against the reference; how many were looked at.
+
+    Raises:
+        AssertionError: a row is not that of its image.
+    """
+    known = np.load(reference)
+    rows = {digest.tobytes(): row for digest, row in zip(known["digests"], known["features"], strict=True)}
+    looked = 0
+    while True:
+        last = os.path.exists(until)
+        params = params_of(settings)
+        store = open_store(params, resolve_origin(params))
+        digests = store.digests
+        for digest, row in zip(digests, store.read(digests), strict=True):
+            assert (rows[digest.tobytes()] == row).all()
+            looked += 1
+        assert not store.warnings
+        if last:
+            return looked
+
+
+def load_run_job(folder: str, images: list[str]) -> int:
+    """Load a run and predict with it; how many predictions it gave."""
+    return len(list(load_run(folder).predict([Path(image) for image in images])))
