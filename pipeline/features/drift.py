@@ -6,7 +6,6 @@ When a version differs, those images are decoded again before anything is added 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DriftError
-from ..files import canonical_json, digest_bytes, publish_file
+from ..files import digest_bytes, publish_file, seal_json, unseal_json
 from .extractor import Pixels
+from .store import cannot_write
 
 DRIFT_FILE = "pixels.json"
 SAMPLES = 4
@@ -37,9 +37,8 @@ class PixelRecord:
         self._versions: list[dict[str, str]] = []
         # Without a whole record there is nothing to compare; the next extraction begins a new one.
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            content = json.loads(self._file.read_bytes())
-            if content["seal"] == _seal(content["samples"], content["versions"]):
-                self.samples, self._versions = dict(content["samples"]), list(content["versions"])
+            content = unseal_json(self._file.read_bytes())
+            self.samples, self._versions = dict(content["samples"]), list(content["versions"])
 
     def needs_check(self, versions: Versions) -> bool:
         """Whether these library versions have not been compared yet."""
@@ -56,6 +55,7 @@ class PixelRecord:
 
         Raises:
             DriftError: an image now decodes to other pixels.
+            CacheError: the cache folder cannot be written.
         """
         compared = 0
         for digest, recorded in self.samples.items():
@@ -70,18 +70,20 @@ class PixelRecord:
         return compared
 
     def record(self, versions: Versions, samples: Mapping[bytes, str]) -> None:
-        """Keep the pixel digests of the first images of a new key."""
+        """Keep the pixel digests of the first images of a new key.
+
+        Raises:
+            CacheError: the cache folder cannot be written.
+        """
         if not self.samples and samples:
             self._write({digest.hex(): pixels for digest, pixels in samples.items()}, [dict(versions)])
 
     def _write(self, samples: dict[str, str], versions: list[dict[str, str]]) -> None:
         self.samples, self._versions = samples, versions
-        content = {"samples": samples, "versions": versions, "seal": _seal(samples, versions)}
-        publish_file(self._file, (canonical_json(content) + "\n").encode())
-
-
-def _seal(samples: object, versions: object) -> str:
-    return digest_bytes(canonical_json([samples, versions]).encode()).hex()
+        try:
+            publish_file(self._file, seal_json({"samples": samples, "versions": versions}))
+        except OSError as error:
+            raise cannot_write(self._file, error) from error
 
 
 def _drift(file: Path, old: list[dict[str, str]], new: Versions, digest: str) -> DriftError:
