@@ -45,11 +45,16 @@ def limited_job(settings: list[str], size: int) -> dict[str, Any]:
 
 def unprivileged_job(settings: list[str]) -> dict[str, Any]:
     """Extract as a user who owns nothing here."""
-    if os.getuid() == 0:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
-    return outcome_job(settings)
+    is_root = os.getuid() == 0
+    if is_root:
+        os.setegid(NOBODY)
+        os.seteuid(NOBODY)
+    try:
+        return outcome_job(settings)
+    finally:
+        if is_root:
+            os.seteuid(0)
+            os.setegid(0)
 
 
 def backwards_job(settings: list[str], seconds: float) -> dict[str, Any]:
@@ -186,8 +191,8 @@ def test_a_cache_that_cannot_be_written_is_told_and_can_be_read(
     open_to_all(tmp_path, ground.root)
     empty = tmp_path / "empty" / "cache"
     empty.mkdir(parents=True)
-    (empty.parent / "params.yaml").touch()
     for folder in (cache, empty):
+        (folder.parent / "params.yaml").touch()
         for path in [folder, *folder.rglob("*")]:
             path.chmod(0o555 if path.is_dir() else 0o444)
     for folder, expected in ((cache, "summary"), (empty, "error")):
