@@ -31,6 +31,8 @@ NOT_RUN = {
     "make test": "would run itself",
     "make lint": "needs the tools, not the pipeline; run beside the tests",
     "make bench": "takes minutes",
+    "make torture": "takes ten minutes",
+    "make test-lowest": "needs a package index",
     "pip install .": "needs a package index",
     "git lfs pull": "needs a remote repository",
     'make train-head SET="data.root=... backbone.name=..."': "a form to fill in; under `Your own images` it is run",

@@ -119,7 +119,7 @@ class ExtractParams(Section):
     batch_size: Count | Auto = "auto"
     workers: Count | Auto = "auto"
     views: Annotated[int, Field(ge=0)] = 0
-    views_seed: int = 0
+    views_seed: Seed = 0
     part_seconds: Positive = 30.0
     compile: bool = False
     decoder: Literal["pillow", "draft"] = "pillow"

@@ -50,7 +50,7 @@ def finetune(
         folder = params.runs.dir / TRAINING_FOLDER / _name(params)
     device = resolve_device(params.finetune.device, world)
     with process_group(world, device):
-        job = prepare_job(params, world, device, folder, say, from_run=from_run)
+        job = prepare_job(params, world, device, folder, say, from_run=from_run, quiet=quiet)
         outcome = train_job(job)
         if not world.is_main:
             return {}

@@ -36,6 +36,7 @@ from ..finetune import (
 from ..params import Params, dump_params
 from ..runtime.distributed import World
 from ..runtime.interrupt import stop_after_batch
+from ..runtime.progress import ProgressBar
 from .load import Opened, open_features
 from .probe import Parts, Start, find_probe, part_rows, probe_start, random_start
 from .sources import Transformation, plain_view
@@ -55,6 +56,7 @@ class Job:
     Attributes:
         folder: of the checkpoints; its name is the run's.
         say: takes the lines meant for the user; silent in all processes but the first.
+        quiet: no progress bar.
     """
 
     params: Params
@@ -68,6 +70,7 @@ class Job:
     train_images: LabelledImages
     selection_images: LabelledImages
     setting: Setting
+    quiet: bool = False
 
     @property
     def table(self) -> FeatureTable:
@@ -81,7 +84,14 @@ class Job:
 
 
 def prepare_job(
-    params: Params, world: World, device: torch.device, folder: Path, say: Say, *, from_run: str | None
+    params: Params,
+    world: World,
+    device: torch.device,
+    folder: Path,
+    say: Say,
+    *,
+    from_run: str | None,
+    quiet: bool = False,
 ) -> Job:
     """Open the features, part the rows, refit the probe, build the classifier.
 
@@ -107,6 +117,7 @@ def prepare_job(
         train_images=_labelled(opened.table, parts.train, view),
         selection_images=_labelled(opened.table, parts.selection, view),
         setting=make_setting(params.finetune, opened, parts, start, world=world, device=device, folder=folder),
+        quiet=quiet or not world.is_main,
     )
     if world.is_main:
         _remember(job)
@@ -119,8 +130,9 @@ def train_job(job: Job) -> Outcome:
     for line in _plan_lines(job):
         job.say(line)
     log = TensorboardLog(job.params.runs.dir / "tensorboard" / job.folder.name) if section.tensorboard else None
-    with stop_after_batch() as interruption:
-        watch = Watch(on_epoch=lambda row: _tell(job, row, log), interruption=interruption)
+    total = section.epochs * len(job.parts.train) // job.setting.world.size
+    with stop_after_batch() as interruption, ProgressBar("training", total, quiet=job.quiet) as bar:
+        watch = Watch(on_epoch=lambda row: _tell(job, row, log), on_batch=bar.advance, interruption=interruption)
         images = (job.train_images, job.selection_images)
         outcome = train_classifier(job.classifier, *images, job.transform, section, job.setting, watch=watch)
     if log:
