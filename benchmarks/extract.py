@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -200,10 +199,9 @@ def _memory(arguments: argparse.Namespace, folder: Path, scratch: Path) -> None:
             f"backbone.weights={arguments.weights}",
         ):
             command += ["-s", setting]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        subprocess.run(command, check=True)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        print(f"Peak memory, {name}: {max(peak, before) / 1024:.0f} MB")
+        _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
+        assert status == 0
+        print(f"Peak memory, {name}: {usage.ru_maxrss / 1024:.0f} MB")
 
 
 def _nothing_to_do(scratch: Path, count: int) -> None:

@@ -20,8 +20,9 @@ from ..runtime.seeds import make_generator
 from .build import Backbone, BackboneIdentity
 from .prepare import prepare_for_inference
 
-# Cosines between the features of float32 and of the reduced precision, over the sample.
-MEDIAN_COSINE, MINIMUM_COSINE = 0.998, 0.995
+# Cosines between the features of float32 and of the reduced precision, over the sample. Measured: most backbones lie
+# above 0.9999; a mobilenet_v2 at 0.9987 and 0.9965 made a probe worse (five flowers, exact McNemar p = 0.02, n = 834).
+MEDIAN_COSINE, MINIMUM_COSINE = 0.999, 0.998
 SAMPLE = "smooth-noise-1"  # changes when the sample does
 _IMAGES, _BATCH = 16, 4
 
