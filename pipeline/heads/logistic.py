@@ -16,10 +16,12 @@ from ..params import HeadParams
 from .base import Features, Floats, Ints, check_training_data, class_weights, softmax
 from .calibration import calibrate
 from .crossval import OutOfFold, candidates, no_folds
+from .design import Design
 from .folds import Fold, missing_rows, stratified_group_folds
 from .layers import Layers, standardisation
+from .lbfgs import Problems
 from .path import StrengthPath
-from .solver import Design, Problems, Solutions, solve
+from .solver import Solutions, solve
 
 DEFAULT_STRENGTH = 1.0
 FEW_ROWS = 5
@@ -61,13 +63,14 @@ class LogisticHead:
         weights = class_weights(self.params.class_weight, self.classes_, index, self.class_names)
         mean, scale = standardisation(X, self.params.standardize)
         scaled = torch.from_numpy((X - mean) / scale).to(self.device)
-        design = Design.build(scaled, torch.from_numpy(index).to(self.device), len(self.classes_))
+        target = torch.from_numpy(index).to(self.device)
+        design = Design.build(scaled, target, len(self.classes_), rotate=self.params.logistic.path == "full")
         del scaled
         row_weight = torch.from_numpy(weights[index]).to(self.device)
         folds = stratified_group_folds(index, groups, self.params.folds, self.params.seed)
         strength, start = self._choose(design, row_weight, index, folds)
         solution = self._refit(design, row_weight, strength, start)
-        layer = linear_layer(solution.weights[0].cpu(), design.basis.cpu())
+        layer = linear_layer(design, solution.weights[0])
         self.layers = layer.fold_standardisation(mean, scale).fold_temperature(self.selected.get("temperature", 1.0))
         self.selected["seconds"] = time.perf_counter() - started
         return self
@@ -220,8 +223,8 @@ def two_sided(logits: Floats) -> Floats:
     return np.concatenate([-0.5 * logits, 0.5 * logits], axis=1) if logits.shape[1] == 1 else logits
 
 
-def linear_layer(weights: Tensor, basis: Tensor) -> Layers:
-    """One linear layer (c, d) of standardised features from a solution (k, r + 1) in the rotated ones."""
-    weight = two_sided((weights[:, :-1] @ basis.T).numpy().T).T
-    bias = two_sided(weights[:, -1:].numpy().T).T[:, 0]
+def linear_layer(design: Design, weights: Tensor) -> Layers:
+    """One linear layer (c, d) of standardised features from a solution (k, r + 1) in the columns of the design."""
+    weight = two_sided(design.feature_weights(weights).cpu().numpy().T).T
+    bias = two_sided(weights[:, -1:].cpu().numpy().T).T[:, 0]
     return Layers((np.ascontiguousarray(weight),), (np.ascontiguousarray(bias),))

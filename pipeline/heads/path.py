@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 
 from .base import Floats
-from .solver import Design, Problems, Solutions, residuals_and_losses, solve
+from .design import Design
+from .lbfgs import Problems
+from .losses import residuals_and_losses
+from .solver import Solutions, solve
 
 COARSE_STEP = 4
 RISES_TO_STOP = 3
 LOOSE_TOLERANCE = 1e-4
 WOBBLE = 1e-3
+NODES_A_SIDE = 3
 BATCH_COLUMNS = {"cpu": 16, "cuda": 512}
 BATCH_WORK = {"cpu": 1.5e7, "cuda": 5e9}
 BATCH_CELLS = 1.5e8
+WIDE_COLUMNS = 128
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,29 @@ class StrengthPath:
         self.solves = 0
 
     def solve_full(self) -> None:
-        """Every strength, from the smallest up, several at once where that fills the matrix products."""
-        self.solve_at(range(len(self.strengths)), self.tolerance)
+        """Every strength: a few far apart from the smallest up, then those halfway between them, and so on.
 
-    def solve_at(self, numbers: Iterable[int], tolerance: float) -> None:
-        """The strengths at ``numbers``, ascending, unless they are solved to ``tolerance`` already."""
+        Solutions vary so smoothly with the logarithm of the strength that most of those in between need no iteration
+        at all, only their certificate. Between the few, which lie two decades apart, a loose solution leads the way.
+        Problems so small that several strengths fit into a batch are solved from the smallest up.
+        """
+        if self._strengths_per_batch() == 1:
+            step, last = self._decade(), len(self.strengths) - 1
+            for number in [*range(0, last, step), last]:
+                tight = number % (2 * step) == 0 or number == last
+                self.solve_at([number], self.tolerance if tight else LOOSE_TOLERANCE)
+            while step > 1:
+                self.solve_at(range(0, last, step), self.tolerance, WIDE_COLUMNS)
+                step //= 2
+        self.solve_at(range(len(self.strengths)), self.tolerance, WIDE_COLUMNS)
+
+    def solve_at(self, numbers: Iterable[int], tolerance: float, columns: int = 0) -> None:
+        """The strengths at ``numbers``, ascending, unless they are solved to ``tolerance`` already.
+
+        In batches of at least ``columns`` weight vectors, where each has neighbours on both sides to start from.
+        """
         wanted = [n for n in numbers if n not in self.points or self.points[n].tolerance > tolerance]
-        size = self._strengths_per_batch()
+        size = self._strengths_per_batch(columns)
         for start in range(0, len(wanted), size):
             self._solve_batch(wanted[start : start + size], tolerance)
 
@@ -101,18 +122,24 @@ class StrengthPath:
             rises += 1
         return rises
 
-    def _strengths_per_batch(self) -> int:
+    def _decade(self) -> int:
+        """How many strengths make a factor of ten."""
+        if len(self.strengths) < 2:
+            return 1
+        return max(1, round(1 / math.log10(self.strengths[1] / self.strengths[0])))
+
+    def _strengths_per_batch(self, least: int = 0) -> int:
         n, width = self.design.exact.shape
         columns = len(self.row_weight) * self.design.outputs
         kind = self.design.exact.device.type
-        wanted = max(BATCH_COLUMNS.get(kind, 16), BATCH_WORK.get(kind, 1.5e7) / (n * width))
+        wanted = max(least, BATCH_COLUMNS.get(kind, 16), BATCH_WORK.get(kind, 1.5e7) / (n * width))
         return max(1, math.floor(min(wanted / columns + 0.5, BATCH_CELLS / (columns * n))))
 
     def _solve_batch(self, numbers: list[int], tolerance: float) -> None:
         folds = len(self.row_weight)
         strength = torch.from_numpy(self.strengths[numbers]).to(self.row_weight.device).repeat_interleave(folds)
         problems = Problems.build(self.design, strength, self.row_weight.repeat(len(numbers), 1))
-        start = torch.cat([self._start(number) for number in numbers])
+        start = torch.cat([self._start(number, tolerance) for number in numbers])
         solutions = solve(self.design, problems, start, tolerance)
         self.solves += len(strength)
         for place, number in enumerate(numbers):
@@ -128,18 +155,26 @@ class StrengthPath:
             tolerance=tolerance,
         )
 
-    def _start(self, number: int) -> Tensor:
-        """The solution extrapolated along the logarithm of the strength from the two nearest at or below it."""
+    def _start(self, number: int, tolerance: float) -> Tensor:
+        """The solution expected from others as exact: between them interpolated along the logarithm of the strength."""
+        exact = sorted(other for other, point in self.points.items() if point.tolerance <= tolerance)
+        below, above = [other for other in exact if other < number], [other for other in exact if other > number]
+        if below and above:
+            return self._interpolated(number, [*below[-NODES_A_SIDE:], *above[:NODES_A_SIDE]])
         if number in self.points:
             return self.points[number].weights
         below = sorted(other for other in self.points if other < number)[-2:]
         if not below:
             shape = (len(self.row_weight), self.design.outputs, self.design.exact.shape[1])
             return torch.zeros(shape, dtype=torch.float64, device=self.row_weight.device)
-        last = self.points[below[-1]].weights
-        if len(below) < 2 or number - below[-1] > below[-1] - below[0]:
-            return last
-        return last + (last - self.points[below[0]].weights) * ((number - below[-1]) / (below[-1] - below[0]))
+        far = len(below) == 2 and number - below[1] > below[1] - below[0]
+        return self._interpolated(number, below[-1:] if far else below)
+
+    def _interpolated(self, number: float, nodes: list[int]) -> Tensor:
+        """Lagrange's polynomial through the solutions at ``nodes``."""
+        factors = [math.prod((number - b) / (a - b) for b in nodes if b != a) for a in nodes]
+        weights = [factor * self.points[node].weights for factor, node in zip(factors, nodes, strict=True)]
+        return torch.stack(weights).sum(0)
 
 
 def held_out_loss(logits: Tensor, target: Tensor, scored: Tensor) -> float:

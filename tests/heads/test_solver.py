@@ -5,8 +5,10 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from pipeline.heads.design import Design
 from pipeline.heads.layers import standardisation
-from pipeline.heads.solver import Design, Problems, Solutions, solve
+from pipeline.heads.lbfgs import Problems
+from pipeline.heads.solver import Solutions, solve
 
 from .conftest import make_features
 
