@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import HeadError
 from ..params import HeadParams
-from .base import Features, Floats, Ints, check_training_data, class_weights, softmax
+from .base import Features, Floats, Ints, check_training_data, class_weights, few_threads, softmax
 from .calibration import calibrate
 from .crossval import OutOfFold, candidates, no_folds
 from .design import Design
@@ -60,6 +60,13 @@ class LogisticHead:
         """Choose the strength by cross-validation, refit on all rows, and fold the standardisation in."""
         started = time.perf_counter()
         X, self.classes_, index = check_training_data(X, y)
+        threads = torch.get_num_threads()
+        with few_threads(X):
+            self._fit(X, index, groups, threads)
+        self.selected["seconds"] = time.perf_counter() - started
+        return self
+
+    def _fit(self, X: Features, index: Ints, groups: Ints | None, threads: int) -> None:
         weights = class_weights(self.params.class_weight, self.classes_, index, self.class_names)
         mean, scale = standardisation(X, self.params.standardize)
         scaled = torch.from_numpy((X - mean) / scale).to(self.device)
@@ -68,14 +75,14 @@ class LogisticHead:
         del scaled
         row_weight = torch.from_numpy(weights[index]).to(self.device)
         folds = stratified_group_folds(index, groups, self.params.folds, self.params.seed)
-        strength, start = self._choose(design, row_weight, index, folds)
+        strength, start = self._choose(design, row_weight, index, folds, threads)
         solution = self._refit(design, row_weight, strength, start)
         layer = linear_layer(design, solution.weights[0])
         self.layers = layer.fold_standardisation(mean, scale).fold_temperature(self.selected.get("temperature", 1.0))
-        self.selected["seconds"] = time.perf_counter() - started
-        return self
 
-    def _choose(self, design: Design, row_weight: Tensor, index: Ints, folds: list[Fold]) -> tuple[float, Tensor]:
+    def _choose(
+        self, design: Design, row_weight: Tensor, index: Ints, folds: list[Fold], threads: int
+    ) -> tuple[float, Tensor]:
         """The strength, and weights (1, k, r + 1) to start the refit from."""
         logistic = self.params.logistic
         strengths = np.geomspace(logistic.c_min, logistic.c_max, logistic.strengths)
@@ -86,7 +93,8 @@ class LogisticHead:
             self.selected = {"C": float(DEFAULT_STRENGTH if len(strengths) > 1 else strengths[0]), "folds": 0}
             return self.selected["C"], zero
         train, held = masks(folds, known, row_weight.device)
-        path = StrengthPath(design, strengths, row_weight, train, held * row_weight, logistic.tolerance**2)
+        scored, tolerance = held * row_weight, logistic.tolerance**2
+        path = StrengthPath(design, strengths, row_weight, train, scored, tolerance, threads=threads)
         if logistic.path == "full":
             path.solve_full()
             found = "full"
@@ -96,7 +104,7 @@ class LogisticHead:
         self._record(path, found, best)
         logits = self._out_of_fold_logits(design, path.points[best].weights, row_weight, train, folds)
         self._score(logits, index, known)
-        return float(strengths[best]), path.points[best].weights.mean(0, keepdim=True)
+        return float(strengths[best]), path.refit_start(best)
 
     def _record(self, path: StrengthPath, found: str, best: int) -> None:
         strengths, points = path.strengths, path.points

@@ -14,7 +14,8 @@ from .base import Floats
 from .design import Design
 from .lbfgs import Problems
 from .losses import residuals_and_losses
-from .solver import Solutions, solve
+from .solver import Solutions
+from .team import Team
 
 COARSE_STEP = 4
 RISES_TO_STOP = 3
@@ -40,20 +41,30 @@ class Point:
 
 
 class StrengthPath:
-    """Solves strengths of an ascending grid on demand, each from the nearest solutions below it.
+    """Solves strengths of an ascending grid on demand, each from the nearest solutions.
 
     Args:
+        threads: how many parts of a batch are solved at once on the CPU; the results depend on it by rounding only.
         row_weight: weights of the rows (n,), float64.
         train: which rows (f, n) each fold trains on; ``scored`` (f, n) the weights with which its held-out rows count.
     """
 
     def __init__(
-        self, design: Design, strengths: Floats, row_weight: Tensor, train: Tensor, scored: Tensor, tolerance: float
+        self,
+        design: Design,
+        strengths: Floats,
+        row_weight: Tensor,
+        train: Tensor,
+        scored: Tensor,
+        tolerance: float,
+        *,
+        threads: int = 1,
     ) -> None:
         self.design, self.strengths, self.tolerance = design, strengths, tolerance
         self.row_weight, self.scored = row_weight * train, scored
         self.points: dict[int, Point] = {}
         self.solves = 0
+        self._team = Team(threads if row_weight.device.type == "cpu" else 1)
 
     def solve_full(self) -> None:
         """Every strength: a few far apart from the smallest up, then those halfway between them, and so on.
@@ -111,6 +122,20 @@ class StrengthPath:
         """The solved strength of lowest loss, the smallest of equals."""
         return min(self.points, key=lambda number: (self.points[number].loss, number))
 
+    def refit_start(self, best: int) -> Tensor:
+        """Where to start on all rows at the strength ``best``, (1, k, r + 1).
+
+        All rows are ``f / (f - 1)`` as many as a fold trains on, and weigh as much as a fold at a strength higher by
+        that factor.
+        """
+        folds, steps = len(self.row_weight), self._inside(best, best + 1)
+        exact = [number for number in steps if number in self.points]
+        number = float(best)
+        if len(exact) == 2 and folds > 1:
+            ratio = math.log(self.strengths[best + 1] / self.strengths[best])
+            number += min(1.0, math.log(folds / (folds - 1)) / ratio)
+        return self._interpolated(number, exact).mean(0, keepdim=True)
+
     def _inside(self, *numbers: int) -> list[int]:
         return [number for number in numbers if 0 <= number < len(self.strengths)]
 
@@ -140,7 +165,7 @@ class StrengthPath:
         strength = torch.from_numpy(self.strengths[numbers]).to(self.row_weight.device).repeat_interleave(folds)
         problems = Problems.build(self.design, strength, self.row_weight.repeat(len(numbers), 1))
         start = torch.cat([self._start(number, tolerance) for number in numbers])
-        solutions = solve(self.design, problems, start, tolerance)
+        solutions = self._team.solve(self.design, problems, start, tolerance)
         self.solves += len(strength)
         for place, number in enumerate(numbers):
             self.points[number] = self._point(solutions, slice(place * folds, (place + 1) * folds), tolerance)

@@ -18,6 +18,7 @@ estimated. Solutions whose bound is above the tolerance are polished in float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,3 +75,9 @@ def certify(design: Design, problems: Problems, weights: Tensor, iterations: Ten
     bound = 0.5 * gap_norm(gradient, spread)
     norm = gradient.square().sum((1, 2)).sqrt()
     return Solutions(weights, logits, objective, norm, bound / objective, iterations)
+
+
+def join(parts: Sequence[Solutions]) -> Solutions:
+    """The solutions of one batch after the other."""
+    columns = [torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)]
+    return Solutions(*columns)

@@ -9,7 +9,7 @@ from sklearn.preprocessing import StandardScaler
 from pipeline.errors import HeadError
 from pipeline.heads.folds import stratified_group_folds
 from pipeline.heads.logistic import LogisticHead
-from pipeline.heads.path import is_valley
+from pipeline.heads.path import StrengthPath, is_valley
 from pipeline.params import HeadParams, LogisticParams
 
 from .conftest import make_features
@@ -186,3 +186,17 @@ def test_fit_draws_nothing_from_the_global_generators() -> None:
 def test_valleys() -> None:
     assert is_valley([3, 2, 1, 2, 3]) and is_valley([3, 2, 1]) and is_valley([1, 2, 3]) and is_valley([1, 1, 1])
     assert not is_valley([3, 1, 2, 1.5, 3])
+
+
+@pytest.mark.parametrize("strengths", [1, 2, 3, 13, 45])
+def test_the_full_path_of_large_problems_is_certified_at_every_strength(
+    strengths: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X, y = make_features(150, 40, 3)
+    params = LogisticParams(strengths=strengths, c_min=1e-6, c_max=1e5 if strengths > 1 else 1e-6, path="full")
+    ascending = head(logistic=params).fit(X, y)
+    monkeypatch.setattr(StrengthPath, "_strengths_per_batch", lambda self, least=0: 3 if least else 1)
+    halving = head(logistic=params).fit(X, y)
+    assert halving.selected["largest_gap"] < 1e-6
+    assert np.allclose(np.array(halving.selected["curve"]), np.array(ascending.selected["curve"]), rtol=2e-3)
+    assert halving.selected["C"] == ascending.selected["C"]

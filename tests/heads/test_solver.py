@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from pipeline.heads import team
 from pipeline.heads.design import Design
 from pipeline.heads.layers import standardisation
 from pipeline.heads.lbfgs import Problems
@@ -120,3 +121,45 @@ def test_a_gpu_gives_the_same_solutions() -> None:
     start = torch.zeros(2, 3, design.exact.shape[1], dtype=torch.float64, device="cuda")
     theirs = solve(design, Problems.build(design, strength, rows), start, 1e-8)
     assert torch.allclose(theirs.objective.cpu(), ours.objective, rtol=1e-7)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_sketched_design_has_the_same_solutions(classes: int) -> None:
+    X, y = make_features(400, 300, classes)
+    X = scaled(X)
+    rows = torch.ones(2, len(y), dtype=torch.float64)
+    strength = torch.tensor([1e-3, 1e1], dtype=torch.float64)
+    found = []
+    for rotate in (True, False):
+        design = Design.build(torch.from_numpy(X), torch.from_numpy(y), classes, rotate=rotate)
+        start = torch.zeros(2, design.outputs, design.exact.shape[1], dtype=torch.float64)
+        found.append((design, solve(design, Problems.build(design, strength, rows), start, 1e-9)))
+    (rotated, ours), (sketched, theirs) = found
+    assert rotated.basis is not None and sketched.basis is None and len(sketched.leading)
+    assert torch.allclose(ours.objective, theirs.objective, rtol=2e-9)
+    assert torch.allclose(rotated.feature_weights(ours.weights), sketched.feature_weights(theirs.weights), atol=1e-3)
+
+
+def test_the_weights_of_all_classes_sum_to_zero() -> None:
+    X, y = make_features(classes=4)
+    start = np.random.default_rng(0).normal(size=(1, 4, 25))
+    design = Design.build(torch.from_numpy(scaled(X)), torch.from_numpy(y), 4)
+    rows = torch.from_numpy((y != 2).astype(np.float64))[None]
+    problems = Problems.build(design, torch.ones(1, dtype=torch.float64), rows)
+    start[:, 2] = 0
+    solutions = solve(design, problems, torch.from_numpy(start), 1e-8)
+    assert float(solutions.weights.sum(1).abs().max()) < 1e-5
+    assert not solutions.weights[0, 2].any()
+
+
+def test_parts_of_a_batch_are_solved_like_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(team, "PART_WORK", 1)
+    monkeypatch.setattr(team, "PART_COLUMNS", 3)
+    X, y = make_features(classes=3)
+    design = Design.build(torch.from_numpy(scaled(X)), torch.from_numpy(y), 3)
+    strength = torch.from_numpy(np.geomspace(1e-3, 1e2, 5))
+    problems = Problems.build(design, strength, torch.ones(5, len(y), dtype=torch.float64))
+    start = torch.zeros(5, 3, design.exact.shape[1], dtype=torch.float64)
+    whole, parts = (team.Team(threads).solve(design, problems, start, 1e-8) for threads in (1, 2))
+    assert torch.allclose(whole.objective, parts.objective, rtol=2e-8)
+    assert float(parts.gap.max()) <= 1e-8 and parts.weights.shape == whole.weights.shape
