@@ -1,13 +1,15 @@
 """The logistic head against scikit-learn's grid search, on the same standardised features, in the same run.
 
-    pipeline cache export features.h5 && python benchmarks/heads.py --features features.h5 --rows 4000
+    pipeline cache export features.h5 && python benchmarks/heads.py --features features.h5 --rows 1500
 
-Prints a Markdown table: seconds for the full path (45 strengths, 5 folds), for the choice of the same C by the default
-search, and for one single fit; the ratio to scikit-learn (`GridSearchCV(n_jobs=2)` over `LogisticRegression`, lbfgs,
-float32, tol 1e-4, max_iter 1000, the same folds and objective); and the largest relative gap of each objective to the
-optimum. The gap of ours is the bound proven in float64; that of scikit-learn is its objective, in float64, against
-solutions of ours whose proven gap is below 1e-9. Where there is a GPU, our rows are repeated on it. Without
-``--features`` the features are synthetic.
+Prints a Markdown table: wall seconds and CPU-seconds (worker processes included) for the full path (45 strengths, 5
+folds, refit), for the choice of the same strength by the default search, and for single fits; and the largest relative
+gap of the objectives to their optimum. The gap of ours is the bound proven in float64; that of scikit-learn is its
+objective, in float64, over that of solutions of ours whose proven gap is below 1e-9.
+
+The baseline is `GridSearchCV` over `LogisticRegression` (lbfgs, float32, tol 1e-4, max_iter 1000) with the same folds,
+strengths and objective, in one process and in two whose start and imports are not counted; ratios are to the faster of
+them, and to the one with fewer CPU-seconds. Without ``--features`` the features are synthetic.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import joblib
 import numpy as np
 import sklearn
 import torch
@@ -37,70 +38,79 @@ from sklearn.model_selection import GridSearchCV
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from pipeline.heads import stratified_group_folds
-from pipeline.heads.folds import Fold
+from pipeline.heads.design import Design
 from pipeline.heads.layers import standardisation
-from pipeline.heads.logistic import masks
-from pipeline.heads.path import StrengthPath
-from pipeline.heads.solver import Design, Problems, certify, solve
+from pipeline.heads.lbfgs import Problems
+from pipeline.heads.logistic import LogisticHead
+from pipeline.heads.solver import certify, solve
+from pipeline.params import HeadParams, LogisticParams
 
 REFERENCE_TOLERANCE = 1e-9
-JOBS = 2
+TIGHTER = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+SINGLE = 5
+GAP = 1e-6
 
 
 @dataclass(frozen=True)
 class Task:
-    """Standardised features (n, d) float64, class positions (n,), the folds and the strengths."""
+    """Standardised float32 features (n, d), class positions (n,), and the head's params."""
 
-    X: NDArray[np.float64]
+    X: NDArray[np.float32]
     y: NDArray[np.int64]
-    folds: list[Fold]
-    strengths: NDArray[np.float64]
-    tolerance: float
+    params: HeadParams
+    device: str
 
     @property
-    def classes(self) -> int:
-        return int(self.y.max()) + 1
+    def strengths(self) -> NDArray[np.float64]:
+        logistic = self.params.logistic
+        return np.geomspace(logistic.c_min, logistic.c_max, logistic.strengths)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds of wall clock and of CPU, the largest gap (None: not measured), and the strength."""
+
+    wall: float
+    cpu: float
+    gap: float | None
+    strength: float
 
 
 def main() -> None:
     arguments = _arguments()
     task = _task(arguments)
-    n, d = task.X.shape
-    print(
-        f"{_machine()}\n\n{n} x {d} features of {arguments.features or 'a synthetic mixture'}, {task.classes} classes,"
-    )
-    print(f"{len(task.strengths)} strengths from 1e-6 to 1e5, {len(task.folds)} folds\n")
-    print("| what | on | seconds | scikit-learn | ratio | largest gap | scikit-learn's | chosen C | scikit-learn's |")
-    print("|:--|:--|--:|--:|--:|--:|--:|--:|--:|")
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    warmed = [_ours(task, device, "search") for device in devices]  # kernels are loaded once, by whoever comes first
-    del warmed
-    _progress("warmed up")
-    grid_seconds, grid = _grid(task)
-    _progress(f"grid search of scikit-learn: {grid_seconds:.1f} s")
-    theirs_gap = _first_fold_gap(task, arguments.gap_stride) if arguments.gap_stride else None
-    _progress("measured the gap of scikit-learn")
-    for device in devices:
-        for what in ("full", "search"):
-            runs = [_ours(task, device, what) for _ in range(arguments.rounds)]
-            seconds = statistics.median(run[0] for run in runs)
-            _, gap, chosen = runs[0]
-            name = "full path" if what == "full" else "choice of C (default)"
-            _row(name, device, seconds, grid_seconds, gap, theirs_gap, chosen, float(grid.best_params_["C"]))
-        _single_row(task, device, float(grid.best_params_["C"]), arguments.rounds)
+    _header(arguments, task)
+    _ours(task, "full")  # whoever comes first loads the kernels
+    full, search, grids = [], [], []
+    for jobs in (*arguments.jobs, None):
+        for _ in range(arguments.rounds):
+            full.append(_ours(task, "full"))
+            search.append(_ours(task, "auto"))
+        if jobs is not None:
+            grids.append(_grid(task, jobs))
+            _progress(f"scikit-learn, n_jobs={jobs}: {grids[-1].wall:.1f} s, {grids[-1].cpu:.1f} CPU-seconds")
+    gap = _grid_gap(task, arguments.gap_stride) if arguments.gap_stride else None
+    for jobs, grid in zip(arguments.jobs, grids, strict=True):
+        _row(f"scikit-learn, grid search, n_jobs={jobs}", Run(grid.wall, grid.cpu, gap, grid.strength), [])
+    _row("the full path", _median(full), grids)
+    _row("the choice of C (default)", _median(search), grids)
+    for strength in dict.fromkeys((_median(search).strength, 1.0)):
+        _single_rows(task, strength)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=Path, help="a file written by `pipeline cache export`")
-    parser.add_argument("--rows", type=int, help="use a seeded part of the rows")
-    parser.add_argument("--classes", type=int, default=10, help="of the synthetic features")
+    parser.add_argument("--rows", type=int, default=1500, help="use a seeded part of the rows")
+    parser.add_argument("--classes", type=int, help="use the first so many classes (synthetic features: 5)")
+    parser.add_argument("--device", default="cpu", help="where ours runs; scikit-learn stays on the CPU")
+    parser.add_argument("--threads", type=int, default=2, help="of ours")
     parser.add_argument("--strengths", type=int, default=45)
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--tolerance", type=float, default=3e-4, help="head.logistic.tolerance")
-    parser.add_argument("--rounds", type=int, default=3, help="of ours; the median counts")
+    parser.add_argument("--rounds", type=int, default=2, help="of ours around each run of scikit-learn")
+    parser.add_argument("--jobs", type=int, nargs="+", default=[1, 2], help="n_jobs of scikit-learn, a run each")
     parser.add_argument(
-        "--gap-stride", type=int, default=4, help="measure scikit-learn's gap at every so many strengths"
+        "--gap-stride", type=int, default=4, help="measure scikit-learn's gap at every so many strengths; 0: not"
     )
     return parser.parse_args()
 
@@ -109,19 +119,20 @@ def _task(arguments: argparse.Namespace) -> Task:
     generator = np.random.default_rng(0)
     if arguments.features:
         X, y = _read(arguments.features)
+        kept = np.isin(y, np.unique(y)[: arguments.classes])
+        X, y = X[kept], y[kept]
     else:
-        y = generator.integers(arguments.classes, size=arguments.rows or 1500)
-        X = generator.normal(size=(arguments.classes, 1280))[y] + 3 * generator.normal(size=(len(y), 1280))
-    if arguments.rows and arguments.rows < len(X):
+        classes = arguments.classes or 5
+        y = generator.integers(classes, size=arguments.rows)
+        X = generator.normal(size=(classes, 1280))[y] + 3 * generator.normal(size=(len(y), 1280))
+    if arguments.rows < len(X):
         part = np.sort(generator.choice(len(X), arguments.rows, replace=False))
         X, y = X[part], y[part]
     y = np.unique(y, return_inverse=True)[1].astype(np.int64)
-    X = X.astype(np.float32)
-    mean, scale = standardisation(X, True)
-    # The rounding of scikit-learn's float32 input is part of the problem, so that both minimise one objective.
-    rounded = ((X - mean) / scale).astype(np.float32).astype(np.float64)
-    folds = stratified_group_folds(y, None, arguments.folds, 0)
-    return Task(rounded, y, folds, np.geomspace(1e-6, 1e5, arguments.strengths), arguments.tolerance**2)
+    mean, scale = standardisation(X.astype(np.float32), True)
+    logistic = LogisticParams(strengths=arguments.strengths)
+    params = HeadParams(folds=arguments.folds, standardize=False, logistic=logistic)
+    return Task(((X - mean) / scale).astype(np.float32), y, params, arguments.device)
 
 
 def _read(file: Path) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -134,49 +145,33 @@ def _read(file: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     return X[train & (y >= 0)], y[train & (y >= 0)]
 
 
-def _tensors(task: Task, device: str) -> tuple[Design, torch.Tensor, torch.Tensor]:
-    X, y = torch.from_numpy(task.X).to(device), torch.from_numpy(task.y).to(device)
-    train, held = masks(task.folds, np.ones(len(task.y), bool), torch.device(device))
-    return Design.build(X, y, task.classes), train, held
+def _ours(task: Task, path: str) -> Run:
+    """The head itself; the refit on all rows is part of it."""
+    logistic = task.params.logistic.model_copy(update={"path": path})
+    params = task.params.model_copy(update={"logistic": logistic})
+    names = [str(number) for number in range(int(task.y.max()) + 1)]
+    wall, cpu = time.perf_counter(), _cpu()
+    head = LogisticHead(params, class_names=names, device=task.device).fit(task.X, task.y)
+    wall, cpu = time.perf_counter() - wall, _cpu() - cpu
+    return Run(wall, cpu, max(head.selected["largest_gap"], head.selected["certificate"]["gap"]), head.selected["C"])
 
 
-def _ours(task: Task, device: str, what: str) -> tuple[float, float, float]:
-    """Seconds, the largest proven gap, and the chosen strength; the refit on all rows is part of it."""
-    started = time.perf_counter()
-    design, train, held = _tensors(task, device)
-    ones = torch.ones(len(task.y), dtype=torch.float64, device=device)
-    path = StrengthPath(design, task.strengths, ones, train, held, task.tolerance)
-    if what == "full":
-        path.solve_full()
-    else:
-        path.search()
-    best = path.best()
-    problems = Problems.build(design, torch.tensor(task.strengths[[best]], device=device), ones[None])
-    final = solve(design, problems, path.points[best].weights.mean(0, keepdim=True), task.tolerance)
-    gaps = [point.gap for point in path.points.values() if point.tolerance <= task.tolerance]
-    largest = max(*gaps, float(final.gap[0]))
-    return time.perf_counter() - started, largest, float(task.strengths[best])
+def _grid(task: Task, jobs: int) -> Run:
+    folds = stratified_group_folds(task.y, None, task.params.folds, task.params.seed)
+    with _quiet(), threadpool_limits(1):
+        # One process keeps to one thread too: these products are too small to be shared.
+        few = np.arange(60)
+        GridSearchCV(_estimator(1.0), {"C": [0.1, 1.0]}, n_jobs=jobs).fit(task.X[few], few % 2)  # starts the workers
+        grid = GridSearchCV(
+            _estimator(1.0), {"C": task.strengths}, cv=folds, scoring="neg_log_loss", n_jobs=jobs, refit=True
+        )
+        wall, cpu = time.perf_counter(), _cpu()
+        grid.fit(task.X, task.y)
+        return Run(time.perf_counter() - wall, _cpu() - cpu, None, float(grid.best_params_["C"]))
 
 
-def _grid(task: Task) -> tuple[float, GridSearchCV]:
-    grid = GridSearchCV(
-        _estimator(1.0), {"C": task.strengths}, cv=task.folds, scoring="neg_log_loss", n_jobs=JOBS, refit=True
-    )
-    X = task.X.astype(np.float32)
-    with _quiet():
-        # Starting the worker processes and their imports is no part of the fits.
-        joblib.Parallel(n_jobs=JOBS)(joblib.delayed(_small_fit)(X[:50]) for _ in range(4 * JOBS))
-        started = time.perf_counter()
-        grid.fit(X, task.y)
-    return time.perf_counter() - started, grid
-
-
-def _small_fit(X: NDArray[np.float32]) -> float:
-    return float(_estimator(1.0).fit(X, np.arange(len(X)) % 2).intercept_[0])
-
-
-def _estimator(strength: float) -> LogisticRegression:
-    return LogisticRegression(C=strength, solver="lbfgs", tol=1e-4, max_iter=1000)
+def _estimator(strength: float, tolerance: float = 1e-4) -> LogisticRegression:
+    return LogisticRegression(C=strength, solver="lbfgs", tol=tolerance, max_iter=1000)
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801 - used as a function
@@ -189,98 +184,118 @@ class _quiet(warnings.catch_warnings):  # noqa: N801 - used as a function
         return entered
 
 
-def _first_fold_gap(task: Task, stride: int) -> float:
-    inside = task.folds[0][0]
-    part = Task(task.X[inside], task.y[inside], [], task.strengths, task.tolerance)
-    return _gap_of_scikit_learn(part, task.strengths[::stride])
+def _grid_gap(task: Task, stride: int) -> float:
+    """The largest relative gap of scikit-learn's objectives, on the first fold."""
+    inside = stratified_group_folds(task.y, None, task.params.folds, task.params.seed)[0][0]
+    part = Task(task.X[inside], task.y[inside], task.params, task.device)
+    with _quiet():
+        fits = [_estimator(float(strength)).fit(part.X, part.y) for strength in part.strengths[::stride]]
+    return max(_gaps(part, fits))
+
+
+def _gaps(task: Task, fits: list[LogisticRegression]) -> list[float]:
+    """The relative gaps of the objectives of fits at ascending strengths to those of solutions of ours."""
+    design = Design.build(torch.from_numpy(task.X.astype(np.float64)), torch.from_numpy(task.y), int(task.y.max()) + 1)
+    ones = torch.ones(1, len(task.y), dtype=torch.float64)
+    weights = torch.zeros(1, design.outputs, design.exact.shape[1], dtype=torch.float64)
+    gaps = []
+    for model in fits:
+        problems = Problems.build(design, torch.tensor([float(model.C)], dtype=torch.float64), ones)
+        optimum = solve(design, problems, weights, REFERENCE_TOLERANCE)
+        weights = optimum.weights
+        coefficients = torch.from_numpy(model.coef_.astype(np.float64))
+        columns = coefficients if design.basis is None else coefficients @ design.basis
+        bias = torch.from_numpy(model.intercept_.astype(np.float64))[:, None]
+        theirs = certify(design, problems, torch.cat([columns, bias], 1)[None], torch.zeros(1, dtype=torch.long))
+        gaps.append(float(theirs.objective[0] / optimum.objective[0]) - 1)
+    return gaps
+
+
+def _single_rows(task: Task, strength: float) -> None:
+    """One fit of ours, of scikit-learn, and of scikit-learn where its tolerance is tight enough for the same gap."""
+
+    def ours() -> float:
+        X, y = (torch.from_numpy(part).to(task.device) for part in (task.X, task.y))
+        design = Design.build(X.double(), y, int(task.y.max()) + 1, rotate=False)
+        ones = torch.ones(1, len(y), dtype=torch.float64, device=task.device)
+        problems = Problems.build(design, torch.full_like(ones[:, 0], strength), ones)
+        zero = ones.new_zeros(1, design.outputs, design.exact.shape[1])
+        return float(solve(design, problems, zero, task.params.logistic.tolerance**2).gap[0])
+
+    def theirs(tolerance: float) -> LogisticRegression:
+        with _quiet():
+            return _estimator(strength, tolerance).fit(task.X, task.y)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        exact = next((tol for tol in TIGHTER if _gaps(task, [theirs(tol)])[0] <= GAP), TIGHTER[-1])
+        tolerances = list(dict.fromkeys((TIGHTER[0], exact)))
+        timed = [
+            (_timed(ours, strength), *(_timed(lambda tol=tol: theirs(tol), strength) for tol in tolerances))  # type: ignore[misc]
+            for _ in range(SINGLE)
+        ]
+        gaps = [_gaps(task, [theirs(tol)])[0] for tol in tolerances]
+    torch.set_num_threads(threads)
+    mine, *others = (_median(list(runs)) for runs in zip(*timed, strict=True))
+    others = [Run(run.wall, run.cpu, gap, strength) for run, gap in zip(others, gaps, strict=True)]
+    for tolerance, other in zip(tolerances, others, strict=True):
+        _row(f"scikit-learn, one fit, tol={tolerance:.0e}", other, [])
+    for tolerance, other in zip(tolerances, others, strict=True):
+        _row(f"one fit, ratio to tol={tolerance:.0e}", mine, [other])
+
+
+def _timed(function: Callable[[], Any], strength: float) -> Run:
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function()
+    gap = result if isinstance(result, float) else None
+    return Run(time.perf_counter() - wall, time.process_time() - cpu, gap, strength)
+
+
+def _median(runs: list[Run]) -> Run:
+    walls, cpus = (statistics.median(getattr(run, name) for run in runs) for name in ("wall", "cpu"))
+    gaps = [run.gap for run in runs if run.gap is not None]
+    return Run(walls, cpus, max(gaps, default=None), runs[0].strength)
+
+
+def _cpu() -> float:
+    """CPU-seconds of this process and its living children (where the system tells)."""
+    total, me = time.process_time(), str(os.getpid())
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if fields[1] == me:
+            total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def _row(what: str, run: Run, baselines: list[Run]) -> None:
+    ratios = [f"{min(getattr(b, name) for b in baselines) / getattr(run, name):.1f} x" if baselines else "" for name in
+              ("wall", "cpu")]  # fmt: skip
+    gap = "" if run.gap is None else f"{run.gap:.1e}"
+    cells = [what, f"{run.wall:.2f}", f"{run.cpu:.2f}", *ratios, gap, f"{run.strength:.3g}"]
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _gap_of_scikit_learn(task: Task, strengths: NDArray[np.float64]) -> float:
-    """The largest relative gap of its objectives at ascending ``strengths``, fitted to all rows of ``task``."""
-    design = Design.build(torch.from_numpy(task.X), torch.from_numpy(task.y), task.classes)
-    ones = torch.ones(1, len(task.y), dtype=torch.float64)
-    weights = torch.zeros(1, design.outputs, design.exact.shape[1], dtype=torch.float64)
-    largest = 0.0
-    for strength in strengths:
-        problems = Problems.build(design, torch.tensor([strength]), ones)
-        optimum = solve(design, problems, weights, REFERENCE_TOLERANCE)
-        weights = optimum.weights
-        with _quiet():
-            model = _estimator(float(strength)).fit(task.X.astype(np.float32), task.y)
-        rotated = torch.from_numpy(model.coef_.astype(np.float64)) @ design.basis
-        bias = torch.from_numpy(model.intercept_.astype(np.float64))[:, None]
-        theirs = certify(design, problems, torch.cat([rotated, bias], 1)[None], torch.zeros(1, dtype=torch.long))
-        largest = max(largest, float(theirs.objective[0] / optimum.objective[0]) - 1)
-    return largest
-
-
-def _single_row(task: Task, device: str, strength: float, rounds: int) -> None:
-    X = task.X.astype(np.float32)
-
-    def ours() -> float:
-        design, _, _ = _tensors(task, device)
-        ones = torch.ones(1, len(task.y), dtype=torch.float64, device=device)
-        problems = Problems.build(design, torch.tensor([strength], device=device).double(), ones)
-        zero = torch.zeros(1, design.outputs, design.exact.shape[1], dtype=torch.float64, device=device)
-        return float(solve(design, problems, zero, task.tolerance).gap[0])
-
-    def theirs() -> float:
-        with _quiet():
-            _estimator(strength).fit(X, task.y)
-        return 0.0
-
-    (seconds, gap), (other, _) = _median(ours, rounds), _median(theirs, rounds)
-    _row(
-        f"one fit at C = {strength:.2g}",
-        device,
-        seconds,
-        other,
-        gap,
-        _gap_of_scikit_learn(task, np.array([strength])),
-        None,
-        None,
-    )
-
-
-def _median(function: Callable[[], float], rounds: int) -> tuple[float, float]:
-    seconds, result = [], 0.0
-    for _ in range(rounds):
-        started = time.perf_counter()
-        result = function()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds), result
-
-
-def _row(
-    what: str,
-    device: str,
-    seconds: float,
-    other: float,
-    gap: float,
-    other_gap: float | None,
-    chosen: float | None,
-    other_chosen: float | None,
-) -> None:
-    gaps = [f"{gap:.1e}", "" if other_gap is None else f"{other_gap:.1e}"]
-    strengths = ["" if value is None else f"{value:.3g}" for value in (chosen, other_chosen)]
-    cells = [what, device, f"{seconds:.2f}", f"{other:.2f}", f"{other / seconds:.1f} x", *gaps, *strengths]
-    print(f"| {' | '.join(cells)} |", flush=True)
-
-
-def _machine() -> str:
+def _header(arguments: argparse.Namespace, task: Task) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    versions = f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, Python {platform.python_version()}"
-    return (
-        f"{datetime.date.today()}, {platform.machine()}, {cores} cores{gpu}, load {os.getloadavg()[0]:.1f}, {versions}"
-    )
+    gpu = f", ours on {torch.cuda.get_device_name()}" if task.device.startswith("cuda") else ""
+    print(f"{datetime.date.today()}, {platform.machine()}, {cores} cores{gpu}, load {os.getloadavg()[0]:.1f},", end=" ")
+    print(f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, Python {platform.python_version()}\n")
+    n, d = task.X.shape
+    print(f"{n} x {d} features of {arguments.features or 'a synthetic mixture'}, {int(task.y.max()) + 1} classes,")
+    print(f"{len(task.strengths)} strengths from 1e-6 to 1e5, {task.params.folds} folds; threads of ours: ", end="")
+    print(f"{torch.get_num_threads()}\n")
+    print("| what | wall s | CPU s | wall, ratio | CPU, ratio | largest gap | C |")
+    print("| :-- | --: | --: | --: | --: | --: | --: |", flush=True)
 
 
 if __name__ == "__main__":
-    with threadpool_limits(JOBS):
-        torch.set_num_threads(JOBS)
-        main()
+    torch.set_num_threads(_arguments().threads)
+    main()
