@@ -6,7 +6,9 @@ comparison of two byte strings and of two arrays; only where files came or went 
 
 from __future__ import annotations
 
+import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..files import DIGEST_BYTES, digest_bytes, publish_file
 
+INDEX_FOLDER = "index"
 MAGIC = b"pipeline digests 1\n"
 COUNTS = struct.Struct("<QQ")  # entries, bytes of the joined paths
 STAT_COLUMNS = 4
@@ -32,6 +35,12 @@ def _no_stats() -> Stats:
 
 def _no_digests() -> Digests:
     return np.empty((0, DIGEST_BYTES), np.uint8)
+
+
+def index_file(cache_dir: Path, roots: Iterable[Path]) -> Path:
+    """Where the cache remembers the contents of the files under ``roots``, by whatever name they are reached."""
+    name = b"\0".join(sorted(os.fsencode(os.path.realpath(root)) for root in roots))
+    return cache_dir / INDEX_FOLDER / f"{digest_bytes(name).hex()[:16]}.idx"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.index import INDEX_FOLDER
 from ..errors import CacheError
 from ..files import file_lock, human_bytes, temporary_name
 from .inventory import key_folders, last_used, leftovers, modified, size_of
@@ -18,7 +19,6 @@ from .parts import DAMAGED_PREFIX
 from .store import LOCK_FILE
 
 DAY = 86_400.0
-INDEX_FOLDER = "index"
 MODEL_FILE = "model.json"
 
 

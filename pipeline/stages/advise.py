@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifacts import RunMetrics, RunModel, data_digest, list_runs, read_metrics, read_model
-from ..data.index import DigestIndex
+from ..data.index import DigestIndex, index_file
 from ..data.scan import SPLITS, ImageTree, scan_folder
 from ..data.splits import assign_splits, group_ids, groups_of, leaked
 from ..errors import DataError, RunError
@@ -20,7 +19,6 @@ from ..evaluate.advice import advise
 from ..evaluate.advice_facts import Facts, Point, Probe, Tuned
 from ..evaluate.advice_rules import Domain
 from ..evaluate.advice_text import Given, advice_lines, advice_values
-from ..files import digest_bytes
 from ..params import DataParams, Params
 
 Say = Callable[[str], None]
@@ -75,16 +73,10 @@ def _scan(params: Params) -> Scan:
             why=f"it has {len(tree.class_names)} class folder(s), and a classifier needs two",
             remedy="give each class a folder with its images",
         )
-    digests, known = DigestIndex.load(index_file(params)).lookup(tree.paths, tree.stats)
+    digests, known = DigestIndex.load(index_file(params.cache.dir, [params.data.root])).lookup(tree.paths, tree.stats)
     if not known.all():
         return Scan(tree, None, tree.splits)
     return Scan(tree, digests, _splits(tree, digests, params.data))
-
-
-def index_file(params: Params) -> Path:
-    """Where `extract` remembers the contents of the files under ``data.root``."""
-    name = digest_bytes(os.fsencode(os.path.realpath(params.data.root))).hex()[:16]
-    return params.cache.dir / "index" / f"{name}.idx"
 
 
 def _splits(tree: ImageTree, digests: NDArray[np.uint8], data: DataParams) -> NDArray[np.int8]:

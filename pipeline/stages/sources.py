@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +15,7 @@ from ..backbones import Backbone, BackboneIdentity, Transform, WeightsMemo, buil
 from ..backbones.precision import Verdict, accept_precision, reduced_precision_of, verdict_key
 from ..backbones.prepare import prepare_for_inference
 from ..data.decode import DECODER, Decoder
-from ..data.index import DigestIndex
+from ..data.index import DigestIndex, index_file
 from ..data.scan import ImageTree, list_images, scan_folder
 from ..errors import WeightsError
 from ..features.extractor import Forward
@@ -25,12 +24,11 @@ from ..features.quarantine import Quarantine
 from ..features.spec import PLAIN_VIEW, FeatureSpec
 from ..features.store import FeatureStore
 from ..features.views import view_pixels
-from ..files import canonical_json, digest_bytes
+from ..files import canonical_json
 from ..params import CacheParams, DataParams, ExtractParams, Params
 from ..runtime.device import resolve_device, usable_cores
 from ..runtime.distributed import World, world_from_environment
 
-INDEX_FOLDER = "index"
 WEIGHTS_MEMO = "weights.json"
 CPU_BATCH = 8
 
@@ -64,21 +62,20 @@ class Source:
 def open_folder(data: DataParams, cache: CacheParams) -> Source:
     """Scan ``data.root`` and look its files up in the index."""
     tree = scan_folder(data.root, layout=data.layout, extensions=data.extensions)
-    return _open(tree, cache, name=os.fsencode(os.path.realpath(data.root)))
+    return _open(tree, index_file(cache.dir, [data.root]))
 
 
 def open_paths(paths: Sequence[Path], data: DataParams, cache: CacheParams) -> Source:
     """List files and folders given on the command line and look them up in the index."""
     tree = list_images(paths, extensions=data.extensions)
-    return _open(tree, cache, name=b"\0".join(sorted(os.fsencode(os.path.realpath(path)) for path in paths)))
+    return _open(tree, index_file(cache.dir, paths))
 
 
-def _open(tree: ImageTree, cache: CacheParams, *, name: bytes) -> Source:
-    index_file = cache.dir / INDEX_FOLDER / f"{digest_bytes(name).hex()[:16]}.idx"
-    index = DigestIndex.load(index_file)
+def _open(tree: ImageTree, file: Path) -> Source:
+    index = DigestIndex.load(file)
     digests, known = index.lookup(tree.paths, tree.stats)
     warnings = [*tree.warnings, *([index.warning] if index.warning else [])]
-    return Source(tree, Books(tree, digests, known), index_file, warnings)
+    return Source(tree, Books(tree, digests, known), file, warnings)
 
 
 @dataclass(frozen=True)
