@@ -23,7 +23,7 @@ ClassWeight = Literal["balanced"] | dict[str, float] | None
 
 OWN_KINDS = ("logistic", "linear", "mlp", "sklearn")
 CHUNK_ROWS = 128
-FEW_PRODUCTS = 2e10
+FEW_PRODUCTS = 1e9
 LOG_FLOOR = float(np.finfo(np.float64).tiny)
 
 
@@ -175,7 +175,7 @@ def one_thread() -> Iterator[None]:
 
 
 def few_threads(X: NDArray[Any]) -> AbstractContextManager[None]:
-    """One thread for sums over features (n, d) so few that it ends within about a second.
+    """One thread for sums over features (n, d) so few that a second one saves next to nothing.
 
     Threads that share a matrix product wait for each other in a loop. On a machine that is busy with something else,
     one waits for the other to be scheduled at every product: small heads were measured to take forty times as long.

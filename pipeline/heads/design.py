@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 RANK_TOLERANCE = 1e-13
+FEW_ROWS = 0.75
 SKETCH_WIDTH = 64
 SKETCH_SPARE = 16
 
@@ -37,11 +38,11 @@ class Design:
 
         With ``rotate`` the columns become the eigenvectors of the Gram matrix: the fewest iterations, worth its
         seconds where many problems follow. Without, only the leading eigenvectors are found, roughly. Few rows are
-        rotated always, since that is quick and leaves no more columns than rows.
+        rotated always, since that is quick and leaves clearly fewer columns: one less than there are rows.
         """
         n, d = X.shape
         outputs = 1 if classes == 2 else classes
-        if not (rotate or n <= d / 2 or min(n, d) <= 4 * SKETCH_WIDTH):
+        if not (rotate or n <= FEW_ROWS * d or min(n, d) <= 4 * SKETCH_WIDTH):
             return cls._sketched(X, target, outputs)
         rotated, values, basis = _eigenbasis(X)
         exact = _with_ones(rotated)

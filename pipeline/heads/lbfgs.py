@@ -10,7 +10,7 @@ from torch import Tensor
 from .design import Design, Preconditioner, centred
 from .losses import gap_norm, residuals_and_losses, spreads
 
-HISTORY = 6
+HISTORY = 20
 MAX_ITERATIONS = 1000
 MAX_TRIALS = 10
 ABSENT = -1e30
@@ -79,9 +79,9 @@ class Search:
         gradient = self.design.backward(residuals).mul_(self.problems.strength[:, None, None])
         return gradient.addcmul_(self.penalty, weights)
 
-    def run(self, tolerance: float) -> tuple[Tensor, Tensor]:
-        """Weights (p, k, r + 1) and iterations (p,)."""
-        for _ in range(MAX_ITERATIONS):
+    def run(self, tolerance: float, limit: int = MAX_ITERATIONS) -> tuple[Tensor, Tensor]:
+        """Weights (p, k, r + 1) and iterations (p,), after at most ``limit`` of them."""
+        for _ in range(limit):
             spread = self.problems.strength[:, None] * spreads(self.residuals, self.problems.row_weight)
             active = torch.nonzero(self._open(spread, tolerance)).squeeze(1)
             if len(active) <= 0.75 * len(self.place):

@@ -60,13 +60,12 @@ class LogisticHead:
         """Choose the strength by cross-validation, refit on all rows, and fold the standardisation in."""
         started = time.perf_counter()
         X, self.classes_, index = check_training_data(X, y)
-        threads = torch.get_num_threads()
         with few_threads(X):
-            self._fit(X, index, groups, threads)
+            self._fit(X, index, groups)
         self.selected["seconds"] = time.perf_counter() - started
         return self
 
-    def _fit(self, X: Features, index: Ints, groups: Ints | None, threads: int) -> None:
+    def _fit(self, X: Features, index: Ints, groups: Ints | None) -> None:
         weights = class_weights(self.params.class_weight, self.classes_, index, self.class_names)
         mean, scale = standardisation(X, self.params.standardize)
         scaled = torch.from_numpy((X - mean) / scale).to(self.device)
@@ -75,14 +74,12 @@ class LogisticHead:
         del scaled
         row_weight = torch.from_numpy(weights[index]).to(self.device)
         folds = stratified_group_folds(index, groups, self.params.folds, self.params.seed)
-        strength, start = self._choose(design, row_weight, index, folds, threads)
+        strength, start = self._choose(design, row_weight, index, folds)
         solution = self._refit(design, row_weight, strength, start)
         layer = linear_layer(design, solution.weights[0])
         self.layers = layer.fold_standardisation(mean, scale).fold_temperature(self.selected.get("temperature", 1.0))
 
-    def _choose(
-        self, design: Design, row_weight: Tensor, index: Ints, folds: list[Fold], threads: int
-    ) -> tuple[float, Tensor]:
+    def _choose(self, design: Design, row_weight: Tensor, index: Ints, folds: list[Fold]) -> tuple[float, Tensor]:
         """The strength, and weights (1, k, r + 1) to start the refit from."""
         logistic = self.params.logistic
         strengths = np.geomspace(logistic.c_min, logistic.c_max, logistic.strengths)
@@ -94,7 +91,7 @@ class LogisticHead:
             return self.selected["C"], zero
         train, held = masks(folds, known, row_weight.device)
         scored, tolerance = held * row_weight, logistic.tolerance**2
-        path = StrengthPath(design, strengths, row_weight, train, scored, tolerance, threads=threads)
+        path = StrengthPath(design, strengths, row_weight, train, scored, tolerance)
         if logistic.path == "full":
             path.solve_full()
             found = "full"
@@ -117,6 +114,7 @@ class LogisticHead:
             "solves": path.solves,
             "iterations": sum(point.iterations for point in points.values()),
             "largest_gap": max(p.gap for p in points.values() if p.tolerance <= path.tolerance),
+            "loosest_gap": max(p.gap for p in points.values()),
         }
         if len(strengths) > 1 and best in (0, len(strengths) - 1):
             side, key = ("smallest", "c_min") if best == 0 else ("largest", "c_max")

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from .base import Floats
 from .design import Design
-from .lbfgs import Problems
+from .lbfgs import MAX_ITERATIONS, Problems
 from .losses import residuals_and_losses
-from .solver import Solutions
-from .team import Team
+from .solver import Solutions, solve
 
 COARSE_STEP = 4
 RISES_TO_STOP = 3
 LOOSE_TOLERANCE = 1e-4
 WOBBLE = 1e-3
+HOPELESS_LOSS = 2.0
+HOPELESS_ITERATIONS = 25
 NODES_A_SIDE = 3
 BATCH_COLUMNS = {"cpu": 16, "cuda": 512}
 BATCH_WORK = {"cpu": 1.5e7, "cuda": 5e9}
@@ -30,7 +31,10 @@ WIDE_COLUMNS = 128
 
 @dataclass(frozen=True)
 class Point:
-    """One strength solved on every fold: its cross-validated mean log loss and what certifies it."""
+    """One strength solved on every fold: its cross-validated mean log loss and what certifies it.
+
+    ``tolerance`` is what every ``gap`` is below.
+    """
 
     loss: float
     weights: Tensor
@@ -44,7 +48,6 @@ class StrengthPath:
     """Solves strengths of an ascending grid on demand, each from the nearest solutions.
 
     Args:
-        threads: how many parts of a batch are solved at once on the CPU; the results depend on it by rounding only.
         row_weight: weights of the rows (n,), float64.
         train: which rows (f, n) each fold trains on; ``scored`` (f, n) the weights with which its held-out rows count.
     """
@@ -57,14 +60,11 @@ class StrengthPath:
         train: Tensor,
         scored: Tensor,
         tolerance: float,
-        *,
-        threads: int = 1,
     ) -> None:
         self.design, self.strengths, self.tolerance = design, strengths, tolerance
         self.row_weight, self.scored = row_weight * train, scored
         self.points: dict[int, Point] = {}
         self.solves = 0
-        self._team = Team(threads if row_weight.device.type == "cpu" else 1)
 
     def solve_full(self) -> None:
         """Every strength: a few far apart from the smallest up, then those halfway between them, and so on.
@@ -72,18 +72,33 @@ class StrengthPath:
         Solutions vary so smoothly with the logarithm of the strength that most of those in between need no iteration
         at all, only their certificate. Between the few, which lie two decades apart, a loose solution leads the way.
         Problems so small that several strengths fit into a batch are solved from the smallest up.
-        """
-        if self._strengths_per_batch() == 1:
-            step, last = self._decade(), len(self.strengths) - 1
-            for number in [*range(0, last, step), last]:
-                tight = number % (2 * step) == 0 or number == last
-                self.solve_at([number], self.tolerance if tight else LOOSE_TOLERANCE)
-            while step > 1:
-                self.solve_at(range(0, last, step), self.tolerance, WIDE_COLUMNS)
-                step //= 2
-        self.solve_at(range(len(self.strengths)), self.tolerance, WIDE_COLUMNS)
 
-    def solve_at(self, numbers: Iterable[int], tolerance: float, columns: int = 0) -> None:
+        A nearly unpenalised problem can take thousands of iterations. Where the loss has grown so much that the best
+        hardly lies beyond, it gets `HOPELESS_ITERATIONS`, and a certificate that says how far they led: enough to see
+        a second valley, whose strengths would then be solved to the tolerance.
+        """
+        last = len(self.strengths) - 1
+        if self._strengths_per_batch() > 1:
+            self.solve_at(range(last + 1), self.tolerance)
+            return
+        step, top = self._decade(), 0
+        for number in [*range(0, last, step), last]:
+            if self._hopeless(top):
+                break
+            tight = number % (2 * step) == 0 or number == last
+            self.solve_at([number], self.tolerance if tight else LOOSE_TOLERANCE)
+            top = number
+        self.solve_at([top], self.tolerance)
+        while step > 1:
+            step //= 2
+            self.solve_at(range(0, top, step), self.tolerance, WIDE_COLUMNS)
+        self.solve_at(range(0, top), self.tolerance, WIDE_COLUMNS)
+        self.solve_at(range(top + 1, last + 1), self.tolerance, iterations=HOPELESS_ITERATIONS)
+        self._settle()
+
+    def solve_at(
+        self, numbers: Iterable[int], tolerance: float, columns: int = 0, iterations: int = MAX_ITERATIONS
+    ) -> None:
         """The strengths at ``numbers``, ascending, unless they are solved to ``tolerance`` already.
 
         In batches of at least ``columns`` weight vectors, where each has neighbours on both sides to start from.
@@ -91,7 +106,7 @@ class StrengthPath:
         wanted = [n for n in numbers if n not in self.points or self.points[n].tolerance > tolerance]
         size = self._strengths_per_batch(columns)
         for start in range(0, len(wanted), size):
-            self._solve_batch(wanted[start : start + size], tolerance)
+            self._solve_batch(wanted[start : start + size], tolerance, iterations)
 
     def search(self) -> str:
         """Solve what is needed to know the best strength: ``coarse`` to fine, or ``full`` where losses have no valley.
@@ -112,11 +127,20 @@ class StrengthPath:
         for step in (2, 1):
             best = self.best()
             self.solve_at(self._inside(best - step, best + step), LOOSE_TOLERANCE)
-        while True:
-            best = self.best()
+        self._settle()
+        return "coarse"
+
+    def _settle(self) -> None:
+        """Solve the best and its neighbours to the tolerance, until that changes the best no more."""
+        best = None
+        while best != (best := self.best()):
             self.solve_at(self._inside(best - 1, best, best + 1), self.tolerance)
-            if self.best() == best:
-                return "coarse"
+
+    def _hopeless(self, number: int) -> bool:
+        """Whether the loss at ``number`` is so far above the lowest that a weaker penalty will hardly be the best."""
+        if number not in self.points or number <= (best := self.best()):
+            return False
+        return self.points[number].loss > HOPELESS_LOSS * self.points[best].loss
 
     def best(self) -> int:
         """The solved strength of lowest loss, the smallest of equals."""
@@ -160,24 +184,25 @@ class StrengthPath:
         wanted = max(least, BATCH_COLUMNS.get(kind, 16), BATCH_WORK.get(kind, 1.5e7) / (n * width))
         return max(1, math.floor(min(wanted / columns + 0.5, BATCH_CELLS / (columns * n))))
 
-    def _solve_batch(self, numbers: list[int], tolerance: float) -> None:
+    def _solve_batch(self, numbers: list[int], tolerance: float, limit: int) -> None:
         folds = len(self.row_weight)
         strength = torch.from_numpy(self.strengths[numbers]).to(self.row_weight.device).repeat_interleave(folds)
         problems = Problems.build(self.design, strength, self.row_weight.repeat(len(numbers), 1))
         start = torch.cat([self._start(number, tolerance) for number in numbers])
-        solutions = self._team.solve(self.design, problems, start, tolerance)
+        solutions = solve(self.design, problems, start, tolerance, limit)
         self.solves += len(strength)
         for place, number in enumerate(numbers):
             self.points[number] = self._point(solutions, slice(place * folds, (place + 1) * folds), tolerance)
 
     def _point(self, solutions: Solutions, rows: slice, tolerance: float) -> Point:
+        gap = float(solutions.gap[rows].max())
         return Point(
             loss=held_out_loss(solutions.logits[rows], self.design.target, self.scored),
             weights=solutions.weights[rows],
-            gap=float(solutions.gap[rows].max()),
+            gap=gap,
             gradient_norm=float(solutions.gradient_norm[rows].max()),
             iterations=int(solutions.iterations[rows].sum()),
-            tolerance=tolerance,
+            tolerance=max(tolerance, gap),
         )
 
     def _start(self, number: int, tolerance: float) -> Tensor:

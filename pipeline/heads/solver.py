@@ -18,14 +18,13 @@ estimated. Solutions whose bound is above the tolerance are polished in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .design import Design
-from .lbfgs import Problems, Search
+from .lbfgs import MAX_ITERATIONS, Problems, Search
 from .losses import gap_norm, residuals_and_losses, spreads
 
 
@@ -45,13 +44,18 @@ class Solutions:
     iterations: Tensor
 
 
-def solve(design: Design, problems: Problems, start: Tensor, tolerance: float) -> Solutions:
-    """Solve a batch from ``start`` (p, k, r + 1) until each proven gap is at most ``tolerance`` (if float64 can)."""
+def solve(
+    design: Design, problems: Problems, start: Tensor, tolerance: float, limit: int = MAX_ITERATIONS
+) -> Solutions:
+    """Solve a batch from ``start`` (p, k, r + 1) until each proven gap is at most ``tolerance`` (if float64 can).
+
+    Below `MAX_ITERATIONS`, ``limit`` ends the iterations in float32, and none follow in float64.
+    """
     search = Search(design, problems.to(torch.float32), start.float())
-    weights, iterations = search.run(0.8 * tolerance)
+    weights, iterations = search.run(0.8 * tolerance, limit)
     solutions = certify(design, problems, weights.double(), iterations)
     open_ = torch.nonzero(solutions.gap > tolerance).squeeze(1)
-    if not len(open_):
+    if not len(open_) or limit < MAX_ITERATIONS:
         return solutions
     search = Search(design, problems.take(open_), solutions.weights[open_])
     polished, more = search.run(0.8 * tolerance)
@@ -75,9 +79,3 @@ def certify(design: Design, problems: Problems, weights: Tensor, iterations: Ten
     bound = 0.5 * gap_norm(gradient, spread)
     norm = gradient.square().sum((1, 2)).sqrt()
     return Solutions(weights, logits, objective, norm, bound / objective, iterations)
-
-
-def join(parts: Sequence[Solutions]) -> Solutions:
-    """The solutions of one batch after the other."""
-    columns = [torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)]
-    return Solutions(*columns)

@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from pipeline.errors import HeadError
+from pipeline.heads import path
 from pipeline.heads.folds import stratified_group_folds
 from pipeline.heads.logistic import LogisticHead
 from pipeline.heads.path import StrengthPath, is_valley
@@ -200,3 +201,18 @@ def test_the_full_path_of_large_problems_is_certified_at_every_strength(
     assert halving.selected["largest_gap"] < 1e-6
     assert np.allclose(np.array(halving.selected["curve"]), np.array(ascending.selected["curve"]), rtol=2e-3)
     assert halving.selected["C"] == ascending.selected["C"]
+
+
+def test_hopeless_strengths_are_solved_loosely_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = make_features(150, 40, 3, spread=0.3)
+    X, y = np.r_[X, X[:20]], np.r_[y, (y[:20] + 1) % 3]  # twins that disagree: the classes cannot be separated
+    params = LogisticParams(path="full")
+    exact = head(logistic=params).fit(X, y)
+    assert exact.selected["largest_gap"] < 1e-7
+    monkeypatch.setattr(StrengthPath, "_strengths_per_batch", lambda self, least=0: 1)
+    monkeypatch.setattr(path, "HOPELESS_ITERATIONS", 1)
+    loose = head(logistic=params).fit(X, y)
+    assert loose.selected["largest_gap"] < 1e-7 < exact.selected["loosest_gap"] < loose.selected["loosest_gap"]
+    assert len(loose.selected["curve"]) == params.strengths
+    assert loose.selected["C"] == exact.selected["C"]
+    assert loose.selected["cv_log_loss"] == pytest.approx(exact.selected["cv_log_loss"], rel=1e-4)

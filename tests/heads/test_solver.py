@@ -5,7 +5,6 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.heads import team
 from pipeline.heads.design import Design
 from pipeline.heads.layers import standardisation
 from pipeline.heads.lbfgs import Problems
@@ -150,16 +149,3 @@ def test_the_weights_of_all_classes_sum_to_zero() -> None:
     solutions = solve(design, problems, torch.from_numpy(start), 1e-8)
     assert float(solutions.weights.sum(1).abs().max()) < 1e-5
     assert not solutions.weights[0, 2].any()
-
-
-def test_parts_of_a_batch_are_solved_like_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(team, "PART_WORK", 1)
-    monkeypatch.setattr(team, "PART_COLUMNS", 3)
-    X, y = make_features(classes=3)
-    design = Design.build(torch.from_numpy(scaled(X)), torch.from_numpy(y), 3)
-    strength = torch.from_numpy(np.geomspace(1e-3, 1e2, 5))
-    problems = Problems.build(design, strength, torch.ones(5, len(y), dtype=torch.float64))
-    start = torch.zeros(5, 3, design.exact.shape[1], dtype=torch.float64)
-    whole, parts = (team.Team(threads).solve(design, problems, start, 1e-8) for threads in (1, 2))
-    assert torch.allclose(whole.objective, parts.objective, rtol=2e-8)
-    assert float(parts.gap.max()) <= 1e-8 and parts.weights.shape == whole.weights.shape
