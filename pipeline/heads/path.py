@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from .solver import Solutions, solve
 
 COARSE_STEP = 4
 RISES_TO_STOP = 3
+COARSE_TOLERANCE = 1e-3
 LOOSE_TOLERANCE = 1e-4
 WOBBLE = 1e-3
 HOPELESS_LOSS = 1.5
@@ -74,8 +75,8 @@ class StrengthPath:
         Problems so small that several strengths fit into a batch are solved from the smallest up.
 
         A nearly unpenalised problem can take thousands of iterations. Where the loss has grown so much that the best
-        hardly lies beyond, it gets `HOPELESS_ITERATIONS`, and a certificate that says how far they led: enough to see
-        a second valley, whose strengths would then be solved to the tolerance.
+        hardly lies beyond, it is solved loosely, in at most `HOPELESS_ITERATIONS`, with a certificate that says how far
+        they led: enough to see a second valley, whose strengths would then be solved to the tolerance.
         """
         last = len(self.strengths) - 1
         if self._strengths_per_batch() > 1:
@@ -93,7 +94,7 @@ class StrengthPath:
             step //= 2
             self.solve_at(range(0, top, step), self.tolerance, WIDE_COLUMNS)
         self.solve_at(range(0, top), self.tolerance, WIDE_COLUMNS)
-        self.solve_at(range(top + 1, last + 1), self.tolerance, iterations=HOPELESS_ITERATIONS)
+        self.solve_at(range(top + 1, last + 1), LOOSE_TOLERANCE, iterations=HOPELESS_ITERATIONS)
         self._settle()
 
     def solve_at(
@@ -111,15 +112,16 @@ class StrengthPath:
     def search(self) -> str:
         """Solve what is needed to know the best strength: ``coarse`` to fine, or ``full`` where losses have no valley.
 
-        Every fourth strength is solved loosely, until the loss has risen three times in a row, then those around the
-        lowest. The best and its neighbours are solved to the tolerance, so that the choice is that of the full path.
+        Every fourth strength is solved loosely, until the loss has risen three times in a row or by half, then those
+        around the lowest. The best and its neighbours are solved to the tolerance, so that the choice is that of the
+        full path.
         """
         coarse = list(range(0, len(self.strengths), COARSE_STEP))
         if coarse[-1] != len(self.strengths) - 1:
             coarse.append(len(self.strengths) - 1)
         for number in coarse:
-            self.solve_at([number], LOOSE_TOLERANCE)
-            if self._rises(coarse) >= RISES_TO_STOP:
+            self.solve_at([number], COARSE_TOLERANCE)
+            if self._rises(coarse) >= RISES_TO_STOP or self._hopeless(number):
                 break
         if not is_valley([self.points[n].loss for n in sorted(self.points)]):
             self.solve_full()
@@ -206,19 +208,29 @@ class StrengthPath:
         )
 
     def _start(self, number: int, tolerance: float) -> Tensor:
-        """The solution expected from others as exact: between them interpolated along the logarithm of the strength."""
-        exact = sorted(other for other, point in self.points.items() if point.tolerance <= tolerance)
-        below, above = [other for other in exact if other < number], [other for other in exact if other > number]
-        if below and above:
-            return self._interpolated(number, [*below[-NODES_A_SIDE:], *above[:NODES_A_SIDE]])
+        """The solution expected from the nearest: between them interpolated along the logarithm of the strength.
+
+        Looser ones lead to where nothing better is known.
+        """
+        exact = {other for other, point in self.points.items() if point.tolerance <= tolerance}
+        if nodes := self._around(number, exact):
+            return self._interpolated(number, nodes)
         if number in self.points:
             return self.points[number].weights
+        if nodes := self._around(number, self.points):
+            return self._interpolated(number, nodes)
         below = sorted(other for other in self.points if other < number)[-2:]
         if not below:
             shape = (len(self.row_weight), self.design.outputs, self.design.exact.shape[1])
             return torch.zeros(shape, dtype=torch.float64, device=self.row_weight.device)
         far = len(below) == 2 and number - below[1] > below[1] - below[0]
         return self._interpolated(number, below[-1:] if far else below)
+
+    def _around(self, number: int, solved: Collection[int]) -> list[int]:
+        """The nearest on both sides of ``number``, or none."""
+        below = sorted(other for other in solved if other < number)[-NODES_A_SIDE:]
+        above = sorted(other for other in solved if other > number)[:NODES_A_SIDE]
+        return [*below, *above] if below and above else []
 
     def _interpolated(self, number: float, nodes: list[int]) -> Tensor:
         """Lagrange's polynomial through the solutions at ``nodes``."""
