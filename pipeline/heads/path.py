@@ -120,7 +120,8 @@ class StrengthPath:
         if coarse[-1] != len(self.strengths) - 1:
             coarse.append(len(self.strengths) - 1)
         for number in coarse:
-            self.solve_at([number], COARSE_TOLERANCE)
+            falling = not self.points or self.best() == max(self.points)
+            self.solve_at([number], LOOSE_TOLERANCE if falling else COARSE_TOLERANCE)
             if self._rises(coarse) >= RISES_TO_STOP or self._hopeless(number):
                 break
         if not is_valley([self.points[n].loss for n in sorted(self.points)]):
