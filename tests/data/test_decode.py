@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageOps
 
@@ -70,6 +71,11 @@ QUARANTINED = {
     "pillow__unknown_compression_method.png": Reason.CORRUPT,
 }
 # Modes whose plain conversion to RGB is right, so that ours must equal it.
+if int(PIL.__version__.partition(".")[0]) < 13:  # it draws the rest of a cut BMP, and reads less of two odd TIFFs
+    del QUARANTINED["image-rs_tests__images__bmp__images__pal4rlecut.bmp"]
+    for odd in ("broken", "bt709"):
+        QUARANTINED[f"image-rs_tests__images__tiff__testsuite__ycbcr_lzw_{odd}.tif"] = Reason.TRUNCATED
+
 PLAIN_MODES = {"1", "L", "RGB", "CMYK", "YCbCr", "LAB"}
 
 
