@@ -68,7 +68,7 @@ def _read_tree(file: Path) -> tuple[Tree, list[Problem]]:
 
 
 def _not_params(file: Path, rule: str, got: str) -> ParamsError:
-    remedy = "name a params file with -p FILE; params.yaml in the project shows every key with its default"
+    remedy = "name a params file with -p FILE, or make one; an empty one means every default"
     return ParamsError(file, [Problem("(file)", rule, got)], remedy=remedy)
 
 
