@@ -34,7 +34,7 @@ WIDE_COLUMNS = 128
 class Point:
     """One strength solved on every fold: its cross-validated mean log loss and what certifies it.
 
-    ``tolerance`` is what every ``gap`` is below.
+    ``tolerance`` is the gap that was asked for; ``gap``, the largest of the folds, tells whether it was reached.
     """
 
     loss: float
@@ -100,7 +100,7 @@ class StrengthPath:
     def solve_at(
         self, numbers: Iterable[int], tolerance: float, columns: int = 0, iterations: int = MAX_ITERATIONS
     ) -> None:
-        """The strengths at ``numbers``, ascending, unless they are solved to ``tolerance`` already.
+        """The strengths at ``numbers``, ascending, but those that were asked to be as exact before.
 
         In batches of at least ``columns`` weight vectors, where each has neighbours on both sides to start from.
         """
@@ -198,14 +198,13 @@ class StrengthPath:
             self.points[number] = self._point(solutions, slice(place * folds, (place + 1) * folds), tolerance)
 
     def _point(self, solutions: Solutions, rows: slice, tolerance: float) -> Point:
-        gap = float(solutions.gap[rows].max())
         return Point(
             loss=held_out_loss(solutions.logits[rows], self.design.target, self.scored),
             weights=solutions.weights[rows],
-            gap=gap,
+            gap=float(solutions.gap[rows].max()),
             gradient_norm=float(solutions.gradient_norm[rows].max()),
             iterations=int(solutions.iterations[rows].sum()),
-            tolerance=max(tolerance, gap),
+            tolerance=tolerance,
         )
 
     def _start(self, number: int, tolerance: float) -> Tensor:
@@ -213,7 +212,7 @@ class StrengthPath:
 
         Looser ones lead to where nothing better is known.
         """
-        exact = {other for other, point in self.points.items() if point.tolerance <= tolerance}
+        exact = {other for other, point in self.points.items() if point.gap <= tolerance}
         if nodes := self._around(number, exact):
             return self._interpolated(number, nodes)
         if number in self.points:
