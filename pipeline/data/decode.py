@@ -223,6 +223,8 @@ def _load(image: ImageFile.ImageFile) -> None:
         def finish_if_possible() -> None:
             try:
                 finish()
+            except MemoryError:
+                raise
             except Exception as error:  # noqa: BLE001 - as in `orientation_of`: hostile metadata raises anything
                 logger.debug("metadata of a TIFF left unread: %s", error)
 
@@ -248,6 +250,8 @@ def _complaint(name: str, data: bytes) -> str:
     """What the decoder of a format has against content of its own signature; `Image.open` keeps it to itself."""
     try:
         Image.OPEN[name][0](io.BytesIO(data), "")
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - the very exception that is asked for
         return f"{type(error).__name__}: {error}"
     return f"damaged {name}"

@@ -72,6 +72,8 @@ def orientation_of(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
         return orientation if orientation in TRANSPOSITIONS else 1
+    except MemoryError:  # says nothing of the metadata, and an image that is not turned would be cached for good
+        raise
     except Exception:  # noqa: BLE001 - parsing hostile metadata raises anything; the pixels are good all the same
         return 1
 

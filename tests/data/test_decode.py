@@ -331,6 +331,28 @@ def test_memory_errors_are_not_the_images_fault(monkeypatch: pytest.MonkeyPatch)
         decode(encoded(gradient(), "JPEG"))
 
 
+@pytest.mark.parametrize(
+    ("place", "form", "errors"),
+    [
+        ("PIL.Image.Image.getexif", "JPEG", [MemoryError()]),
+        ("PIL.TiffImagePlugin.TiffImageFile.load_end", "TIFF", [MemoryError()]),
+        ("PIL.PngImagePlugin.PngImageFile._open", "PNG", [SyntaxError("damaged"), MemoryError()]),
+    ],
+    ids=["orientation", "metadata", "complaint"],
+)
+def test_nor_are_they_taken_for_damaged_metadata(
+    place: str, form: str, errors: list[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, following = encoded(gradient(), form), iter(errors)
+
+    def fail(*_: object) -> None:
+        raise next(following)
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(MemoryError):
+        decode(data)
+
+
 def test_threads_agree_with_one_thread(shared: Path) -> None:
     names = [name for name in awkward_rows() if name not in QUARANTINED][:60]
     contents = [(shared / "data/awkward_images" / name).read_bytes() for name in names]
