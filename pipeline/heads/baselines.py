@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..runtime.seeds import make_generator
-from .base import Features, Ints, few_threads
+from .base import Features, Ints
 from .folds import Fold
 from .layers import standardisation
 
@@ -31,26 +31,25 @@ def baseline_accuracies(
         index: class positions (n,); those of ``other`` may hold -1 for a class that train does not have.
         folds: none where nothing can be held out; the first accuracy is then None.
     """
-    with few_threads(X):
-        predict = {"nearest_centroid": nearest_centroid, "knn": nearest_neighbours}[kind]
-        mean, scale = standardisation(X, True)
+    predict = {"nearest_centroid": nearest_centroid, "knn": nearest_neighbours}[kind]
+    mean, scale = standardisation(X, True)
 
-        def scaled(rows: Features) -> Tensor:
-            return torch.from_numpy(((rows - mean) / scale).astype(np.float32))
+    def scaled(rows: Features) -> Tensor:
+        return torch.from_numpy(((rows - mean) / scale).astype(np.float32))
 
-        rows, target = scaled(X), torch.from_numpy(index)
-        generator = make_generator("baseline", seed)
-        hits = asked = 0
-        for train, test in folds:
-            test = _part(test, KNN_QUERIES // len(folds), generator)
-            hits += int((_predicted(predict, rows, target, train, rows[test], generator) == target[test]).sum())
-            asked += len(test)
-        on_other = None
-        if other is not None and len(other[0]):
-            picked = _part(np.arange(len(other[0])), KNN_QUERIES, generator)
-            answers = _predicted(predict, rows, target, np.arange(len(X)), scaled(other[0][picked]), generator)
-            on_other = float((answers.numpy() == other[1][picked]).mean())
-        return hits / asked if asked else None, on_other
+    rows, target = scaled(X), torch.from_numpy(index)
+    generator = make_generator("baseline", seed)
+    hits = asked = 0
+    for train, test in folds:
+        test = _part(test, KNN_QUERIES // len(folds), generator)
+        hits += int((_predicted(predict, rows, target, train, rows[test], generator) == target[test]).sum())
+        asked += len(test)
+    on_other = None
+    if other is not None and len(other[0]):
+        picked = _part(np.arange(len(other[0])), KNN_QUERIES, generator)
+        answers = _predicted(predict, rows, target, np.arange(len(X)), scaled(other[0][picked]), generator)
+        on_other = float((answers.numpy() == other[1][picked]).mean())
+    return hits / asked if asked else None, on_other
 
 
 def nearest_centroid(queries: Tensor, rows: Tensor, target: Tensor, classes: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..params import HeadParams
-from .base import Features, Floats, Head, Ints, check_training_data, log_losses
+from .base import Features, Floats, Head, Ints, check_training_data, few_threads, log_losses
 from .baselines import baseline_accuracies
 from .crossval import OutOfFold, ranking
 from .folds import stratified_group_folds
@@ -181,7 +181,8 @@ def _baselines(
     for kind in BASELINES:
         if kind not in params.kinds:
             started = time.perf_counter()
-            accuracies = baseline_accuracies(kind, X, index, folds, other, params.seed)
+            with few_threads(X):
+                accuracies = baseline_accuracies(kind, X, index, folds, other, params.seed)
             seconds = time.perf_counter() - started
             yield Entry(kind, None, seconds, accuracies[0], None, accuracies[1], None, baseline=True)
 
