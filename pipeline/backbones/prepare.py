@@ -122,7 +122,8 @@ def fold_batchnorm(network: nn.Module) -> tuple[nn.Module, int]:
         return network, 0
     try:
         traced = fx.symbolic_trace(network)
-    except Exception:  # noqa: BLE001 (control flow on values fails to trace in many ways; the plain network works)
+    except Exception as error:  # noqa: BLE001 (control flow on values fails to trace in many ways)
+        logger.debug("BatchNorm is not folded: %s", error)  # the plain network works
         return network, 0
     modules: dict[str, nn.Module] = dict(traced.named_modules())
     folded = 0
