@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torchvision
 
-from pipeline.backbones import build_backbone, trainable_module
+from pipeline.backbones import build_network, trainable_module
 from pipeline.data.decode import decode_image
 from pipeline.data.index import DigestIndex
 from pipeline.data.scan import scan_folder
@@ -129,7 +129,7 @@ def _compare(arguments: argparse.Namespace, folder: Path, scratch: Path) -> None
 
 def _plain_loop(arguments: argparse.Namespace, folder: Path, workers: int) -> float:
     """Images a second of the loop in every tutorial."""
-    backbone = build_backbone(_section(arguments), Params().transform)
+    backbone = build_network(_section(arguments), Params().transform)
     model = trainable_module(backbone).eval()
     device = torch.device("cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu")
     model.to(device)

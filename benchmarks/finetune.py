@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from pipeline.backbones import Transform, build_backbone, trainable_module
+from pipeline.backbones import Transform, build_network, trainable_module
 from pipeline.files import digest_bytes
 from pipeline.finetune import (
     Classifier,
@@ -150,7 +150,7 @@ def _positions(available: int, wanted: int) -> list[int]:
 
 def _build(arguments: argparse.Namespace, classes: int) -> tuple[Classifier, Transform]:
     params = BackboneParams(name=arguments.backbone, weights=arguments.weights)
-    backbone = build_backbone(params, TransformParams())
+    backbone = build_network(params, TransformParams())
     return Classifier(trainable_module(backbone), make_random_head(backbone.feature_dim, classes)), backbone.transform
 
 

@@ -1,12 +1,12 @@
-"""Name + weights -> a frozen `Backbone`: module, transform, feature dimension, identity."""
+"""Name + weights -> a frozen `backbone network`: module, transform, feature dimension, identity."""
 
 from .build import (
-    Backbone,
     BackboneIdentity,
+    BuiltNetwork,
     backbone_bytes,
-    build_backbone,
     build_classifier,
-    resolve_backbone,
+    build_network,
+    identify_network,
     trainable_module,
 )
 from .catalogue import BackboneRow, backbone_names, list_backbones
@@ -17,9 +17,9 @@ from .prepare import PreparedBackbone, prepare_for_inference
 from .transform import Transform
 
 __all__ = [
-    "Backbone",
     "BackboneIdentity",
     "BackboneRow",
+    "BuiltNetwork",
     "FeatureNetwork",
     "FrozenBackbone",
     "PreparedBackbone",
@@ -29,13 +29,13 @@ __all__ = [
     "accept_precision",
     "backbone_bytes",
     "backbone_names",
-    "build_backbone",
     "build_classifier",
+    "build_network",
+    "identify_network",
     "list_backbones",
     "make_module",
     "prepare_for_inference",
     "reduced_precision_of",
-    "resolve_backbone",
     "trainable_module",
     "verdict_key",
 ]

@@ -1,4 +1,4 @@
-"""From params to a frozen `Backbone`, or only to its identity when a memory knows it."""
+"""From params to a frozen `BuiltNetwork`, or only to its identity when a memory knows it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class BackboneIdentity:
 
 
 @dataclass(frozen=True)
-class Backbone:
+class BuiltNetwork:
     """A frozen network with the transform it expects.
 
     Attributes:
@@ -59,7 +59,7 @@ class Backbone:
     notes: tuple[str, ...] = ()
 
 
-def build_backbone(params: BackboneParams, transform: TransformParams) -> Backbone:
+def build_network(params: BackboneParams, transform: TransformParams) -> BuiltNetwork:
     """Load the weights and freeze the network.
 
     Raises:
@@ -77,16 +77,16 @@ def build_backbone(params: BackboneParams, transform: TransformParams) -> Backbo
     digest = tensors_digest(network.model.state_dict())
     identity = BackboneIdentity(params.name, source.label, digest, params.layer, params.pooling)
     count = sum(parameter.numel() for parameter in network.parameters())
-    return Backbone(FrozenBackbone(network), chosen, feature_dim, identity, count, notes)
+    return BuiltNetwork(FrozenBackbone(network), chosen, feature_dim, identity, count, notes)
 
 
-def resolve_backbone(
+def identify_network(
     params: BackboneParams, transform: TransformParams, memo: WeightsMemo
 ) -> tuple[BackboneIdentity, Transform, int]:
     """Identity, transform and feature dimension; weights are only loaded and hashed where ``memo`` does not know them.
 
     Raises:
-        BackboneError, WeightsError: as `build_backbone`.
+        BackboneError, WeightsError: as `build_network`.
     """
     architecture = find_architecture(params.name)
     source = locate_weights(architecture, params.weights, seed=params.seed)
@@ -99,7 +99,7 @@ def resolve_backbone(
     if known is not None:
         return known
     read_ns = time.time_ns()
-    built = build_backbone(params, transform)
+    built = build_network(params, transform)
     fact = {"digest": built.identity.digest, "transform": built.transform.as_dict(), "feature_dim": built.feature_dim}
     after = stat_of(file) if file else None
     if file is None or (after is not None and stat in (None, after)):
@@ -126,13 +126,13 @@ def build_classifier(name: str, weights: str = "DEFAULT") -> tuple[FrozenBackbon
     return FrozenBackbone(network), transform, categories
 
 
-def trainable_module(backbone: Backbone) -> FeatureNetwork:
+def trainable_module(backbone: BuiltNetwork) -> FeatureNetwork:
     """A copy to fine-tune, in training mode, all parameters trainable; in eval mode it computes the same features."""
     return copy.deepcopy(backbone.module.network).requires_grad_(True).train()
 
 
 def backbone_bytes(network: FeatureNetwork, transform: Transform, *, name: str) -> bytes:
-    """A weights file (safetensors, transform in its metadata) that `build_backbone` loads back by its path."""
+    """A weights file (safetensors, transform in its metadata) that `build_network` loads back by its path."""
     return checkpoint_bytes(network.model.state_dict(), transform, name=name)
 
 

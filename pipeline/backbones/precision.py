@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..runtime.seeds import make_generator
-from .build import Backbone, BackboneIdentity
+from .build import BackboneIdentity, BuiltNetwork
 from .prepare import prepare_for_inference
 
 # Cosines between the features of float32 and of the reduced precision, over the sample. Measured: most backbones lie
@@ -66,7 +66,7 @@ def reduced_precision_of(device: torch.device) -> str | None:
     return None
 
 
-def accept_precision(backbone: Backbone, *, device: torch.device, precision: str) -> Verdict:
+def accept_precision(backbone: BuiltNetwork, *, device: torch.device, precision: str) -> Verdict:
     """Compare the features of ``precision`` with float32 on the built-in sample (some seconds on a CPU).
 
     Remember the verdict under `verdict_key`.
@@ -107,7 +107,7 @@ def sample_images(crop: int) -> Tensor:
     return torch.from_numpy(images)
 
 
-def _features(backbone: Backbone, images: Tensor, device: torch.device, precision: str) -> Tensor:
+def _features(backbone: BuiltNetwork, images: Tensor, device: torch.device, precision: str) -> Tensor:
     prepared = prepare_for_inference(backbone, device=device, precision=precision)
     batches = (backbone.transform.normalise(batch.to(device)) for batch in torch.split(images, _BATCH))
     return torch.cat([prepared(batch).cpu() for batch in batches])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from .build import Backbone
+from .build import BuiltNetwork
 from .onednn import EXACT_BIAS, can_fuse, fuse_convolutions
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class PreparedBackbone(nn.Module):
 
 
 def prepare_for_inference(
-    backbone: Backbone, *, device: torch.device, precision: str, fuse: bool = True
+    backbone: BuiltNetwork, *, device: torch.device, precision: str, fuse: bool = True
 ) -> PreparedBackbone:
     """A copy of the backbone's network on ``device``, ready to run; the backbone is left as it is.
 

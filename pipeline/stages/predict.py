@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..artifacts import PARAMS_FILE, RunModel, read_model
-from ..backbones import Backbone, BackboneIdentity, Transform, build_backbone
+from ..backbones import BackboneIdentity, BuiltNetwork, Transform, build_network
 from ..errors import RunError
 from ..heads import Head, load_head
 from ..params import Params, load_params
@@ -75,7 +75,7 @@ class Run:
         device = resolve_device(self.params.extract.device)
         return Origin(identity, transform, self.model.feature_dim, device, self.model.precision)
 
-    def build_backbone(self) -> Backbone:
+    def build_network(self) -> BuiltNetwork:
         """The run's own backbone, proven to be the one it was made with.
 
         Raises:
@@ -85,7 +85,7 @@ class Run:
         section = self.params.backbone
         if own.exists():
             section = section.model_copy(update={"weights": str(own)})
-        backbone = build_backbone(section, self.params.transform)
+        backbone = build_network(section, self.params.transform)
         if backbone.identity.digest != self.model.backbone.digest:
             raise RunError(
                 "The run was made with other weights than those found now.",
@@ -107,7 +107,7 @@ class Run:
             store=open_store(params, origin),
             quarantine=open_quarantine(params, origin.transform),
             transformation=plain_view(origin.transform, params.data, params.extract),
-            make_forward=lambda: forward_of(self.build_backbone, origin, size),
+            make_forward=lambda: forward_of(self.build_network, origin, size),
             workers=worker_count(params.extract),
             part_seconds=params.extract.part_seconds,
             quiet=quiet,

@@ -11,7 +11,7 @@ import PIL
 import torch
 from torch import nn
 
-from ..backbones import Backbone, BackboneIdentity, Transform, WeightsMemo, build_backbone, resolve_backbone
+from ..backbones import BackboneIdentity, BuiltNetwork, Transform, WeightsMemo, build_network, identify_network
 from ..backbones.precision import Verdict, accept_precision, reduced_precision_of, verdict_key
 from ..backbones.prepare import prepare_for_inference
 from ..data.decode import DECODER, Decoder
@@ -137,7 +137,7 @@ class Origin:
 def resolve_origin(params: Params) -> Origin:
     """Everything the key depends on, without loading or hashing weights whose digest is remembered."""
     memo = WeightsMemo(params.cache.dir / WEIGHTS_MEMO)
-    identity, transform, feature_dim = resolve_backbone(params.backbone, params.transform, memo)
+    identity, transform, feature_dim = identify_network(params.backbone, params.transform, memo)
     device = resolve_device(params.extract.device, world_from_environment())
     decoder = DECODER if params.extract.decoder == "pillow" else f"{DECODER}-{params.extract.decoder}"
     origin = Origin(identity, transform, feature_dim, device, "float32", decoder)
@@ -154,7 +154,7 @@ def _with_auto_precision(origin: Origin, params: Params, memo: WeightsMemo) -> O
     key = verdict_key(origin.identity, origin.transform.crop, device=origin.device, precision=reduced)
     verdict = Verdict.from_dict(memo.get(key))
     if verdict is None:
-        backbone = build_backbone(params.backbone, params.transform)
+        backbone = build_network(params.backbone, params.transform)
         verdict = accept_precision(backbone, device=origin.device, precision=reduced)
         memo.put(key, verdict.as_dict())
     return replace(origin, precision=reduced if verdict.accepted else "float32", verdict=verdict)
@@ -180,8 +180,8 @@ def open_quarantine(params: Params, transform: Transform) -> Quarantine:
 def build_forward(params: Params, origin: Origin) -> Forward:
     """The origin's backbone as a function of pixels; the weights are loaded when the first image comes."""
 
-    def load() -> Backbone:
-        backbone = build_backbone(params.backbone, params.transform)
+    def load() -> BuiltNetwork:
+        backbone = build_network(params.backbone, params.transform)
         if backbone.identity.digest != origin.identity.digest:
             raise WeightsError(
                 "The weights changed while they were in use.",
@@ -194,7 +194,7 @@ def build_forward(params: Params, origin: Origin) -> Forward:
     return forward_of(load, origin, batch_size(params.extract, origin), compiled=params.extract.compile)
 
 
-def forward_of(load: Callable[[], Backbone], origin: Origin, size: int, *, compiled: bool = False) -> Forward:
+def forward_of(load: Callable[[], BuiltNetwork], origin: Origin, size: int, *, compiled: bool = False) -> Forward:
     """A backbone, prepared for the origin's device and precision, as a function of pixels with one forward shape."""
 
     def prepare() -> nn.Module:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..artifacts import PARAMS_FILE
-from ..backbones import Backbone, Transform, build_backbone, trainable_module
+from ..backbones import BuiltNetwork, Transform, build_network, trainable_module
 from ..data.decode import read_bytes
 from ..errors import FinetuneError
 from ..features.table import FeatureTable
@@ -65,7 +65,7 @@ class Job:
     opened: Opened
     parts: Parts
     start: Start
-    backbone: Backbone
+    backbone: BuiltNetwork
     classifier: Classifier
     train_images: LabelledImages
     selection_images: LabelledImages
@@ -103,7 +103,7 @@ def prepare_job(
     opened = open_features(params)
     parts = part_rows(opened.table, params.finetune, check_trainable(opened.table))
     start = _find_start(params, opened, parts, tell, from_run)
-    backbone = build_backbone(params.backbone, params.transform)
+    backbone = build_network(params.backbone, params.transform)
     view = plain_view(opened.origin.transform, params.data, params.extract)
     job = Job(
         params=params,

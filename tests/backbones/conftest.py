@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.backbones import Backbone, FeatureNetwork, build_backbone
+from pipeline.backbones import BuiltNetwork, FeatureNetwork, build_network
 from pipeline.backbones.catalogue import find_architecture, make_classifier
 from pipeline.backbones.network import make_network
 from pipeline.params import BackboneParams, TransformParams
@@ -35,9 +35,9 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
 
 
 @cache
-def build(name: str, **params: object) -> Backbone:
+def build(name: str, **params: object) -> BuiltNetwork:
     """A backbone from random weights unless told otherwise; built once, and frozen."""
-    return build_backbone(
+    return build_network(
         BackboneParams.model_validate({"weights": "random", "name": name, **params}), TransformParams()
     )
 
@@ -66,7 +66,7 @@ def filled_network(name: str) -> FeatureNetwork:
 
 
 @pytest.fixture(scope="session")
-def resnet() -> Backbone:
+def resnet() -> BuiltNetwork:
     return build("resnet18")
 
 

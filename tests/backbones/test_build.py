@@ -18,10 +18,10 @@ import pipeline.backbones.build as build_module
 from pipeline.backbones import (
     BackboneIdentity,
     WeightsMemo,
-    build_backbone,
     build_classifier,
+    build_network,
     catalogue,
-    resolve_backbone,
+    identify_network,
 )
 from pipeline.backbones import download as download_module
 from pipeline.backbones.catalogue import find_architecture
@@ -55,13 +55,13 @@ def old_files(monkeypatch: pytest.MonkeyPatch) -> None:
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the backbones that were loaded, in order."""
     calls: list[str] = []
-    original = build_module.build_backbone
+    original = build_module.build_network
 
     def counting(params: BackboneParams, transform: TransformParams) -> Any:
         calls.append(params.name)
         return original(params, transform)
 
-    monkeypatch.setattr(build_module, "build_backbone", counting)
+    monkeypatch.setattr(build_module, "build_network", counting)
     return calls
 
 
@@ -73,9 +73,9 @@ def test_random_weights_are_seeded_and_leave_the_generator_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first = build_backbone(params("random"), TransformParams())
+    first = build_network(params("random"), TransformParams())
     assert torch.equal(torch.rand(3), expected)
-    again, other = build_backbone(params("random"), TransformParams()), build(NAME, seed=1)
+    again, other = build_network(params("random"), TransformParams()), build(NAME, seed=1)
     assert first.identity == again.identity != other.identity
     assert first.identity == BackboneIdentity(NAME, "random-0", first.identity.digest)
 
@@ -84,11 +84,11 @@ def test_an_untouched_weights_file_is_neither_loaded_nor_hashed(
     tmp_path: Path, weights: Path, built: list[str], old_files: None
 ) -> None:
     memo = tmp_path / "cache" / "weights.json"
-    first = resolve_backbone(params(weights), TransformParams(), WeightsMemo(memo))
+    first = identify_network(params(weights), TransformParams(), WeightsMemo(memo))
     assert built == [NAME]
-    assert resolve_backbone(params(weights), TransformParams(), WeightsMemo(memo)) == first
+    assert identify_network(params(weights), TransformParams(), WeightsMemo(memo)) == first
     assert built == [NAME]
-    backbone = build_backbone(params(weights), TransformParams())
+    backbone = build_network(params(weights), TransformParams())
     assert first == (backbone.identity, backbone.transform, backbone.feature_dim)
 
 
@@ -97,7 +97,7 @@ def test_whatever_changes_is_looked_at_again(
     tmp_path: Path, weights: Path, built: list[str], old_files: None, change: str
 ) -> None:
     memo = WeightsMemo(tmp_path / "weights.json")
-    first = resolve_backbone(params(weights), TransformParams(), memo)
+    first = identify_network(params(weights), TransformParams(), memo)
     transform = TransformParams(crop=64) if change == "transform" else TransformParams()
     values = {"layer": "stage3"} if change == "layer" else {"pooling": "max"} if change == "pooling" else {}
     if change == "content":
@@ -106,35 +106,35 @@ def test_whatever_changes_is_looked_at_again(
         safetensors.torch.save_file(state, weights)
     if change == "touched":
         os.utime(weights, ns=(1, 1))
-    second = resolve_backbone(params(weights, **values), transform, memo)
+    second = identify_network(params(weights, **values), transform, memo)
     assert built == [NAME, NAME] and (first == second) == (change == "touched")
 
 
 def test_a_file_just_written_is_hashed_again(tmp_path: Path, weights: Path, built: list[str]) -> None:
     memo = WeightsMemo(tmp_path / "weights.json")
     for _ in range(2):
-        resolve_backbone(params(weights), TransformParams(), memo)
+        identify_network(params(weights), TransformParams(), memo)
     assert built == [NAME, NAME]
 
 
 def test_random_weights_are_remembered_too(tmp_path: Path, built: list[str]) -> None:
     for seed in (0, 0, 1):
-        resolve_backbone(params("random", seed=seed), TransformParams(), WeightsMemo(tmp_path / "weights.json"))
+        identify_network(params("random", seed=seed), TransformParams(), WeightsMemo(tmp_path / "weights.json"))
     assert built == [NAME, NAME]
 
 
 def test_a_damaged_fact_is_found_out_anew(tmp_path: Path, built: list[str]) -> None:
     file = tmp_path / "weights.json"
-    first = resolve_backbone(params("random"), TransformParams(), WeightsMemo(file))
+    first = identify_network(params("random"), TransformParams(), WeightsMemo(file))
     file.write_text(file.read_text().replace('"crop": 224', '"crop": -224'))
-    assert resolve_backbone(params("random"), TransformParams(), WeightsMemo(file)) == first
+    assert identify_network(params("random"), TransformParams(), WeightsMemo(file)) == first
     assert built == [NAME, NAME]
 
 
 def test_a_download_that_fails_says_what_was_tried_and_the_ways_out() -> None:
     started = time.monotonic()
     with pytest.raises(WeightsError) as caught:
-        build_backbone(params("DEFAULT"), TransformParams())
+        build_network(params("DEFAULT"), TransformParams())
     assert time.monotonic() - started < 20
     assert "IMAGENET1K_V1" in caught.value.what and ".pth" in str(caught.value.where)
     assert "backbone.weights" in str(caught.value.remedy) and "TORCH_HOME" in str(caught.value.remedy)
@@ -171,18 +171,18 @@ def test_a_download_is_checked_and_kept(
     content = (tmp_path / "content").read_bytes()
     monkeypatch.setattr(download_module, "urlopen", lambda *_args, **_options: _Answer(content))
     with pytest.raises(WeightsError, match="downloaded") as caught:  # its name promises another digest
-        build_backbone(params("DEFAULT"), TransformParams())
+        build_network(params("DEFAULT"), TransformParams())
     assert "digest" in str(caught.value.why) and not checkpoint_file(download_weights()).exists()
     monkeypatch.setattr(
         download_module, "_HASH", download_module.re.compile(f"({hashlib.sha256(content).hexdigest()})")
     )
     memo = WeightsMemo(tmp_path / "weights.json")
-    first = resolve_backbone(params("DEFAULT"), TransformParams(), memo)
+    first = identify_network(params("DEFAULT"), TransformParams(), memo)
     assert first[0].weights == "IMAGENET1K_V1" and checkpoint_file(download_weights()).read_bytes() == content
-    resolve_backbone(params("DEFAULT"), TransformParams(), memo)  # remembered now that the file is there
+    identify_network(params("DEFAULT"), TransformParams(), memo)  # remembered now that the file is there
     loads = len(built)
     checkpoint_file(download_weights()).unlink()
-    assert resolve_backbone(params("IMAGENET1K_V1"), TransformParams(), memo) == first
+    assert identify_network(params("IMAGENET1K_V1"), TransformParams(), memo) == first
     assert len(built) == loads
 
 
@@ -191,26 +191,26 @@ def test_packaged_weights_are_a_backbone_of_their_own(tmp_path: Path, monkeypatc
     half = {key: value.half() for key, value in filled_model(NAME).state_dict().items() if not key.startswith("fc.")}
     path.write_bytes(checkpoint_bytes(half, own, name="small"))
     monkeypatch.setitem(catalogue.PACKAGED, "small", (NAME, path))
-    backbone = build_backbone(BackboneParams(name="small"), TransformParams())
+    backbone = build_network(BackboneParams(name="small"), TransformParams())
     assert (backbone.transform, backbone.identity.name, backbone.identity.weights) == (own, "small", "DEFAULT")
     assert backbone.feature_dim == 1024 and backbone.module(torch.zeros(1, 3, 64, 64)).dtype == torch.float32
-    random = build_backbone(BackboneParams(name="small", weights="random"), TransformParams())
+    random = build_network(BackboneParams(name="small", weights="random"), TransformParams())
     assert random.transform == own and random.identity.digest != backbone.identity.digest
     row = catalogue._row(find_architecture("small"))
     assert (row.weights, row.input_size) == (("DEFAULT",), 64)
     with pytest.raises(WeightsError, match="IMAGENET1K_V1"):
-        build_backbone(BackboneParams(name="small", weights="IMAGENET1K_V1"), TransformParams())
+        build_network(BackboneParams(name="small", weights="IMAGENET1K_V1"), TransformParams())
 
 
 def test_the_transform_of_a_file_without_one_is_the_plain_preset(weights: Path) -> None:
-    assert build_backbone(params(weights), TransformParams()).transform == Transform(resize=256, crop=224)
-    assert build_backbone(params(weights), TransformParams(resize=288)).transform.resize == 288
+    assert build_network(params(weights), TransformParams()).transform == Transform(resize=256, crop=224)
+    assert build_network(params(weights), TransformParams(resize=288)).transform.resize == 288
 
 
 def test_the_shared_weights_are_right(shared: Path) -> None:
     """The statistics of pooled features and the hits that come with these weights, on some of the images."""
     path = str(shared / "weights" / "mobilenet_v2-imagenet.safetensors")
-    backbone = build_backbone(BackboneParams(name="mobilenet_v2", weights=path), TransformParams())
+    backbone = build_network(BackboneParams(name="mobilenet_v2", weights=path), TransformParams())
     files = sorted((shared / "data").glob("hymenoptera_data/val/*/*.jpg"))[::6]
     pixels = np.stack([backbone.transform.pixels(Image.open(file).convert("RGB")) for file in files])
     batch = backbone.transform.normalise(torch.from_numpy(pixels))

@@ -12,8 +12,8 @@ from torchvision.models import get_model, list_models
 from torchvision.models.vision_transformer import VisionTransformer
 
 from pipeline.backbones import (
-    Backbone,
     BackboneRow,
+    BuiltNetwork,
     FrozenBackbone,
     backbone_names,
     list_backbones,
@@ -252,7 +252,7 @@ def test_training_mode_without_the_guard_would_move_the_buffers() -> None:
     assert any(not torch.equal(before[key], value) for key, value in network.named_buffers())
 
 
-def test_the_trainable_copy_computes_the_same_and_is_independent(resnet: Backbone) -> None:
+def test_the_trainable_copy_computes_the_same_and_is_independent(resnet: BuiltNetwork) -> None:
     copied = trainable_module(resnet)
     assert copied.training and all(parameter.requires_grad for parameter in copied.parameters())
     assert torch.equal(copied.eval()(images(64)), resnet.module(images(64)))
@@ -263,6 +263,6 @@ def test_the_trainable_copy_computes_the_same_and_is_independent(resnet: Backbon
     assert isinstance(resnet.module, FrozenBackbone)
 
 
-def test_torchvisions_names_are_kept(resnet: Backbone) -> None:
+def test_torchvisions_names_are_kept(resnet: BuiltNetwork) -> None:
     theirs = {key for key in get_model("resnet18").state_dict() if not key.startswith("fc.")}
     assert set(trainable_module(resnet).model.state_dict()) == theirs

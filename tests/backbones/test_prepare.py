@@ -11,7 +11,7 @@ from torch import fx, nn
 
 import pipeline.backbones.prepare as prepare_module
 from pipeline.backbones import (
-    Backbone,
+    BuiltNetwork,
     Verdict,
     WeightsMemo,
     accept_precision,
@@ -54,7 +54,7 @@ def test_cut_and_repooled_networks_fold_too(params: dict[str, str]) -> None:
     assert prepared.folded >= 15
 
 
-def test_the_backbone_is_left_as_it_was(resnet: Backbone) -> None:
+def test_the_backbone_is_left_as_it_was(resnet: BuiltNetwork) -> None:
     state = copy.deepcopy(resnet.module.state_dict())
     expected = resnet.module(images(64))
     prepared = prepare_for_inference(resnet, device=CPU, precision="bfloat16")
@@ -129,7 +129,7 @@ def test_fused_convolutions_add_and_activate_like_the_plain_ones() -> None:
 
 
 def test_a_machine_without_the_operators_gets_the_folded_network(
-    resnet: Backbone, monkeypatch: pytest.MonkeyPatch
+    resnet: BuiltNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused = prepare_for_inference(resnet, device=CPU, precision="float32")
     monkeypatch.setattr(prepare_module, "fuse_convolutions", lambda *_args, **_options: 1 / 0)
@@ -158,13 +158,13 @@ def test_threads_may_share_a_prepared_backbone() -> None:
             assert all(torch.equal(a, b) for a, b in zip(pool.map(prepared, batches), expected, strict=True))
 
 
-def test_the_verdict_tells_good_from_bad_and_is_remembered(tmp_path, resnet: Backbone) -> None:
-    small = Backbone(resnet.module, type(resnet.transform)(crop=64), 512, resnet.identity, resnet.parameters)
+def test_the_verdict_tells_good_from_bad_and_is_remembered(tmp_path, resnet: BuiltNetwork) -> None:
+    small = BuiltNetwork(resnet.module, type(resnet.transform)(crop=64), 512, resnet.identity, resnet.parameters)
     same = accept_precision(small, device=CPU, precision="float32")
     assert same.accepted and same.minimum_cosine == pytest.approx(1)
     network = copy.deepcopy(resnet.module)
     network.network.model.conv1.weight.data *= 1e30
-    overflowing = Backbone(network, small.transform, 512, resnet.identity, resnet.parameters)
+    overflowing = BuiltNetwork(network, small.transform, 512, resnet.identity, resnet.parameters)
     verdict = accept_precision(overflowing, device=CPU, precision="float16")
     assert not verdict.accepted and verdict.minimum_cosine < 0.9
     key = verdict_key(resnet.identity, 64, device=CPU, precision="float16")

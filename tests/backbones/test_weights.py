@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones import Backbone, backbone_bytes, build_backbone, build_classifier, trainable_module
+from pipeline.backbones import BuiltNetwork, backbone_bytes, build_classifier, build_network, trainable_module
 from pipeline.backbones.catalogue import find_architecture, make_classifier
 from pipeline.backbones.checkpoint import read_checkpoint
 from pipeline.backbones.transform import Transform
@@ -27,8 +27,8 @@ from .conftest import filled_model
 NAME = "mobilenet_v3_small"
 
 
-def load(path: Path, name: str = NAME, **params: Any) -> Backbone:
-    return build_backbone(BackboneParams(name=name, weights=str(path), **params), TransformParams())
+def load(path: Path, name: str = NAME, **params: Any) -> BuiltNetwork:
+    return build_network(BackboneParams(name=name, weights=str(path), **params), TransformParams())
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_position_embeddings_tell_the_image_size(tmp_path: Path) -> None:
     assert backbone.module(torch.zeros(1, 3, 384, 384)).shape == (1, 768)
     params = BackboneParams(name="vit_b_32", weights=str(path), layer="encoder.dropout")
     with pytest.raises(BackboneError) as caught:
-        build_backbone(params, TransformParams(crop=160))
+        build_network(params, TransformParams(crop=160))
     assert caught.value.where == "transform.crop" and "384" in str(caught.value.remedy)
 
 

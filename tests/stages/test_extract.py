@@ -40,7 +40,7 @@ def test_no_weights_are_loaded_when_nothing_is_to_do(run_extract: Extract, monke
     def refuse(*_args: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("pipeline.stages.sources.build_backbone", refuse)
+    monkeypatch.setattr("pipeline.stages.sources.build_network", refuse)
     assert run_extract()["reused"] == 24
 
 
