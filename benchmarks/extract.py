@@ -28,14 +28,14 @@ import torchvision
 
 from pipeline.backbones import build_network, trainable_module
 from pipeline.data.decode import decode_image
+from pipeline.data.folder import scan_folder
 from pipeline.data.index import DigestIndex
-from pipeline.data.scan import scan_folder
 from pipeline.features.extractor import single_threaded_torch
 from pipeline.params import Params, load_params
 from pipeline.params.sections import IMAGE_EXTENSIONS
-from pipeline.runtime.device import usable_cores
+from pipeline.runtime.cores import usable_cores
 from pipeline.stages.extract import extract
-from pipeline.stages.sources import build_forward, resolve_origin
+from pipeline.stages.open import open_backbone
 
 
 def main() -> None:
@@ -159,27 +159,27 @@ def _ours(arguments: argparse.Namespace, folder: Path, scratch: Path) -> float:
 def _limit(arguments: argparse.Namespace, folder: Path, scratch: Path) -> float:
     """Images a second that decode and forward alone allow: on a CPU cores / (sum of core-seconds), else the smaller."""
     params = _params(arguments, folder, scratch / "cache")
-    origin = resolve_origin(params)
-    forward = build_forward(params, origin)
+    backbone = open_backbone(params)
+    forward = backbone.forward
     files = sorted(folder.rglob("*.*"))[: 24 * usable_cores()]
 
     def crop(file: Path) -> Any:
         image = decode_image(file.read_bytes(), background=(255, 255, 255), exif=True, max_pixels=10**9)
-        return origin.transform.pixels(image)
+        return backbone.transform.pixels(image)
 
-    with single_threaded_torch(origin.device.type == "cpu"), ThreadPoolExecutor(usable_cores()) as pool:
+    with single_threaded_torch(backbone.device.type == "cpu"), ThreadPoolExecutor(usable_cores()) as pool:
         started = time.perf_counter()
         pixels = list(pool.map(crop, files))
         decode = len(files) / (time.perf_counter() - started)
         batches = [pixels[i : i + forward.batch_size] for i in range(0, len(pixels), forward.batch_size)]
         batches = [batch for batch in batches if len(batch) == forward.batch_size] or batches[:1]
-        parallel = usable_cores() if origin.device.type == "cpu" else 2
+        parallel = usable_cores() if backbone.device.type == "cpu" else 2
         with ThreadPoolExecutor(parallel) as forwards:
             list(forwards.map(forward, batches[:parallel]))
             started = time.perf_counter()
             list(forwards.map(forward, batches * 2))
             rate = 2 * sum(map(len, batches)) / (time.perf_counter() - started)
-    return 1 / (1 / decode + 1 / rate) if origin.device.type == "cpu" else min(decode, rate)
+    return 1 / (1 / decode + 1 / rate) if backbone.device.type == "cpu" else min(decode, rate)
 
 
 def _memory(arguments: argparse.Namespace, folder: Path, scratch: Path) -> None:

@@ -47,7 +47,8 @@ from pipeline.finetune.batchnorm import fused
 from pipeline.finetune.network import TrainingNetwork
 from pipeline.finetune.selection import autocast
 from pipeline.params.sections import BackboneParams, FinetuneParams, TransformParams
-from pipeline.runtime.device import resolve_device, usable_cores
+from pipeline.runtime.cores import usable_cores
+from pipeline.runtime.device import resolve_device
 from pipeline.runtime.memory import reuse_freed_memory
 
 SIDES = ("plain", "ours", "alone")

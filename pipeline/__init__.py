@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .params import load_params
     from .stages.extract import extract
-    from .stages.load import load_features
-    from .stages.predict import load_run
+    from .stages.open import load_features
+    from .stages.run import load_run
     from .stages.train_head import train_head
 
 __all__ = ["extract", "load_features", "load_params", "load_run", "train_head"]
 
 _HOMES = {
     "extract": "stages.extract",
-    "load_features": "stages.load",
+    "load_features": "stages.open",
     "load_params": "params",
-    "load_run": "stages.predict",
+    "load_run": "stages.run",
     "train_head": "stages.train_head",
 }
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import DeviceError
 from pipeline.runtime import progress
-from pipeline.runtime.device import resolve_device, usable_cores
+from pipeline.runtime.cores import usable_cores
+from pipeline.runtime.device import resolve_device
 from pipeline.runtime.distributed import World, world_from_environment
 from pipeline.runtime.interrupt import stop_after_batch
 from pipeline.runtime.progress import ProgressBar

@@ -82,6 +82,7 @@ class RunModel(Record):
     """``model.json``: everything that prediction needs besides the tensors.
 
     ``forward_shape`` is the shape (images, channels, height, width) that every forward batch was padded to;
+    ``decoder`` is the rule by which bytes became pixels (runs from before it was recorded have it in their params);
     ``seconds`` is the wall time of the verb that made the run.
     """
 
@@ -92,6 +93,7 @@ class RunModel(Record):
     class_names: Annotated[list[Text], Field(min_length=1)]
     backbone: BackboneRecord
     transform: dict[Text, Any]
+    decoder: Text | None = None
     precision: Annotated[str, Field(pattern=r"^(float32|bfloat16|float16)$")]
     storage_dtype: Annotated[str, Field(pattern=r"^float(16|32)$")]
     feature_dim: Annotated[int, Field(ge=1)]

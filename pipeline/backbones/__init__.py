@@ -1,5 +1,13 @@
 """Name + weights -> a frozen `backbone network`: module, transform, feature dimension, identity."""
 
+from .backbone import (
+    Backbone,
+    Features,
+    Forward,
+    Pixels,
+    make_decoder,
+    resolve_backbone,
+)
 from .build import (
     BackboneIdentity,
     BuiltNetwork,
@@ -17,11 +25,15 @@ from .prepare import PreparedBackbone, prepare_for_inference
 from .transform import Transform
 
 __all__ = [
+    "Backbone",
     "BackboneIdentity",
     "BackboneRow",
     "BuiltNetwork",
     "FeatureNetwork",
+    "Features",
+    "Forward",
     "FrozenBackbone",
+    "Pixels",
     "PreparedBackbone",
     "Transform",
     "Verdict",
@@ -33,9 +45,11 @@ __all__ = [
     "build_network",
     "identify_network",
     "list_backbones",
+    "make_decoder",
     "make_module",
     "prepare_for_inference",
     "reduced_precision_of",
+    "resolve_backbone",
     "trainable_module",
     "verdict_key",
 ]

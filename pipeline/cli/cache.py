@@ -44,7 +44,7 @@ def list_(params: Params, reporter: Reporter) -> None:
 @experiment_options
 def verify(params: Params, sample: int, seed: int, reporter: Reporter) -> None:
     """Read every byte of every part again, and compute a random sample of features again from data.root."""
-    from ..stages.cache_verify import verify_cache
+    from ..stages.cache import verify_cache
 
     reporter.finish(verify_cache(params, reporter.say, sample=sample, seed=seed))
 
@@ -53,7 +53,7 @@ def verify(params: Params, sample: int, seed: int, reporter: Reporter) -> None:
 @experiment_options
 def why(params: Params, reporter: Reporter) -> None:
     """Say which images lack a feature and which field of the params made another key."""
-    from ..stages.cache_why import explain_cache
+    from ..stages.cache import explain_cache
 
     reporter.finish(explain_cache(params, reporter.say))
 

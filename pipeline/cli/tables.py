@@ -16,7 +16,7 @@ from ..files import publish_file
 
 if TYPE_CHECKING:
     from ..backbones import BackboneRow
-    from ..stages.predict import Prediction
+    from ..stages.run import Prediction
 
 
 def write_predictions_csv(predictions: Sequence[Prediction], top: int, file: Path | None) -> None:

@@ -16,7 +16,7 @@ from .options import Reporter, experiment_options, lazy_options, reporting_optio
 from .tables import print_backbones, print_ranking, write_predictions_csv
 
 if TYPE_CHECKING:
-    from ..stages.predict import Prediction
+    from ..stages.run import Prediction
 
 PATHS = click.Path(path_type=Path)
 
@@ -64,7 +64,7 @@ def evaluate(runs_dir: Path, overrides: tuple[str, ...], run: str, root: Path | 
     """Score RUN (a path, a name or `latest`) again, or on another folder."""
     from ..artifacts import resolve_run
     from ..stages.evaluate import evaluate_run
-    from ..stages.predict import load_run
+    from ..stages.run import load_run
     from ..stages.score import metric_lines
 
     loaded = load_run(resolve_run(runs_dir, run), overrides)
@@ -91,7 +91,7 @@ def predict(
 ) -> None:
     """Classify the images at PATHS (files and folders) with RUN (a path, a name or `latest`)."""
     from ..artifacts import resolve_run
-    from ..stages.predict import load_run
+    from ..stages.run import load_run
 
     loaded = load_run(resolve_run(runs_dir, run), overrides)
     predictions = loaded.predict(paths, top=top, quiet=reporter.quiet)
@@ -144,7 +144,7 @@ def backbones(names: tuple[str, ...], rank: bool, images: int, load: Callable[[]
     if rank:
         from ..stages.rank import rank_backbones
 
-        summary = rank_backbones(load(), names, reporter.say, images=images, quiet=reporter.quiet)
+        summary = rank_backbones(load(), names, reporter.say, size=images, quiet=reporter.quiet)
         if not reporter.as_json:
             print_ranking(summary)
         reporter.finish(summary)

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
-import os
-import stat
 import threading
 import warnings
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from .pixels import Colour, UnsupportedModeError, orientation_of, oriented, to_rgb
-from .walk import stat_row
 
 logger = logging.getLogger(__name__)
 
 # The rule by which bytes become pixels, part of what a cached feature is determined by: raise the number whenever
 # an image that decoded before comes out with other pixels. Pillow's version is no part of it; drift is checked.
 DECODER = "pillow-rgb-1"
+DRAFT_DECODER = f"{DECODER}-draft"
 
 LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 # What starts like one of these is a damaged image rather than none.
@@ -90,31 +84,6 @@ class BadImage(Exception):
         super().__init__(f"{reason}: {detail}")
 
 
-class FileChanged(OSError):
-    """The file was written to while it was read; reading it once more may succeed."""
-
-
-def read_bytes(path: Path | str) -> tuple[bytes, NDArray[np.int64]]:
-    """A file's content and, int64 (4,), its size, mtime_ns, ctime_ns and inode at that time.
-
-    Raises:
-        FileChanged: it changed while it was read.
-        OSError: it vanished, is no file, or cannot be read.
-    """
-    # Without O_NONBLOCK, opening a named pipe would wait for a writer for ever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(descriptor, "rb", buffering=0) as file:
-        before = os.fstat(descriptor)
-        if not stat.S_ISREG(before.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-        data = file.read()
-        after = os.fstat(descriptor)
-    row = stat_row(after)
-    if len(data) != after.st_size or (row != stat_row(before)).any():
-        raise FileChanged(errno.EAGAIN, "the file changed while it was read", os.fspath(path))
-    return data, row
-
-
 def decode_image(
     data: bytes,
     *,
@@ -169,6 +138,11 @@ class Decoder:
     def __call__(self, data: bytes) -> Image.Image:
         """As `decode_image`."""
         return decode_image(data, **vars(self))
+
+    @property
+    def rule(self) -> str:
+        """The name of the rule by which bytes become pixels, as the specs of features have it."""
+        return DECODER if self.draft_size is None else DRAFT_DECODER
 
 
 def _allow_pixels(max_pixels: int) -> None:

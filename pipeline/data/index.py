@@ -6,9 +6,7 @@ comparison of two byte strings and of two arrays; only where files came or went 
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import DIGEST_BYTES, digest_bytes, publish_file
+from .digests import Digests, empty_digests
 
 INDEX_FOLDER = "index"
 MAGIC = b"pipeline digests 1\n"
@@ -25,7 +24,6 @@ STAT_COLUMNS = 4
 # tick coarsely (2 s on FAT, up to 10 ms on Linux), and those of servers are not quite ours.
 SAFE_NS = 2_000_000_000
 
-Digests = NDArray[np.uint8]
 Stats = NDArray[np.int64]
 
 
@@ -33,13 +31,8 @@ def _no_stats() -> Stats:
     return np.empty((0, STAT_COLUMNS), np.int64)
 
 
-def _no_digests() -> Digests:
-    return np.empty((0, DIGEST_BYTES), np.uint8)
-
-
-def index_file(cache_dir: Path, roots: Iterable[Path]) -> Path:
-    """Where the cache remembers the contents of the files under ``roots``, by whatever name they are reached."""
-    name = b"\0".join(sorted(os.fsencode(os.path.realpath(root)) for root in roots))
+def index_file(cache_dir: Path, name: bytes) -> Path:
+    """Where the cache remembers the contents of the images of the source called ``name``."""
     return cache_dir / INDEX_FOLDER / f"{digest_bytes(name).hex()[:16]}.idx"
 
 
@@ -56,7 +49,7 @@ class DigestIndex:
 
     joined: bytes = b""
     stats: Stats = field(default_factory=_no_stats)
-    digests: Digests = field(default_factory=_no_digests)
+    digests: Digests = field(default_factory=empty_digests)
     warning: str | None = None
 
     def __len__(self) -> int:

@@ -18,10 +18,8 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from ..files import DIGEST_BYTES, digest_bytes
-from .scan import SPLITS
-
-Digests = NDArray[np.uint8]
-TRAIN, VAL, TEST = range(3)
+from .digests import Digests
+from .source import SPLITS, TEST, TRAIN, VAL
 
 
 def groups_of(paths: Sequence[str], pattern: str | None) -> list[str] | None:

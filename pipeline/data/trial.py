@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .decode import BadImage, Decoder, read_bytes
+from .decode import BadImage, Decoder
+from .walk import read_file
 
 SECONDS = 60
 # What an honest image needs: a few copies at four bytes a pixel, beside the interpreter and its libraries.
@@ -73,7 +74,7 @@ def _decode_all() -> None:
     for path in task["paths"]:
         signal.alarm(task["seconds"])
         with suppress(BadImage, OSError):  # told by the extraction itself
-            decoder(read_bytes(path)[0])
+            decoder(read_file(path)[0])
         print(flush=True)
 
 

@@ -1,4 +1,4 @@
-"""List image files below a folder, with their stats, at little more than the price of the system calls.
+"""List image files below a folder, with their stamps, at little more than the price of the system calls; read one.
 
 A tree of 100 000 files is walked on every run, so the loop over a folder's entries does as little Python work a
 file as it can: one look-up of the suffix and one ``stat``; everything else is done in NumPy or once a folder.
@@ -6,6 +6,7 @@ file as it can: one look-up of the suffix and one ``stat``; everything else is d
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import stat
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from .source import Stamp
 
 Identity = tuple[int, int]
 Extensions = Sequence[str] | Literal["all"]
@@ -35,12 +37,12 @@ class Listing:
 
     Attributes:
         prefix: the folder relative to the root, ``""`` or ending in ``/``.
-        stats: int64 (n, 4), size, mtime_ns, ctime_ns, inode of each of ``names``.
+        stamps: int64 (n, 4), size, mtime_ns, ctime_ns, inode of each of ``names``.
     """
 
     prefix: str
     names: list[str]
-    stats: NDArray[np.int64]
+    stamps: NDArray[np.int64]
     folders: list[str]
     identity: Identity
 
@@ -111,8 +113,8 @@ class Walker:
         names, rows = self._only_files(names, rows, folders)
         order = sorting_order(names)
         status = os.fstat(descriptor)
-        stats = np.ascontiguousarray(rows[order, :-1])
-        return Listing(prefix, take(names, order), stats, sorted(folders), (status.st_dev, status.st_ino))
+        stamps = np.ascontiguousarray(rows[order, :-1])
+        return Listing(prefix, take(names, order), stamps, sorted(folders), (status.st_dev, status.st_ino))
 
     def _spells(self, suffix: str) -> bool:
         """Whether ``suffix`` is a wanted extension in another case; remembered, so that it is asked once."""
@@ -181,9 +183,34 @@ def as_int64(values: Sequence[int]) -> NDArray[np.int64]:
         return np.array([value & (1 << 64) - 1 for value in values], np.uint64).view(np.int64)
 
 
-def stat_row(status: os.stat_result) -> NDArray[np.int64]:
-    """int64 (4,): size, mtime_ns, ctime_ns, inode, comparable with the rows of `Listing.stats`."""
+def stamp_of(status: os.stat_result) -> Stamp:
+    """int64 (4,): size, mtime_ns, ctime_ns, inode, comparable with the rows of `Listing.stamps`."""
     return as_int64(_fields_and_mode(status)[:-1])
+
+
+class FileChanged(OSError):
+    """The file was written to while it was read; reading it once more may succeed."""
+
+
+def read_file(path: Path | str) -> tuple[bytes, Stamp]:
+    """A file's content and, int64 (4,), its stamp at that time.
+
+    Raises:
+        FileChanged: it changed while it was read.
+        OSError: it vanished, is no file, or cannot be read.
+    """
+    # Without O_NONBLOCK, opening a named pipe would wait for a writer for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb", buffering=0) as file:
+        before = os.fstat(descriptor)
+        if not stat.S_ISREG(before.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        data = file.read()
+        after = os.fstat(descriptor)
+    row = stamp_of(after)
+    if len(data) != after.st_size or (row != stamp_of(before)).any():
+        raise FileChanged(errno.EAGAIN, "the file changed while it was read", os.fspath(path))
+    return data, row
 
 
 def unreadable(folder: str, error: OSError) -> DataError:
@@ -204,17 +231,17 @@ def join_listings(listings: Iterable[Listing]) -> tuple[list[str], NDArray[np.in
     """All images of several listings, sorted by path.
 
     Returns:
-        paths (n), stats (n, 4), and for each row the number of its listing in ``listings``.
+        paths (n), stamps (n, 4), and for each row the number of its listing in ``listings``.
     """
     listings = list(listings)
     ranks = sorted(range(len(listings)), key=lambda i: listings[i].prefix)
     blocks = [listings[i] for i in ranks]
     paths = [prefix + name for prefix, names in ((block.prefix, block.names) for block in blocks) for name in names]
-    stats = np.concatenate([np.empty((0, len(STAT_FIELDS)), np.int64), *(block.stats for block in blocks)])
+    stamps = np.concatenate([np.empty((0, len(STAT_FIELDS)), np.int64), *(block.stamps for block in blocks)])
     owners = np.repeat(np.array(ranks, np.intp), [len(block.names) for block in blocks])
     filled = [block.prefix for block in blocks if block.names]
     if any(later.startswith(former) for former, later in itertools.pairwise(filled)):
         # A folder holds images beside folders with images: their names interleave.
         order = sorting_order(paths)
-        return take(paths, order), stats[order], owners[order]
-    return paths, stats, owners
+        return take(paths, order), stamps[order], owners[order]
+    return paths, stamps, owners

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..backbones import Pixels
 from ..errors import DriftError
 from ..files import digest_bytes, publish_file, seal_json, unseal_json
-from .extractor import Pixels
 from .store import cannot_write
 
 DRIFT_FILE = "pixels.json"

@@ -9,22 +9,20 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from ..data.source import SPLITS
 from ..errors import CacheError
 from ..files import sync_folder, temporary_name
+from .cache import FeatureTable
 from .parts import HDF5_ERRORS
-from .table import FeatureTable
 
 FORMAT = "image-transfer-pipeline features 1"
 
 
-def export_table(table: FeatureTable, file: Path, splits: tuple[str, ...]) -> int:
+def export_table(table: FeatureTable, file: Path) -> int:
     """Publish a table atomically as HDF5; plain h5py reads it. Names are UTF-8, or the bytes they have on disk.
 
     Datasets, a row an image: ``features`` float32 (n, d), ``labels`` int64 (n,) into ``class_names`` (-1: none),
     ``paths``, ``split`` (train, val or test), ``digest`` uint8 (n, 16); and ``class_names`` (c,).
-
-    Args:
-        splits: the names that ``table.splits`` counts in.
 
     Returns:
         the size of the file in bytes.
@@ -38,7 +36,7 @@ def export_table(table: FeatureTable, file: Path, splits: tuple[str, ...]) -> in
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(temporary, "x") as target:
-            _write(target, table, splits)
+            _write(target, table)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         size = temporary.stat().st_size
@@ -57,14 +55,14 @@ def export_table(table: FeatureTable, file: Path, splits: tuple[str, ...]) -> in
     return size
 
 
-def _write(target: h5py.File, table: FeatureTable, splits: tuple[str, ...]) -> None:
+def _write(target: h5py.File, table: FeatureTable) -> None:
     target.create_dataset("features", data=np.asarray(table.features, np.float32))
     target.create_dataset("labels", data=np.asarray(table.targets, np.int64))
     target.create_dataset("digest", data=np.asarray(table.digests, np.uint8))
     names = {
         "paths": table.paths,
         "class_names": list(table.class_names),
-        "split": [splits[split] for split in table.splits],
+        "split": [SPLITS[split] for split in table.splits],
     }
     for name, texts in names.items():
         # As bytes, because h5py refuses names that are no UTF-8.

@@ -7,7 +7,6 @@ cores decode and two streams feed the device.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,18 +16,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
 
+from ..backbones import Features, Pixels
+from ..data.digests import Digests, stack_digests
 from ..runtime.interrupt import Interruption
 from ..runtime.memory import reuse_freed_memory
-from .digests import Digests, stack_digests
-from .rounding import Features
 
-Pixels = NDArray[np.uint8]
-Normalise = Callable[[torch.Tensor], torch.Tensor]
 # Files that one decoding task handles: enough to hide the cost of a task, few enough to share work evenly.
 CHUNK = 4
 
@@ -46,6 +40,18 @@ class Prepare(Protocol):
     """Read, digest and decode the file at a position; the seconds of each step go to the clock."""
 
     def __call__(self, position: int, clock: Clock) -> Content: ...
+
+
+class Forward(Protocol):
+    """Features (n, d) of uint8 images (3, h, w), ``batch_size`` at a time on ``device``; called by several threads."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def __call__(self, pixels: Sequence[Pixels]) -> Features: ...
 
 
 class Sink(Protocol):
@@ -84,57 +90,6 @@ class Clock:
             return "forward"
         steps = ("read", "decode", "forward") if shared_cores else ("read", "decode")
         return max(steps, key=lambda name: self.busy[name])
-
-
-class Forward:
-    """One frozen module on one device, always called with the same shape so that a batch's company changes no bit.
-
-    Args:
-        load: gives the module, normalised images (n, 3, h, w) to features (n, d) on ``device``; called once, and only
-            when there is an image to forward.
-        normalise: uint8 images on the device to what the module takes.
-        batch_size: images a call; short batches are padded. On a GPU that runs out of memory it is halved.
-    """
-
-    def __init__(
-        self, load: Callable[[], nn.Module], normalise: Normalise, device: torch.device, batch_size: int
-    ) -> None:
-        self.normalise, self.device, self.batch_size = normalise, device, batch_size
-        self._load, self._lock = load, threading.Lock()
-        self._module: nn.Module | None = None
-
-    @property
-    def module(self) -> nn.Module:
-        """The module, loaded by whichever thread needs it first."""
-        with self._lock:
-            if self._module is None:
-                self._module = self._load()
-            return self._module
-
-    def __call__(self, pixels: Sequence[Pixels]) -> Features:
-        """Features (n, d), float32, of uint8 images (3, h, w) of one size."""
-        rows: list[Features] = []
-        done = 0
-        while done < len(pixels):
-            size = self.batch_size
-            try:
-                rows.append(self._forward(pixels[done : done + size], size))
-                done += size
-            except torch.cuda.OutOfMemoryError:
-                if size == 1:
-                    raise
-                torch.cuda.empty_cache()
-                self.batch_size = min(self.batch_size, size // 2)
-        return np.concatenate(rows)
-
-    def _forward(self, pixels: Sequence[Pixels], size: int) -> Features:
-        shape = (size, *pixels[0].shape)
-        batch = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        np.stack(pixels, out=batch[: len(pixels)].numpy())
-        with torch.inference_mode():
-            images = self.normalise(batch.to(self.device, non_blocking=True))
-            features = self.module(images.contiguous(memory_format=torch.channels_last))
-            return np.asarray(features[: len(pixels)].float().cpu().numpy())
 
 
 def extract_features(

@@ -18,8 +18,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ..data.digests import Digests
 from ..files import canonical_json, digest_bytes, publish_file, seal_json, unseal_json
-from .digests import Digests
 from .rounding import Features
 from .spec import FeatureSpec
 

@@ -1,21 +1,17 @@
-"""What a decoding thread does with one file: read, digest, decide, decode, crop. Keeps the books of a scan."""
+"""What a decoding thread does with one file: read, digest, decide, decode, crop."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from ..data.decode import BadImage, read_bytes
-from ..data.scan import ImageTree
-from ..files import digest_bytes
-from .digests import Digests
-from .extractor import Clock, Content, Pixels
+from ..backbones import Pixels
+from ..data.decode import BadImage
+from ..data.images import Images
+from .extractor import Clock, Content
 from .quarantine import BadContent, Quarantine
 
 Decode = Callable[[bytes], Image.Image]
@@ -25,44 +21,6 @@ InHand = Callable[[str, bytes], AbstractContextManager[None]]
 
 def _unguarded(_path: str, _digest: bytes) -> AbstractContextManager[None]:
     return nullcontext()
-
-
-class Books:
-    """What a scan knows of each file: its content digest, when it was read, and why it could not be."""
-
-    def __init__(self, tree: ImageTree, digests: Digests, known: np.ndarray) -> None:
-        self.tree = tree
-        self.digests, self.known = digests.copy(), known.copy()
-        self.stats = tree.stats.copy()
-        self.read_ns = np.zeros(len(tree.paths), np.int64)
-        self.failures: dict[int, str] = {}
-
-    def path(self, position: int) -> Path:
-        """The absolute path of a file."""
-        return self.tree.root / self.tree.paths[position]
-
-    def read(self, position: int) -> bytes | None:
-        """A file's bytes, its digest and stat noted; None where the file cannot be read, the reason noted."""
-        started = time.time_ns()
-        try:
-            data, stat = read_bytes(self.path(position))
-        except OSError as error:
-            self.failures[position] = f"{type(error).__name__}: {error.strerror or error}"
-            self.known[position] = False
-            return None
-        self.stats[position], self.read_ns[position] = stat, started
-        self.digests[position] = np.frombuffer(digest_bytes(data), np.uint8)
-        self.known[position] = True
-        return data
-
-    def learn(self, digests: Digests, known: np.ndarray) -> None:
-        """Take over what other processes have read: digests (n, 16) where ``known`` (n,)."""
-        self.digests[known] = digests[known]
-        self.known |= known
-
-    def digest(self, position: int) -> bytes:
-        """The 16 bytes that name a read file's content."""
-        return bytes(self.digests[position])
 
 
 class Preparation:
@@ -76,7 +34,7 @@ class Preparation:
 
     def __init__(
         self,
-        books: Books,
+        images: Images,
         have: set[bytes],
         quarantine: Quarantine,
         *,
@@ -84,18 +42,17 @@ class Preparation:
         crop: Crop,
         in_hand: InHand = _unguarded,
     ) -> None:
-        self.books, self.quarantine = books, quarantine
+        self.images, self.quarantine = images, quarantine
         self._claimed, self._decode, self._crop, self._in_hand = have, decode, crop, in_hand
         self._lock = threading.Lock()
-        self.newly_bad: dict[bytes, BadContent] = {}
 
     def __call__(self, position: int, clock: Clock) -> Content:
         """Read the file; decode it unless its content is known, claimed by an equal file, or in quarantine."""
         with clock.step("read"):
-            data = self.books.read(position)
+            data = self.images.read(position)
         if data is None:
             return Content(position, None)
-        digest = self.books.digest(position)
+        digest = self.images.digest(position)
         if not self._claim(digest):
             return Content(position, digest)
         with clock.step("decode"):
@@ -109,7 +66,7 @@ class Preparation:
             return True
 
     def _pixels(self, position: int, digest: bytes, data: bytes) -> Pixels | None:
-        path = str(self.books.path(position))
+        path = self.images.path(position)
         try:
             with self._in_hand(path, digest):
                 return self._crop(self._decode(data), digest)
@@ -117,5 +74,4 @@ class Preparation:
             content = BadContent(path, bad.reason.value, bad.detail, bad.reason.remedy)
             with self._lock:
                 self.quarantine.add(digest, content)
-                self.newly_bad[digest] = content
             return None

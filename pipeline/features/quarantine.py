@@ -7,6 +7,10 @@ from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
+import PIL
+
+from ..data.decode import DECODER, Decoder
+from ..data.images import Images
 from ..errors import CacheError
 from ..files import DIGEST_BYTES, canonical_json, digest_bytes, publish_file
 
@@ -66,7 +70,24 @@ class Quarantine:
                 remedy="free space or give write permission, or set cache.dir to another folder",
             ) from error
 
+    def problem_with(self, images: Images, position: int) -> str:
+        """Why an image could not be used, in words."""
+        bad = self.get(images.digest(position)) if images.known[position] else None
+        return f"{bad.reason}: {bad.remedy}" if bad else images.failures.get(position, "not read")
+
     @property
     def digests(self) -> list[bytes]:
         """All contents in quarantine."""
         return list(self._known)
+
+
+def decoding_rule(decoder: Decoder, resize: int | None, crop: int) -> str:
+    """What decides whether a content can be read: the decoder, its version and its limits."""
+    rule = {
+        "decoder": DECODER,
+        "pillow": PIL.__version__,
+        "max_pixels": decoder.max_pixels,
+        "resize": resize,
+        "crop": crop,
+    }
+    return canonical_json(rule)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.digests import Digests, empty_digests, first_occurrences, locate
 from ..errors import CacheError, MissingFeaturesError
 from ..files import file_lock, publish_file
-from .digests import Digests, empty_digests, first_occurrences, locate
 from .parts import HDF5_ERRORS, DamagedPart, Part, Proofs, build_part, part_name, part_names, set_aside
 from .rounding import Features, survives_float16
 from .spec import FeatureSpec

@@ -1,15 +1,16 @@
-"""Augmented views: a random crop and flip of an image, determined by seed, view and content."""
+"""Views: an image as the transform shows it, or a random crop and flip that seed, number and content determine."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from ..backbones.transform import Transform
+from ..backbones import Pixels, Transform
 from ..runtime.seeds import make_generator
-from .extractor import Pixels
+from .spec import PLAIN_VIEW
 
 RULE = "crop-flip-1"
 SCALE, RATIO, TRIES = (0.35, 1.0), (3 / 4, 4 / 3), 10
@@ -20,22 +21,35 @@ RESAMPLING = {
 }
 
 
-def view_name(number: int, seed: int) -> str:
-    """How the spec names the ``number``-th view (from 1) of a seed."""
-    return f"{RULE}/{seed}/{number}"
+@dataclass(frozen=True)
+class View:
+    """What of an image the backbone is shown: number 0 what the transform says, others a random part of it."""
+
+    number: int = 0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """How a feature spec names it."""
+        return f"{RULE}/{self.seed}/{self.number}" if self.number else PLAIN_VIEW
+
+    def pixels(self, image: Image.Image, digest: bytes, transform: Transform) -> Pixels:
+        """Pixels (3, crop, crop) of an RGB image; those of a random part are mirrored every other time.
+
+        Seed, number and the image's content determine the part. It is drawn as in torchvision's RandomResizedCrop
+        (Szegedy et al. 2015), with 35 to 100 % of the area.
+        """
+        if not self.number:
+            return transform.pixels(image)
+        generator = make_generator(RULE, self.seed, self.number, digest)
+        box = _random_box(image.size, generator)
+        part = image.resize((transform.crop, transform.crop), RESAMPLING[transform.interpolation], box=box)
+        if generator.random() < 0.5:
+            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.ascontiguousarray(np.asarray(part, np.uint8).transpose(2, 0, 1))
 
 
-def view_pixels(image: Image.Image, digest: bytes, *, transform: Transform, seed: int, view: int) -> Pixels:
-    """Pixels (3, crop, crop) of a random part of an RGB image, resized, and mirrored every other time.
-
-    The box is drawn as in torchvision's RandomResizedCrop (Szegedy et al. 2015), with 35 to 100 % of the area.
-    """
-    generator = make_generator(RULE, seed, view, digest)
-    box = _random_box(image.size, generator)
-    part = image.resize((transform.crop, transform.crop), RESAMPLING[transform.interpolation], box=box)
-    if generator.random() < 0.5:
-        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.ascontiguousarray(np.asarray(part, np.uint8).transpose(2, 0, 1))
+PLAIN = View()
 
 
 def _random_box(size: tuple[int, int], generator: np.random.Generator) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from .digests import Digests
+from ..data.digests import Digests
 from .parts import PART_ROWS
 from .rounding import Features
 

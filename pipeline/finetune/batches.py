@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..params.sections import FinetuneParams
-from ..runtime.device import usable_cores
+from ..runtime.cores import usable_cores
 from ..runtime.distributed import World
 from ..runtime.seeds import make_generator
 

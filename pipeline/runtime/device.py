@@ -1,18 +1,11 @@
-"""Resolve devices and precisions to something concrete, and know how many cores are ours."""
+"""Resolve a device to one that is there."""
 
 from __future__ import annotations
-
-import os
 
 import torch
 
 from ..errors import DeviceError
 from .distributed import World
-
-
-def usable_cores() -> int:
-    """Cores this process may run on (affinity and cgroup masks respected)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_device(name: str, world: World | None = None) -> torch.device:

@@ -1,12 +1,15 @@
-"""Which of how many processes this is: torchrun's environment, or an explicit shard."""
+"""Which of how many processes this is (torchrun's environment, or an explicit shard), and what the others found."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,17 @@ def world_from_environment() -> World:
         size=int(os.environ["WORLD_SIZE"]),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
     )
+
+
+def gather(value: T, world: World) -> list[T]:
+    """``value`` of every process that torchrun started, by rank; a shard of a job array has only its own."""
+    if world.size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return [value]
+    import torch.distributed as dist  # only where it is needed: most of what asks for a world runs without torch
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    values: list[T | None] = [None] * world.size
+    dist.all_gather_object(values, value)
+    dist.destroy_process_group()
+    return [each for each in values if each is not None]

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifacts import RunMetrics, RunModel, data_digest, list_runs, read_metrics, read_model
-from ..data.index import DigestIndex, index_file
-from ..data.scan import SPLITS, ImageTree, scan_folder
-from ..data.splits import assign_splits, group_ids, groups_of, leaked
+from ..data.images import open_images
+from ..data.source import SPLITS
+from ..data.source import Samples as ImageTree
+from ..data.splits import group_ids, leaked
 from ..errors import DataError, RunError
 from ..evaluate.advice import advise
 from ..evaluate.advice_facts import Facts, Point, Probe, Tuned
@@ -65,7 +66,8 @@ def advise_on(
 
 def _scan(params: Params) -> Scan:
     """The tree, and what the cache's index remembers of it; no image is opened."""
-    tree = scan_folder(params.data.root, layout=params.data.layout, extensions=params.data.extensions)
+    images = open_images(params.data, params.cache.dir)
+    tree = images.samples
     if len(tree.class_names) < 2:
         raise DataError(
             "There is nothing to advise on.",
@@ -73,23 +75,9 @@ def _scan(params: Params) -> Scan:
             why=f"it has {len(tree.class_names)} class folder(s), and a classifier needs two",
             remedy="give each class a folder with its images",
         )
-    digests, known = DigestIndex.load(index_file(params.cache.dir, [params.data.root])).lookup(tree.paths, tree.stats)
-    if not known.all():
+    if not images.known.all():
         return Scan(tree, None, tree.splits)
-    return Scan(tree, digests, _splits(tree, digests, params.data))
-
-
-def _splits(tree: ImageTree, digests: NDArray[np.uint8], data: DataParams) -> NDArray[np.int8]:
-    if tree.splits is not None:
-        return tree.splits
-    return assign_splits(
-        digests,
-        tree.targets,
-        groups_of(tree.paths, data.group_pattern),
-        val_fraction=data.val_fraction,
-        test_fraction=data.test_fraction,
-        seed=data.seed,
-    )
+    return Scan(tree, images.digests, images.splits_of(np.arange(len(images))))
 
 
 def _facts(params: Params, scan: Scan) -> Facts:

@@ -1,4 +1,5 @@
-"""Look after the feature cache: what it holds, what of it can go, its features as one file. Needs no torch to list."""
+"""Look after the feature cache: what it holds, whether it is sound, why features are missing, what of it can go, its
+features as one file. Needs no torch to list."""
 
 from __future__ import annotations
 
@@ -7,13 +8,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ..data.digests import Digests, first_occurrences
+from ..errors import CacheError, PipelineError, VerifyError
 from ..features.garbage import Garbage, find_garbage, keys_named_by_runs, remove_garbage
-from ..features.inventory import KeyEntry, list_keys, size_of, temporaries
-from ..files import human_bytes
+from ..features.inventory import KeyEntry, key_folders, list_keys, size_of, temporaries, verify_key
+from ..features.spec import FeatureSpec, differences
+from ..features.store import FeatureStore
+from ..files import canonical_json, human_bytes
 from ..params import Params
 
 Say = Callable[[str], None]
 Confirm = Callable[[str], bool]
+BYTES_ONLY = "made with other params, so only their bytes could be verified"
+NEAREST = 3
+EXAMPLES = 5
 # What a listing shows of a spec; the folder's spec.json has it all.
 LISTED = ("backbone", "weights_digest", "layer", "pooling", "precision", "dtype", "view", "decoder", "transform")
 
@@ -90,6 +100,169 @@ def _garbage_summary(item: Garbage) -> dict[str, Any]:
     return {"path": str(item.path), "kind": item.kind, "bytes": item.size, "why": item.why}
 
 
+def verify_cache(params: Params, say: Say, *, sample: int = 8, seed: int = 0) -> dict[str, Any]:
+    """Verify all keys of ``cache.dir`` by their bytes, and the key of these params by computing features again too.
+
+    Damaged parts are set aside and named; nothing is removed.
+
+    Args:
+        sample: how many features are computed again from the images of ``data.root``.
+        seed: of the choice of these images.
+
+    Raises:
+        VerifyError: something is wrong; it carries the report.
+    """
+    keys: dict[str, dict[str, Any]] = {}
+    for folder in key_folders(params.cache.dir):
+        proof = verify_key(folder)
+        keys[folder.name] = {
+            "folder": str(folder.absolute()),
+            "parts": proof.parts,
+            "rows": proof.rows,
+            "bytes": proof.size,
+            "problems": list(proof.problems),
+            "recomputed": None,
+            "note": BYTES_ONLY,
+        }
+        found = f", problems: {len(proof.problems)}" if proof.problems else ""
+        say(f"{folder.name}: {human_bytes(proof.size)} read, {proof.rows} rows in {proof.parts} whole part(s){found}")
+    if sample and keys:
+        _recompute(params, keys, say, sample=sample, seed=seed)
+    problems = [problem for key in keys.values() for problem in key["problems"]]
+    report = {"cache": str(params.cache.dir.absolute()), "keys": list(keys.values()), "problems": problems}
+    if problems:
+        raise _verify_error(report)
+    say(f"{len(keys)} key(s) verified, nothing is wrong.")
+    return report
+
+
+def _recompute(params: Params, keys: dict[str, dict[str, Any]], say: Say, *, sample: int, seed: int) -> None:
+    """Add to the keys of these params what computing a few of their features again gave."""
+    from .open import open_cache
+
+    checked = 0
+    try:
+        plain = open_cache(params)
+        for cache in (plain, *plain.views()):
+            entry = keys.get(cache.store.spec.folder_name)
+            if entry is None:
+                continue
+            found = cache.verify(sample=sample, seed=seed)
+            entry["recomputed"], entry["note"] = found.summary(), found.note
+            entry["problems"] += found.problems
+            say(f"{cache.store.spec.folder_name}: {found.note}")
+            checked += 1
+    except PipelineError as error:
+        say(f"Not every feature that was chosen could be computed again. {error}")
+    if checked < len(keys):
+        say(f"{len(keys) - checked} of {len(keys)} key(s): {BYTES_ONLY}.")
+
+
+def _verify_error(report: dict[str, Any]) -> VerifyError:
+    problems = report["problems"]
+    return VerifyError(
+        f"The feature cache has {len(problems)} {'problem' if len(problems) == 1 else 'problems'}.",
+        where=report["cache"],
+        why="\n    " + "\n    ".join(problems),
+        remedy="run extract again: it computes what was set aside; where features come out differently, software or"
+        " hardware is at fault: move that folder away",
+        report=report,
+    )
+
+
+def explain_cache(params: Params, say: Say) -> dict[str, Any]:
+    """How many images of ``data.root`` have a feature under the key of these params, and why the others have none.
+
+    Raises:
+        DataError, BackboneError, CacheError: see their messages.
+    """
+    from .open import open_cache
+
+    cache = open_cache(params)
+    images, spec = cache.images, cache.store.spec
+    images.read_unknown()
+    present, unread = cache.present, ~images.known
+    bad = cache.quarantined & ~present
+    new = np.flatnonzero(~present & ~bad & ~unread)
+    say(_standing(spec, len(images), present=int(present.sum()), bad=int(bad.sum()), unread=int(unread.sum())))
+    new_paths = [images.paths[row] for row in new.tolist()]
+    nearest = _nearest(params.cache.dir, spec, images.digests[new]) if len(new) else []
+    for line in _lines(new_paths, nearest, is_begun=bool(len(cache.store.digests))):
+        say(line)
+    return {
+        "key": cache.key,
+        "cache": str(cache.store.folder.absolute()),
+        "images": len(images),
+        "with_feature": int(present.sum()),
+        "quarantined": int(bad.sum()),
+        "unread": int(unread.sum()),
+        "new": len(new),
+        "new_paths": new_paths[:EXAMPLES],
+        "nearest": nearest,
+    }
+
+
+def _standing(spec: FeatureSpec, images: int, *, present: int, bad: int, unread: int) -> str:
+    more = "".join(
+        f", {count} {word}" for count, word in ((bad, "unreadable"), (unread, "not to be read now")) if count
+    )
+    return f"{spec.folder_name}: {present} of {images} images have a feature{more}"
+
+
+def _nearest(cache_dir: Path, spec: FeatureSpec, digests: Digests) -> list[dict[str, Any]]:
+    """The other keys whose specs differ in the fewest fields, those with more of these contents first among equals."""
+    found = []
+    for entry in list_keys(cache_dir):
+        if entry.spec is None or entry.key == spec.key:
+            continue
+        fields = differences(entry.spec, spec)
+        found.append((len(fields), -_held(entry, cache_dir, digests), entry, fields))
+    found.sort(key=lambda item: item[:2])
+    return [
+        {
+            "folder": entry.name,
+            "holds": -minus_held,
+            "rows": entry.rows,
+            "differences": [{"field": name, "cached": old, "wanted": new} for name, old, new in fields],
+        }
+        for _, minus_held, entry, fields in found[:NEAREST]
+    ]
+
+
+def _held(entry: KeyEntry, cache_dir: Path, digests: Digests) -> int:
+    """How many different contents of ``digests`` (n, 16) another key holds."""
+    if entry.spec is None or entry.feature_dim is None:
+        return 0
+    try:
+        store = FeatureStore(cache_dir, entry.spec, entry.feature_dim)
+    except CacheError:
+        return 0
+    return int((store.contains(digests) & first_occurrences(digests)).sum())
+
+
+def _lines(new_paths: list[str], nearest: list[dict[str, Any]], *, is_begun: bool) -> list[str]:
+    if not new_paths:
+        return []
+    lines = []
+    if is_begun:
+        examples = ", ".join(map(repr, new_paths[:EXAMPLES]))
+        lines.append(f"New under this key: {len(new_paths)}: {examples}{' ...' if len(new_paths) > EXAMPLES else ''}")
+    for near in nearest:
+        fields = ", ".join(
+            f"{each['field']} {_short(each['cached'])} -> {_short(each['wanted'])}" for each in near["differences"]
+        )
+        lines.append(f"{near['folder']} holds {near['holds']} of them, under another key: {fields}")
+    if not nearest:
+        lines.append("No other key is in this cache.")
+    lines.append("`pipeline extract` with the same params computes them.")
+    return lines
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else canonical_json(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
 def export_features(params: Params, file: Path, say: Say) -> dict[str, Any]:
     """Write the features of ``data.root`` with labels, paths, class names and splits to one flat HDF5 file.
 
@@ -97,12 +270,11 @@ def export_features(params: Params, file: Path, say: Say) -> dict[str, Any]:
         MissingFeaturesError: images without a feature; ``extract`` computes them.
         CacheError: the file cannot be written, or is something else than an earlier export.
     """
-    from ..data.scan import SPLITS
     from ..features.export import export_table
-    from .load import load_features
+    from .open import load_features
 
     table = load_features(params)
-    size = export_table(table, file, SPLITS)
+    size = export_table(table, file)
     say(f"{len(table)} features of {table.features.shape[1]} values, {human_bytes(size)}: {file.absolute()}")
     return {
         "file": str(file.absolute()),

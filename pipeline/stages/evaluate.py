@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifacts import RunMetrics, read_metrics, read_predictions
-from ..data.scan import SPLITS
+from ..data.images import open_images
+from ..data.source import SPLITS
 from ..errors import DataError
 from ..evaluate import protocol_sentence
-from ..features.table import FeatureTable
-from .load import build_table, digest_unknown, usable_rows
-from .predict import Run
+from ..features.cache import FeatureTable
+from .run import Run
 from .score import apply_head, score_split
-from .sources import open_folder
 
 Say = Callable[[str], None]
 
@@ -33,13 +32,11 @@ def evaluate_run(run: Run, root: Path | None = None, *, quiet: bool = False) -> 
         DataError: no labelled images, or a class that the run does not know.
     """
     data = run.params.data if root is None else run.params.data.model_copy(update={"root": root, "layout": "auto"})
-    source = open_folder(data, run.params.cache)
-    embedding = run.embedding(source, quiet=quiet)
-    embedding.run(embedding.find_todo())
-    digest_unknown(source)
-    rows = usable_rows(source, embedding.store, embedding.quarantine)
-    table = in_run_order(build_table(source, embedding.store, rows, data), run.class_names)
-    split, chosen = _reported(table, run, whole=root is not None and source.tree.splits is None)
+    images = open_images(data, run.params.cache.dir)
+    cache = run.cache(images, quiet=quiet)
+    cache.fill()
+    table = in_run_order(cache.table(), run.class_names)
+    split, chosen = _reported(table, run, whole=root is not None and images.samples.splits is None)
     return _score(run, table, split, chosen)
 
 

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.source import TRAIN
 from ..errors import BadImagesError
-from ..features.ledger import Outcome, count_images
+from ..features.cache import FeatureCache, Filled
+from ..features.extractor import Clock
 from ..features.quarantine import BadContent
-from ..features.views import view_name
 from ..files import human_bytes
-from ..params import Params
+from ..params import ExtractParams, Params
 from ..runtime.distributed import World, world_from_environment
-from .embedding import Embedding
-from .gather import gather_outcomes
-from .load import TRAIN, split_rows
-from .sources import (
-    Origin,
-    augmented_view,
-    build_forward,
-    open_folder,
-    open_quarantine,
-    open_store,
-    plain_view,
-    resolve_origin,
-    worker_count,
-)
+from .open import open_cache
 
 Say = Callable[[str], None]
 EXAMPLES = 5
@@ -57,132 +44,97 @@ def extract(params: Params, say: Say = print, *, quiet: bool = False) -> dict[st
         BadImagesError: ``data.on_bad_image`` is ``raise`` and images are unreadable; good features are kept.
         Interrupted: Ctrl-C; everything finished is kept.
     """
-    world = _world(params)
-    embedding, origin = _open(params, world, quiet=quiet)
-    todo = embedding.find_todo(world)
-    for line in _plan(embedding, todo, origin):
+    world = _world(params.extract)
+    cache = open_cache(params, world=world, quiet=quiet or not world.is_main)
+    missing = cache.missing()
+    for line in _plan(cache, missing):
         say(line)
-    outcome = gather_outcomes(embedding.run(todo), world)
-    embedding.store.refresh()
-    embedding.store.touch()
-    summary = _summary(outcome, embedding, origin)
-    summary["views"] = _extract_views(params, embedding, origin, outcome, world)
-    summary["forwarded"] += sum(view["forwarded"] for view in summary["views"])
-    bad = _bad_images(outcome, embedding)
-    for line in [*embedding.store.warnings, *_report(summary, bad, outcome, embedding)]:
+    filled = cache.fill(missing)
+    views = _fill_views(cache)
+    summary = _summary(cache, filled, views)
+    bad = _bad_images(cache)
+    for line in [*cache.store.warnings, *_report(cache, summary, bad)]:
         say(line)
-    if params.data.on_bad_image == "raise" and (bad or outcome.failures):
-        raise _bad_images_error(bad, outcome, embedding)
+    if params.data.on_bad_image == "raise" and (bad or cache.images.failures):
+        raise _bad_images_error(cache, bad)
     return summary
 
 
-def _world(params: Params) -> World:
-    if params.extract.shard is None:
+def _world(extract: ExtractParams) -> World:
+    if extract.shard is None:
         return world_from_environment()
-    index, count = map(int, params.extract.shard.split("/"))
+    index, count = map(int, extract.shard.split("/"))
     return World(rank=index, size=count)
 
 
-def _open(params: Params, world: World, *, quiet: bool) -> tuple[Embedding, Origin]:
-    source = open_folder(params.data, params.cache)
-    origin = resolve_origin(params)
-    embedding = Embedding(
-        source=source,
-        store=open_store(params, origin),
-        quarantine=open_quarantine(params, origin.transform),
-        transformation=plain_view(origin.transform, params.data, params.extract),
-        make_forward=lambda: build_forward(params, origin),
-        workers=worker_count(params.extract, world),
-        part_seconds=params.extract.part_seconds,
-        quiet=quiet or not world.is_main,
-    )
-    return embedding, origin
-
-
-def _extract_views(
-    params: Params, plain: Embedding, origin: Origin, outcome: Outcome, world: World
-) -> list[dict[str, Any]]:
+def _fill_views(cache: FeatureCache) -> list[tuple[FeatureCache, Filled]]:
     """Embed the augmented views of the training images, each under a key of its own."""
-    plain.source.books.learn(outcome.digests, outcome.known)
-    rows = np.flatnonzero(outcome.known & plain.store.contains(outcome.digests))
-    train = np.zeros(len(outcome.known), bool)
-    train[rows[split_rows(plain.source, rows, params.data) == TRAIN]] = True
-    done = []
-    for number in range(1, params.extract.views + 1):
-        view = replace(
-            plain,
-            store=open_store(params, origin, view_name(number, params.extract.views_seed)),
-            transformation=augmented_view(origin.transform, params.data, params.extract, number),
-        )
-        merged = gather_outcomes(view.run(view.find_todo(world, train)), world)
-        view.store.touch()
-        done.append({"view": view.store.spec.view, "key": view.store.spec.key, "forwarded": len(merged.computed)})
-    return done
+    rows = np.flatnonzero(cache.present)
+    train = np.zeros(len(cache.images), bool)
+    train[rows[cache.images.splits_of(rows) == TRAIN]] = True
+    return [(view, view.fill(view.missing(train))) for view in cache.views()]
 
 
-def _plan(embedding: Embedding, todo: NDArray[np.int64], origin: Origin) -> Iterator[str]:
-    tree, books, store = embedding.source.tree, embedding.source.books, embedding.store
-    yield from embedding.source.warnings
-    if tree.ignored:
-        counts = ", ".join(
-            f"{count} {extension or '(no extension)'}" for extension, count in sorted(tree.ignored.items())
-        )
+def _plan(cache: FeatureCache, missing: NDArray[np.int64]) -> Iterator[str]:
+    images, store, backbone = cache.images, cache.store, cache.backbone
+    yield from images.warnings
+    if ignored := sorted(images.samples.ignored.items()):
+        counts = ", ".join(f"{count} {extension or '(no extension)'}" for extension, count in ignored)
         yield f"Ignored files: {counts}."
-    if origin.verdict:
-        yield f"Precision auto: {origin.verdict}"
-    yield f"{len(tree.paths)} images in {len(tree.class_names)} classes under {tree.root}"
-    new = int((~books.known[todo]).sum())
-    size = len(todo) * (store.feature_dim * (2 if store.spec.dtype == "float16" else 4) + 16)
+    if backbone.verdict:
+        yield f"Precision auto: {backbone.verdict}"
+    yield f"{len(images)} images in {len(images.samples.class_names)} classes under {images.root}"
+    new = int((~images.known[missing]).sum())
+    size = len(missing) * (store.feature_dim * (2 if store.spec.dtype == "float16" else 4) + 16)
     yield (
-        f"{store.spec.folder_name}: {len(store.digests)} features cached; to do: {len(todo)} images"
-        f" ({new} not read before), at most {human_bytes(size)} to write, on {origin.device} in {origin.precision}"
+        f"{store.spec.folder_name}: {len(store.digests)} features cached; to do: {len(missing)} images"
+        f" ({new} not read before), at most {human_bytes(size)} to write, on {backbone.device} in {backbone.precision}"
     )
 
 
-def _summary(outcome: Outcome, embedding: Embedding, origin: Origin) -> dict[str, Any]:
-    counts = count_images(outcome, embedding.quarantine.digests)
-    clock = outcome.clock
-    rate = counts["forwarded"] / outcome.seconds if outcome.seconds else 0.0
-    bound_by = clock.bound_by(shared_cores=origin.device.type == "cpu") if counts["forwarded"] else None
+def _summary(cache: FeatureCache, plain: Filled, views: list[tuple[FeatureCache, Filled]]) -> dict[str, Any]:
+    """The ledger is that of the plain view; rate, seconds and what bounds them are those of all views together."""
+    every = [plain, *(filled for _, filled in views)]
+    clock, seconds = Clock(), sum(filled.seconds for filled in every)
+    for filled in every:
+        clock.add(filled.clock)
+    forwarded = sum(len(filled.computed) for filled in every)
     return {
-        "key": embedding.store.spec.key,
-        "feature_dim": embedding.store.feature_dim,
-        **counts,
-        "images_per_second": round(rate, 2),
-        "seconds": round(outcome.seconds, 3),
-        "busy_seconds": {name: round(seconds, 3) for name, seconds in clock.busy.items()},
-        "waited_seconds": {name: round(seconds, 3) for name, seconds in clock.waited.items()},
-        "bound_by": bound_by,
-        "cache": str(embedding.store.folder.resolve()),
+        "key": cache.key,
+        "feature_dim": cache.store.feature_dim,
+        **cache.ledger(plain),
+        "forwarded": forwarded,
+        "images_per_second": round(forwarded / seconds, 2) if seconds else 0.0,
+        "seconds": round(seconds, 3),
+        "busy_seconds": {name: round(value, 3) for name, value in clock.busy.items()},
+        "waited_seconds": {name: round(value, 3) for name, value in clock.waited.items()},
+        "bound_by": clock.bound_by(shared_cores=cache.backbone.device.type == "cpu") if forwarded else None,
+        "cache": str(cache.store.folder.resolve()),
+        "views": [
+            {"view": view.view.name, "key": view.key, "forwarded": len(filled.computed)} for view, filled in views
+        ],
     }
 
 
-def _bad_images(outcome: Outcome, embedding: Embedding) -> list[tuple[str, BadContent]]:
-    """Path in this scan and reason, for each quarantined image."""
-    bad = []
-    for position in np.flatnonzero(outcome.known):
-        content = embedding.quarantine.get(outcome.digests[position].tobytes())
-        if content:
-            bad.append((embedding.source.tree.paths[position], content))
-    return bad
+def _bad_images(cache: FeatureCache) -> list[tuple[str, BadContent]]:
+    """Path and reason, for each quarantined image."""
+    images, quarantine = cache.images, cache.quarantine
+    contents = ((row, quarantine.get(images.digest(row))) for row in np.flatnonzero(cache.quarantined).tolist())
+    return [(images.paths[row], content) for row, content in contents if content]
 
 
-def _report(
-    summary: dict[str, Any], bad: list[tuple[str, BadContent]], outcome: Outcome, embedding: Embedding
-) -> Iterator[str]:
+def _report(cache: FeatureCache, summary: dict[str, Any], bad: list[tuple[str, BadContent]]) -> Iterator[str]:
     yield (
         "{images} images = {embedded} embedded + {reused} reused + {duplicates} duplicates"
         " + {quarantined} quarantined; {forwarded} forwarded".format(**summary)
     )
     if summary["forwarded"]:
         yield f"{summary['images_per_second']:.1f} images/s. {ADVICE[summary['bound_by']]}"
-    yield from _bad_lines(bad, outcome, embedding, limit=EXAMPLES)
+    yield from _bad_lines(cache, bad, limit=EXAMPLES)
     yield f"Features: {summary['cache']}"
 
 
-def _bad_lines(
-    bad: list[tuple[str, BadContent]], outcome: Outcome, embedding: Embedding, *, limit: int | None
-) -> Iterator[str]:
+def _bad_lines(cache: FeatureCache, bad: list[tuple[str, BadContent]], *, limit: int | None) -> Iterator[str]:
     by_reason = Counter((content.reason, content.remedy) for _, content in bad)
     for (reason, remedy), count in by_reason.most_common():
         yield f"Unreadable, {reason}: {count} ({remedy})"
@@ -190,17 +142,17 @@ def _bad_lines(
         yield from (f"  {path!r}" for path in paths[:limit])
         if limit is not None and count > limit:
             yield f"  and {count - limit} more"
-    if outcome.failures:
-        yield f"Not read, tried again in the next run: {len(outcome.failures)}"
-        for position, why in list(outcome.failures.items())[:limit]:
-            yield f"  {embedding.source.tree.paths[position]!r}: {why}"
+    if failures := cache.images.failures:
+        yield f"Not read, tried again in the next run: {len(failures)}"
+        for position, why in list(failures.items())[:limit]:
+            yield f"  {cache.images.paths[position]!r}: {why}"
 
 
-def _bad_images_error(bad: list[tuple[str, BadContent]], outcome: Outcome, embedding: Embedding) -> BadImagesError:
-    lines = list(_bad_lines(bad, outcome, embedding, limit=None))
+def _bad_images_error(cache: FeatureCache, bad: list[tuple[str, BadContent]]) -> BadImagesError:
+    lines = list(_bad_lines(cache, bad, limit=None))
     return BadImagesError(
-        f"{len(bad) + len(outcome.failures)} images cannot be used.",
-        where=embedding.source.tree.root,
+        f"{len(bad) + len(cache.images.failures)} images cannot be used.",
+        where=cache.images.root,
         why="\n    " + "\n    ".join(lines),
         remedy="mend or remove them, or set data.on_bad_image=skip; the features of the others are in the cache",
     )

@@ -21,7 +21,7 @@ from ..heads.base import log_losses
 from ..heads.logistic import LogisticHead
 from ..heads.network import NetworkHead
 from ..params import FinetuneParams, HeadParams, Params, load_params
-from ..runtime.device import usable_cores
+from ..runtime.cores import usable_cores
 from .load import Opened
 from .records import backbone_record
 

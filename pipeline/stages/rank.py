@@ -11,41 +11,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backbones import make_module
+from ..backbones import Backbone
+from ..data.images import Images, open_images
+from ..data.source import TRAIN
 from ..errors import DataError, UsageError
 from ..evaluate import wilson
-from ..features.digests import locate, stack_digests
+from ..features.cache import FeatureCache, Filled
 from ..heads import make_head
 from ..params import BackboneParams, HeadParams, Params
-from ..runtime.device import usable_cores
+from ..runtime.cores import usable_cores
 from ..runtime.seeds import make_generator
-from .embedding import Embedding
-from .load import TRAIN, build_table, digest_unknown, split_rows
-from .sources import (
-    Origin,
-    Source,
-    build_forward,
-    open_folder,
-    open_quarantine,
-    open_store,
-    plain_view,
-    resolve_origin,
-    worker_count,
-)
+from .open import open_cache
 
 Say = Callable[[str], None]
 Rows = NDArray[np.int64]
 IMAGES = 1000
 TIMED_CALLS = 5
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One backbone to rank: the params that name it, and what they resolve to."""
-
-    label: str
-    params: Params
-    origin: Origin
 
 
 @dataclass(frozen=True)
@@ -71,13 +52,13 @@ class Ranked:
 
 
 def rank_backbones(
-    params: Params, names: Sequence[str], say: Say = print, *, images: int = IMAGES, quiet: bool = False
+    params: Params, names: Sequence[str], say: Say = print, *, size: int = IMAGES, quiet: bool = False
 ) -> dict[str, Any]:
     """Embed a stratified sample of train with each backbone, through the cache, and cross-validate a probe on it.
 
     Args:
         names: ``name`` or ``name=weights``, two or more for a comparison.
-        images: the size of the sample; every class keeps at least ``head.folds`` of its images where that fits.
+        size: of the sample; every class keeps at least ``head.folds`` of its images where that fits.
 
     Returns:
         ``backbones`` (best first), ``recommended`` (a label) and ``reason``.
@@ -85,40 +66,38 @@ def rank_backbones(
     Raises:
         UsageError: no names. BackboneError, DataError, CacheError: see their messages.
     """
-    candidates = [_candidate(params, label) for label in dict.fromkeys(names)]
-    if not candidates:
+    if not names:
         raise UsageError("There is no backbone to rank.", remedy="name some: pipeline backbones --rank NAME...")
-    source = open_folder(params.data, params.cache)
-    mask = _sample(source, params, images)
-    embedded = [_embed(candidate, source, mask, quiet=quiet) for candidate in candidates]
-    rows = np.flatnonzero(np.logical_and.reduce([has for has, _, _ in embedded]))
-    say(f"{len(rows):,} training images of {source.tree.root}, the same for each backbone")
-    ranked = [
-        _probe(candidate, source, rows, forwarded, seconds)
-        for candidate, (_, forwarded, seconds) in zip(candidates, embedded, strict=True)
-    ]
+    images = open_images(params.data, params.cache.dir)
+    caches = {label: open_cache(_with_backbone(params, label), images, quiet=quiet) for label in dict.fromkeys(names)}
+    sample = _sample(images, params.head, size)
+    filled = {}
+    for label, cache in caches.items():
+        filled[label] = cache.fill(cache.missing(sample))
+        cache.backbone.release()  # one network at a time is in memory
+    rows = np.flatnonzero(np.logical_and.reduce([sample, *(cache.present for cache in caches.values())]))
+    say(f"{len(rows):,} training images of {images.root}, the same for each backbone")
+    ranked = [_probe(label, cache, filled[label], rows, params.head) for label, cache in caches.items()]
     ranked.sort(key=lambda row: (-row.accuracy, row.milliseconds))
     choice, reason = recommend(ranked)
     return {"backbones": [vars(row) for row in ranked], "recommended": choice.label, "reason": reason}
 
 
-def _candidate(params: Params, label: str) -> Candidate:
+def _with_backbone(params: Params, label: str) -> Params:
     name, _, weights = label.partition("=")
     own = params.backbone if name == params.backbone.name else BackboneParams(name=name, seed=params.backbone.seed)
     backbone = own.model_copy(update={"weights": weights}) if weights else own
-    changed = params.model_copy(update={"backbone": backbone})
-    return Candidate(label, changed, resolve_origin(changed))
+    return params.model_copy(update={"backbone": backbone})
 
 
-def _sample(source: Source, params: Params, images: int) -> NDArray[np.bool_]:
-    """Which files (n,) take part: labelled images of train, in proportion to the classes."""
-    tree = source.tree
-    if tree.splits is None:
-        digest_unknown(source)  # the split of an image is a hash of its content
-    everything = np.flatnonzero((tree.targets >= 0) & (source.books.known | (tree.splits is not None)))
-    train = everything[split_rows(source, everything, params.data) == TRAIN]
-    chosen = train[stratified_sample(tree.targets[train], images, params.head.folds, params.head.seed)]
-    mask = np.zeros(len(tree.paths), bool)
+def _sample(images: Images, head: HeadParams, size: int) -> NDArray[np.bool_]:
+    """Which images (n,) take part: labelled ones of train, in proportion to the classes."""
+    if images.samples.splits is None:
+        images.read_unknown()  # the split of an image is a hash of its content
+    usable = np.flatnonzero((images.targets >= 0) & (images.known | (images.samples.splits is not None)))
+    train = usable[images.splits_of(usable) == TRAIN]
+    chosen = train[stratified_sample(images.targets[train], size, head.folds, head.seed)]
+    mask = np.zeros(len(images), bool)
     mask[chosen] = True
     return mask
 
@@ -136,71 +115,41 @@ def stratified_sample(targets: NDArray[np.integer[Any]], size: int, least: int, 
     return np.sort(np.lexsort((np.where(first, place, share), ~first))[:size])
 
 
-def _embed(
-    candidate: Candidate, source: Source, mask: NDArray[np.bool_], *, quiet: bool
-) -> tuple[NDArray[np.bool_], int, float]:
-    """Bring the sample into the backbone's cache: which files have a feature (n,), how many were new, seconds."""
-    params, origin = candidate.params, candidate.origin
-    embedding = Embedding(
-        source=source,
-        store=open_store(params, origin),
-        quarantine=open_quarantine(params, origin.transform),
-        transformation=plain_view(origin.transform, params.data, params.extract),
-        make_forward=lambda: build_forward(params, origin),
-        workers=worker_count(params.extract),
-        part_seconds=params.extract.part_seconds,
-        quiet=quiet,
-    )
-    outcome = embedding.run(embedding.find_todo(among=mask))
-    embedding.store.refresh()
-    embedding.store.touch()
-    has = mask & source.books.known & embedding.store.contains(source.books.digests)
-    bad = locate(stack_digests(embedding.quarantine.digests), source.books.digests) >= 0
-    return has & ~bad, len(outcome.computed), outcome.seconds
-
-
-def _probe(candidate: Candidate, source: Source, rows: Rows, forwarded: int, seconds: float) -> Ranked:
-    params, origin = candidate.params, candidate.origin
-    table = build_table(source, open_store(params, origin), rows, params.data)
+def _probe(label: str, cache: FeatureCache, filled: Filled, rows: Rows, own: HeadParams) -> Ranked:
+    table, backbone = cache.table_of(rows), cache.backbone
     if len(table.class_names) < 2:
         raise DataError("Backbones cannot be ranked on this folder.", where=table.root, why="train has one class")
     started = time.perf_counter()
-    own = params.head
     plain = HeadParams(folds=own.folds, seed=own.seed, standardize=own.standardize, class_weight=own.class_weight)
     head = make_head("logistic", plain, class_names=table.class_names, jobs=usable_cores())
     predicted = head.cross_validate(table.features, table.targets, table.groups).predicted
     correct = int((predicted == table.targets).sum())
     return Ranked(
-        label=candidate.label,
-        name=origin.identity.name,
-        weights=origin.identity.weights,
+        label=label,
+        name=backbone.identity.name,
+        weights=backbone.identity.weights,
         n=len(rows),
         accuracy=correct / len(rows),
         interval=wilson(correct, len(rows)) or [0.0, 1.0],
-        feature_dim=origin.feature_dim,
-        parameters=_parameters(origin),
-        milliseconds=1000 * _seconds_an_image(params, origin),
-        forwarded=forwarded,
-        extract_seconds=round(seconds, 3),
+        feature_dim=backbone.feature_dim,
+        parameters=backbone.parameters,
+        milliseconds=1000 * _seconds_an_image(backbone),
+        forwarded=len(filled.computed),
+        extract_seconds=round(filled.seconds, 3),
         probe_seconds=round(time.perf_counter() - started, 3),
     )
 
 
-def _parameters(origin: Origin) -> int:
-    network, _ = make_module(origin.identity.name, layer=origin.identity.layer, pooling=origin.identity.pooling)
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def _seconds_an_image(params: Params, origin: Origin) -> float:
+def _seconds_an_image(backbone: Backbone) -> float:
     """Seconds of the forward pass, the median of a few full batches after the first."""
-    forward = build_forward(params, origin)
-    size = origin.transform.crop
-    batch = [np.zeros((3, size, size), np.uint8)] * forward.batch_size
+    size = backbone.transform.crop
+    batch = [np.zeros((3, size, size), np.uint8)] * backbone.forward.batch_size
     seconds = []
     for _ in range(TIMED_CALLS + 1):
         started = time.perf_counter()
-        forward(batch)
+        backbone(batch)
         seconds.append(time.perf_counter() - started)
+    backbone.release()
     return statistics.median(seconds[1:]) / len(batch)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifacts import Leak, Predictions, RunMetrics
-from ..data.scan import SPLITS
+from ..data.source import SPLITS
 from ..evaluate import check_leak, evaluate_predictions, leak_sentence
-from ..features.table import FeatureTable
+from ..features.cache import FeatureTable
 from ..heads import Head
 
 

@@ -19,11 +19,9 @@ from PIL import Image, ImageOps
 
 from pipeline.data.decode import (
     BadImage,
-    FileChanged,
     Reason,
     decode_image,
     decoder_versions,
-    read_bytes,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes the filter that decode.py sets
@@ -137,7 +135,7 @@ def awkward_rows() -> list[str]:
 
 @pytest.mark.parametrize("name", awkward_rows())
 def test_awkward_image(shared: Path, name: str) -> None:
-    data, _ = read_bytes(shared / "data/awkward_images" / name)
+    data = (shared / "data/awkward_images" / name).read_bytes()
     if name in QUARANTINED:
         assert reason_of(data) is QUARANTINED[name]
         return
@@ -371,41 +369,6 @@ def test_mutations_end_in_a_picture_or_a_reason(shared: Path) -> None:
             data[rng.randrange(min(len(data), rng.choice((64, 20_000))))] = rng.randrange(256)
         cut = bytes(data[: rng.choice((None, rng.randrange(len(data) + 1)))]) + rng.choice((b"", rng.choice(sources)))
         assert outcome_of(cut, max_pixels=4_000_000) in {"RGB", *Reason}
-
-
-def test_read_bytes_gives_the_stat_of_what_was_read(tmp_path: Path) -> None:
-    file = tmp_path / "ü \n.jpg"
-    file.write_bytes(b"content")
-    data, row = read_bytes(file)
-    status = file.stat()
-    assert data == b"content"
-    assert row.tolist() == [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-
-
-def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "a.jpg"
-    file.write_bytes(b"content")
-    real, calls = os.fstat, []
-
-    def grow(descriptor: int) -> os.stat_result:
-        calls.append(descriptor)
-        if len(calls) == 2:
-            file.write_bytes(b"longer content")
-        return real(descriptor)
-
-    monkeypatch.setattr("pipeline.data.decode.os.fstat", grow)
-    with pytest.raises(FileChanged, match="changed"):
-        read_bytes(file)
-
-
-def test_what_cannot_be_read_is_an_os_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        read_bytes(tmp_path / "gone.jpg")
-    os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(OSError, match="regular"):
-        read_bytes(tmp_path / "pipe.jpg")
-    with pytest.raises(OSError):  # noqa: PT011 - a folder fails at opening or at reading, with different numbers
-        read_bytes(tmp_path)
 
 
 def test_decoder_versions_name_the_libraries() -> None:

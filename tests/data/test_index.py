@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.data.folder import scan_folder
 from pipeline.data.index import SAFE_NS, DigestIndex
-from pipeline.data.scan import scan_folder
 
 NOW = 10**18
 PATHS = ["a/1.jpg", "a/2 \n.jpg", "b/\udcff.jpg", "b/ü.jpg"]
@@ -112,13 +112,13 @@ def test_replaced_file_with_equal_size_and_restored_mtime(tmp_path: Path) -> Non
     file.write_bytes(b"old")
     before = scan_folder(tmp_path, layout="auto", extensions=(".jpg",))
     index = DigestIndex().updated(
-        before.paths, before.stats, np.ones((1, 16), np.uint8), np.ones(1, bool), read_ns=time.time_ns() + 2 * SAFE_NS
+        before.paths, before.stamps, np.ones((1, 16), np.uint8), np.ones(1, bool), read_ns=time.time_ns() + 2 * SAFE_NS
     )
-    assert index.lookup(before.paths, before.stats)[1].all()
+    assert index.lookup(before.paths, before.stamps)[1].all()
     status = file.stat()
     time.sleep(0.02)  # more than a tick of the kernel's clock for ctime
     file.write_bytes(b"new")
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     after = scan_folder(tmp_path, layout="auto", extensions=(".jpg",))
-    assert after.stats[0, 1] == before.stats[0, 1]
-    assert not index.lookup(after.paths, after.stats)[1].any()
+    assert after.stamps[0, 1] == before.stamps[0, 1]
+    assert not index.lookup(after.paths, after.stamps)[1].any()

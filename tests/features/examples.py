@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.features.digests import Digests
+from pipeline.data.digests import Digests
 from pipeline.features.rounding import Features
 from pipeline.features.spec import FeatureSpec
 from pipeline.features.store import FeatureStore

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.backbones import Pixels
 from pipeline.errors import DriftError
 from pipeline.features.drift import DRIFT_FILE, PixelRecord, pixel_digest
-from pipeline.features.extractor import Pixels
 from pipeline.files import digest_bytes
 
 OLD, NEW = {"pillow": "11.3"}, {"pillow": "12.0"}

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from pipeline.errors import CacheError
+from pipeline.features.cache import FeatureTable
 from pipeline.features.export import export_table
-from pipeline.features.table import FeatureTable
 
 from .examples import features_of, make_digests
 
-SPLITS = ("train", "val", "test")
 NAMES = [os.fsdecode(b"ant/caf\xe9.jpg"), "bee/line\nbreak.jpg", "bee/émile.jpg", "loose.jpg"]
 
 
@@ -35,7 +34,7 @@ def make_table(root: Path = Path("/images")) -> FeatureTable:
 
 def test_plain_h5py_reads_it(tmp_path: Path) -> None:
     file, table = tmp_path / "new folder" / "features.h5", make_table()
-    assert export_table(table, file, SPLITS) == file.stat().st_size
+    assert export_table(table, file) == file.stat().st_size
     with h5py.File(file) as found:
         assert found["features"].dtype == np.float32
         assert found["features"][:].tobytes() == table.features.tobytes()
@@ -48,8 +47,8 @@ def test_plain_h5py_reads_it(tmp_path: Path) -> None:
 
 def test_an_earlier_export_is_replaced_whole(tmp_path: Path) -> None:
     file = tmp_path / "features.h5"
-    export_table(make_table(Path("/old")), file, SPLITS)
-    export_table(make_table(Path("/new")), file, SPLITS)
+    export_table(make_table(Path("/old")), file)
+    export_table(make_table(Path("/new")), file)
     with h5py.File(file) as found:
         assert found.attrs["root"] == "/new"
     assert list(tmp_path.iterdir()) == [file]
@@ -66,21 +65,21 @@ def test_something_else_is_not_replaced(tmp_path: Path, kind: str) -> None:
         file.mkdir()
     before = file.read_bytes() if file.is_file() else b""
     with pytest.raises(CacheError, match="a file of that name") as caught:
-        export_table(make_table(), file, SPLITS)
+        export_table(make_table(), file)
     assert str(file) in str(caught.value)
     assert before == (file.read_bytes() if file.is_file() else b"")
 
 
 def test_a_failure_leaves_the_earlier_export_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "features.h5"
-    export_table(make_table(Path("/old")), file, SPLITS)
+    export_table(make_table(Path("/old")), file)
 
     def full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CacheError, match="No space left"):
-        export_table(make_table(Path("/new")), file, SPLITS)
+        export_table(make_table(Path("/new")), file)
     assert list(tmp_path.iterdir()) == [file]
     with h5py.File(file) as found:
         assert found.attrs["root"] == "/old"

@@ -12,18 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.features.digests import Digests
+from pipeline.backbones import Features, Forward, Pixels
+from pipeline.data.digests import Digests
 from pipeline.features.extractor import (
     CHUNK,
     Clock,
     Content,
-    Forward,
-    Pixels,
     Prepare,
     extract_features,
     single_threaded_torch,
 )
-from pipeline.features.rounding import Features
 from pipeline.files import digest_bytes
 from pipeline.runtime.interrupt import Interruption
 

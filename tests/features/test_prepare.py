@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.decode import decode_image, read_bytes
-from pipeline.data.scan import scan_folder
-from pipeline.features.extractor import Clock, Pixels
-from pipeline.features.prepare import Books, Crop, Preparation
+from pipeline.backbones import Pixels
+from pipeline.data.decode import decode_image
+from pipeline.data.images import Images, open_images
+from pipeline.features.extractor import Clock
+from pipeline.features.prepare import Crop, Preparation
 from pipeline.features.quarantine import Quarantine
 from pipeline.files import digest_bytes
+from pipeline.params import DataParams
 
 
 def png(shade: int) -> bytes:
@@ -34,9 +36,8 @@ def write(root: Path, contents: dict[str, bytes]) -> None:
         (root / name).write_bytes(data)
 
 
-def open_books(root: Path) -> Books:
-    tree = scan_folder(root, layout="auto", extensions=[".png"])
-    return Books(tree, np.zeros((len(tree.paths), 16), np.uint8), np.zeros(len(tree.paths), bool))
+def images_in(root: Path) -> Images:
+    return open_images(DataParams(root=root, extensions=[".png"]), root.parent / "cache")
 
 
 class Counter:
@@ -51,11 +52,11 @@ class Counter:
 
 
 def make_preparation(
-    root: Path, crop: Crop, *, have: set[bytes] | None = None, cache: Path | None = None, books: Books | None = None
+    root: Path, crop: Crop, *, have: set[bytes] | None = None, cache: Path | None = None
 ) -> Preparation:
     decode = partial(decode_image, background=(255, 255, 255), exif=True, max_pixels=10**6)
     quarantine = Quarantine(cache or root.parent / "cache", "rule")
-    return Preparation(books or open_books(root), have or set(), quarantine, decode=decode, crop=crop)
+    return Preparation(images_in(root), have or set(), quarantine, decode=decode, crop=crop)
 
 
 @pytest.fixture
@@ -72,11 +73,11 @@ def test_a_content_is_decoded_once_whatever_its_paths(root: Path) -> None:
     contents = [preparation(position, Clock()) for position in range(8)]
     assert sorted(crop.digests) == sorted(digest_bytes(png(shade)) for shade in range(3))
     for position, content in enumerate(contents):
-        data = preparation.books.path(position).read_bytes()
+        data = Path(preparation.images.path(position)).read_bytes()
         assert content.position == position and content.digest == digest_bytes(data)
     forwarded = [content for content in contents if content.pixels is not None]
     assert [int(content.pixels[0, 0, 0]) for content in forwarded if content.pixels is not None] == [
-        [png(shade) for shade in range(3)].index(preparation.books.path(content.position).read_bytes())
+        [png(shade) for shade in range(3)].index(Path(preparation.images.path(content.position)).read_bytes())
         for content in forwarded
     ]
 
@@ -89,7 +90,7 @@ def test_a_content_is_decoded_once_by_many_threads(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         contents = list(pool.map(lambda position: preparation(position, Clock()), range(100)))
     assert len(crop.digests) == 5 == sum(content.pixels is not None for content in contents)
-    assert preparation.books.known.all()
+    assert preparation.images.known.all()
 
 
 def test_what_is_cached_is_not_decoded(root: Path) -> None:
@@ -100,31 +101,21 @@ def test_what_is_cached_is_not_decoded(root: Path) -> None:
     assert crop.digests == [digest_bytes(png(1))]
 
 
-def test_the_books_hold_digest_and_stat_of_what_was_read(root: Path) -> None:
-    preparation = make_preparation(root, Counter())
-    preparation(2, Clock())
-    books = preparation.books
-    data, stat = read_bytes(books.path(2))
-    assert books.known.tolist() == [row == 2 for row in range(8)]
-    assert books.digest(2) == digest_bytes(data) and books.stats[2].tolist() == stat.tolist()
-    assert books.read_ns[2] > 0 and not books.read_ns[[0, 1, 3]].any()
-
-
 def test_a_bad_image_is_quarantined_once_and_not_tried_again(root: Path, tmp_path: Path) -> None:
     half = png(9)[:40]
     write(root, {"a/bad.png": half, "b/bad too.png": half})
     first = make_preparation(root, Counter(), cache=tmp_path / "cache")
     contents = [first(position, Clock()) for position in range(10)]
-    assert list(first.newly_bad) == [digest_bytes(half)]
-    bad = first.newly_bad[digest_bytes(half)]
-    assert bad.path.endswith("bad.png") and bad.reason == "truncated" and bad.remedy
+    assert first.quarantine.digests == [digest_bytes(half)]
+    bad = first.quarantine.get(digest_bytes(half))
+    assert bad and bad.path.endswith("bad.png") and bad.reason == "truncated" and bad.remedy
     assert sum(content.digest == digest_bytes(half) and content.pixels is None for content in contents) == 2
 
     crop = Counter()
     again = make_preparation(root, crop, cache=tmp_path / "cache")
     for position in range(10):
         again(position, Clock())
-    assert again.newly_bad == {} and len(crop.digests) == 3
+    assert len(crop.digests) == 3
 
 
 def test_a_bad_image_that_was_mended_is_tried_again(root: Path, tmp_path: Path) -> None:
@@ -137,21 +128,21 @@ def test_a_bad_image_that_was_mended_is_tried_again(root: Path, tmp_path: Path) 
 
 def test_a_file_that_cannot_be_read_is_noted_and_has_no_digest(root: Path) -> None:
     preparation = make_preparation(root, Counter())
-    os.unlink(preparation.books.path(3))
-    preparation.books.known[3] = True  # as an index would remember it
+    os.unlink(preparation.images.path(3))
+    preparation.images.known[3] = True  # as an index would remember it
     content = preparation(3, Clock())
     assert content.digest is None and content.pixels is None
-    assert preparation.books.failures[3].startswith("FileNotFoundError")
-    assert not preparation.books.known[3] and preparation.newly_bad == {}
+    assert preparation.images.failures[3].startswith("FileNotFoundError")
+    assert not preparation.images.known[3] and preparation.quarantine.digests == []
 
 
 def test_a_file_that_changed_since_the_scan_counts_as_what_it_is_now(root: Path) -> None:
     crop = Counter()
     preparation = make_preparation(root, crop)
-    preparation.books.path(0).write_bytes(png(77))
+    Path(preparation.images.path(0)).write_bytes(png(77))
     assert preparation(0, Clock()).digest == digest_bytes(png(77))
     assert crop.digests == [digest_bytes(png(77))]
-    assert preparation.books.stats[0, 0] == len(png(77))
+    assert not preparation.images.is_unchanged(0)
 
 
 def test_decoding_is_guarded_by_path_and_digest(root: Path) -> None:
@@ -166,9 +157,9 @@ def test_decoding_is_guarded_by_path_and_digest(root: Path) -> None:
     crop = Counter()
     decode = partial(decode_image, background=(255, 255, 255), exif=True, max_pixels=10**6)
     quarantine = Quarantine(root.parent / "cache", "rule")
-    preparation = Preparation(open_books(root), set(), quarantine, decode=decode, crop=crop, in_hand=in_hand)
+    preparation = Preparation(images_in(root), set(), quarantine, decode=decode, crop=crop, in_hand=in_hand)
     preparation(0, Clock())
-    digest = digest_bytes(preparation.books.path(0).read_bytes())
+    digest = digest_bytes(Path(preparation.images.path(0)).read_bytes())
     assert guarded == [("0.png", digest, "begin"), ("0.png", digest, "end")]
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.digests import stack_digests
 from pipeline.errors import CacheError
-from pipeline.features.digests import stack_digests
 from pipeline.features.quarantine import BadContent, Quarantine
 from pipeline.files import digest_bytes
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.digests import Digests
 from pipeline.errors import CacheError, MissingFeaturesError
-from pipeline.features.digests import Digests
 from pipeline.features.parts import VERIFIED_FILE, build_part, check_part, part_name
 from pipeline.features.rounding import as_stored
 from pipeline.features.store import SPEC_FILE, USED_FILE, FeatureStore, read_spec

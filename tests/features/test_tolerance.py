@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.features.rounding import Features
-from pipeline.features.tolerance import TOLERANCES, compare_features
+from pipeline.features.verify import TOLERANCES, compare_features
 
 
 def relu_features(seed: int, count: int = 20) -> Features:

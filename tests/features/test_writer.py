@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.data.digests import Digests
 from pipeline.features import writer as writer_module
-from pipeline.features.digests import Digests
 from pipeline.features.rounding import Features
 from pipeline.features.writer import PartWriter
 

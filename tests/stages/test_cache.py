@@ -16,15 +16,14 @@ import numpy as np
 import pytest
 
 from pipeline.errors import CacheError, MissingFeaturesError, VerifyError
+from pipeline.features.cache import FeatureCache
 from pipeline.features.garbage import DAY
 from pipeline.features.parts import build_part, part_name
 from pipeline.features.store import read_spec
 from pipeline.params import Params, load_params
-from pipeline.stages.cache import collect_garbage, export_features, list_cache
-from pipeline.stages.cache_verify import verify_cache
-from pipeline.stages.cache_why import explain_cache
+from pipeline.stages.cache import collect_garbage, explain_cache, export_features, list_cache, verify_cache
 from pipeline.stages.extract import extract
-from pipeline.stages.load import load_features
+from pipeline.stages.open import load_features
 
 from .conftest import FAST, write_image, write_images
 
@@ -189,7 +188,7 @@ def test_the_sample_is_chosen_by_its_seed(
 
     def chosen(seed: int) -> list[str]:
         # Nothing agrees, so that the error names every image looked at.
-        monkeypatch.setattr("pipeline.features.tolerance.Agreement.within", lambda self, _t: self.cosines > 2)
+        monkeypatch.setattr("pipeline.features.verify.Agreement.within", lambda self, _t: self.cosines > 2)
         with pytest.raises(VerifyError) as caught:
             verify_cache(make_params(), Lines(), sample=3, seed=seed)
         problems = caught.value.report["problems"]
@@ -337,15 +336,13 @@ def test_gc_waits_for_no_writer(run_extract: Extract, make_params: MakeParams, r
         errors.append(str(caught.value))
 
     with pytest.MonkeyPatch.context() as patch:
-        from pipeline.stages.embedding import Embedding
+        real = FeatureCache._embed
 
-        real = Embedding._embed
-
-        def embed(self: Embedding, *arguments: Any) -> Any:
+        def embed(self: FeatureCache, *arguments: Any) -> Any:
             collect("")
             return real(self, *arguments)
 
-        patch.setattr(Embedding, "_embed", embed)
+        patch.setattr(FeatureCache, "_embed", embed)
         extract(make_params(), lambda _line: None, quiet=True)
     assert len(errors) == 1 and key_folder(old).exists()
 

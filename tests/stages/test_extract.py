@@ -19,7 +19,7 @@ import pytest
 from pipeline.errors import BadImagesError, MissingFeaturesError
 from pipeline.params import Params
 from pipeline.stages.extract import extract
-from pipeline.stages.load import load_features
+from pipeline.stages.open import load_features
 
 from .conftest import FAST, write_image
 
@@ -40,7 +40,7 @@ def test_no_weights_are_loaded_when_nothing_is_to_do(run_extract: Extract, monke
     def refuse(*_args: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("pipeline.stages.sources.build_network", refuse)
+    monkeypatch.setattr("pipeline.backbones.backbone.build_network", refuse)
     assert run_extract()["reused"] == 24
 
 

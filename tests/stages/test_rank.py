@@ -22,7 +22,7 @@ ROW = Ranked("a", "a", "random-0", 100, 0.9, [0.85, 0.95], 8, 1000, 5.0, 0, 0.0,
 
 
 def quietly(params: Params, *names: str, images: int = 1000) -> dict[str, Any]:
-    return rank_backbones(params, names, lambda _line: None, images=images, quiet=True)
+    return rank_backbones(params, names, lambda _line: None, size=images, quiet=True)
 
 
 def test_backbones_are_ranked_on_the_same_images_of_train(make_params: MakeParams) -> None:

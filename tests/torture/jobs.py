@@ -13,10 +13,9 @@ from pipeline import load_run
 from pipeline.errors import CacheError
 from pipeline.params import Params, load_params
 from pipeline.params.sections import FinetuneParams
-from pipeline.stages.cache import collect_garbage
-from pipeline.stages.cache_verify import verify_cache
+from pipeline.stages.cache import collect_garbage, verify_cache
 from pipeline.stages.extract import extract
-from pipeline.stages.sources import open_store, resolve_origin
+from pipeline.stages.open import open_cache
 from pipeline.stages.train_head import train_head
 from tests.finetune.support import state_digest, train_tiny
 
@@ -87,7 +86,7 @@ def read_often_job(settings: list[str], reference: str, until: str) -> int:
     while True:
         last = os.path.exists(until)
         params = params_of(settings)
-        store = open_store(params, resolve_origin(params))
+        store = open_cache(params).store
         digests = store.digests
         for digest, row in zip(digests, store.read(digests), strict=True):
             assert (rows[digest.tobytes()] == row).all()

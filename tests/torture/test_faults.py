@@ -67,9 +67,9 @@ def backwards_job(settings: list[str], seconds: float) -> dict[str, Any]:
 
 def meddling_job(settings: list[str], doomed: str, changed: str) -> dict[str, Any]:
     """Extract; between scan and read one image vanishes and another becomes a third."""
-    from pipeline.stages import extract as stage
+    from pipeline.stages import open as opening
 
-    opened = stage.open_folder
+    opened = opening.open_images
 
     def open_and_meddle(*arguments: Any) -> Any:
         source = opened(*arguments)
@@ -77,7 +77,7 @@ def meddling_job(settings: list[str], doomed: str, changed: str) -> dict[str, An
         write_image(Path(changed), 999)
         return source
 
-    stage.open_folder = open_and_meddle
+    opening.open_images = open_and_meddle
     return outcome_job(settings)
 
 

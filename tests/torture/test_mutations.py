@@ -57,21 +57,20 @@ def isolated_rows(root: Path, settings: list[str]) -> dict[bytes, bytes | str]:
     """Content to its feature, or to the reason why it has none, each image decoded and forwarded alone."""
     from pipeline.data.decode import BadImage
     from pipeline.features.rounding import as_stored
-    from pipeline.stages.sources import build_forward, plain_view, resolve_origin
+    from pipeline.stages.open import open_backbone
 
     params = jobs.params_of(settings)
-    origin = resolve_origin(params)
-    view, forward = plain_view(origin.transform, params.data, params.extract), build_forward(params, origin)
+    backbone = open_backbone(params)
     rows: dict[bytes, bytes | str] = {}
     for path in sorted(root.rglob("*.jpg")):
         data = path.read_bytes()
         digest = digest_bytes(data)
         try:
-            pixels = view.crop(view.decode(data), digest)
+            pixels = backbone.pixels(backbone.decoder(data))
         except BadImage as bad:
             rows[digest] = bad.reason.value
         else:
-            rows[digest] = np.asarray(as_stored(forward([pixels]), params.cache.dtype), np.float32).tobytes()
+            rows[digest] = np.asarray(as_stored(backbone([pixels]), params.cache.dtype), np.float32).tobytes()
     return rows
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.scan import UNLABELLED, ImageTree, list_images, scan_folder
-from pipeline.data.walk import as_int64
+from pipeline.data.folder import list_files, scan_folder
+from pipeline.data.source import UNLABELLED, Samples
+from pipeline.data.walk import FileChanged, as_int64, read_file
 from pipeline.errors import DataError
 
 EXTENSIONS = (".jpg", ".png")
@@ -27,11 +28,11 @@ def make(root: Path, *names: str | bytes) -> Path:
     return root
 
 
-def scan(root: Path, layout: str = "auto", extensions: object = EXTENSIONS) -> ImageTree:
+def scan(root: Path, layout: str = "auto", extensions: object = EXTENSIONS) -> Samples:
     return scan_folder(root, layout=layout, extensions=extensions)  # type: ignore[arg-type]
 
 
-def labels(tree: ImageTree) -> dict[str, str]:
+def labels(tree: Samples) -> dict[str, str]:
     return {path: tree.class_names[target] for path, target in zip(tree.paths, tree.targets, strict=True)}
 
 
@@ -39,7 +40,7 @@ def test_flat_layout_nested_folders_and_ignored_files(tmp_path: Path) -> None:
     make(tmp_path, "cat/b.jpg", "cat/a/deep/er.PNG", "cat/a.jpg", "cat-big/x.jpg", "cat/notes.txt", "README", "a/z.gif")
     make(tmp_path, ".hidden/x.jpg", "cat/.x.jpg", "cat/.thumbs/x.jpg", "a/1.jpg", "cat/dir.jpg/inner.jpg")
     tree = scan(tmp_path)
-    assert tree.layout == "flat" and tree.splits is None
+    assert tree.splits is None
     assert tree.class_names == ("a", "cat", "cat-big")
     assert tree.paths == sorted(tree.paths)
     assert labels(tree) == {
@@ -57,7 +58,7 @@ def test_flat_layout_nested_folders_and_ignored_files(tmp_path: Path) -> None:
 def test_stats_are_those_of_the_files(tmp_path: Path) -> None:
     make(tmp_path, "b/second.jpg", "a/first.jpg", "a/long name.jpg")
     tree = scan(tmp_path)
-    for path, row in zip(tree.paths, tree.stats.tolist(), strict=True):
+    for path, row in zip(tree.paths, tree.stamps.tolist(), strict=True):
         status = (tmp_path / path).stat()
         assert row == [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
@@ -71,7 +72,7 @@ def test_inodes_above_63_bits_survive() -> None:
 def test_split_layout(tmp_path: Path, val: str) -> None:
     make(tmp_path, "train/ant/1.jpg", "train/bee/2.jpg", f"{val}/ant/3.jpg", f"{val}/bee/4.jpg", "test/bee/5.jpg")
     tree = scan(tmp_path)
-    assert tree.layout == "split" and tree.splits is not None and tree.class_names == ("ant", "bee")
+    assert tree.splits is not None and tree.class_names == ("ant", "bee")
     splits = dict(zip(tree.paths, tree.splits.tolist(), strict=True))
     assert splits == {
         "train/ant/1.jpg": 0,
@@ -86,7 +87,7 @@ def test_split_layout(tmp_path: Path, val: str) -> None:
 
 def test_train_alone_is_a_class_and_says_so(tmp_path: Path) -> None:
     tree = scan(make(tmp_path, "train/ant/1.jpg", "train/bee/2.jpg"))
-    assert tree.layout == "flat" and tree.class_names == ("train",)
+    assert tree.splits is None and tree.class_names == ("train",)
     assert "'train' is read as a class" in tree.warnings[0]
 
 
@@ -149,7 +150,7 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     assert tree.paths == ["cat/a.jpg", "cat/linked.jpg", "dog/b.jpg", "dog/more/c.jpg"]
     warnings = "\n".join(tree.warnings)
     assert all(f"{name!r} lead" in warnings for name in ("cat/up", "dog/self", "cat/dead.jpg", "cat/round.jpg"))
-    linked = tree.stats[1].tolist()
+    linked = tree.stamps[1].tolist()
     assert linked[3] == (tmp_path / "elsewhere/b.jpg").stat().st_ino
 
 
@@ -188,18 +189,18 @@ def test_all_extensions(tmp_path: Path) -> None:
     assert scan(tmp_path, extensions="all").paths == ["a/w.gif", "a/x.jp2", "a/y.QOI"]
 
 
-def test_list_images_takes_files_and_folders_once_in_order(tmp_path: Path) -> None:
+def test_list_files_takes_files_and_folders_once_in_order(tmp_path: Path) -> None:
     make(tmp_path, "z.xyz", "dir/b.jpg", "dir/a.jpg", "dir/sub/c.jpg", "dir/n.txt")
-    tree = list_images([tmp_path / "z.xyz", tmp_path / "dir", tmp_path / "dir/a.jpg"], extensions=EXTENSIONS)
+    tree = list_files([tmp_path / "z.xyz", tmp_path / "dir", tmp_path / "dir/a.jpg"], extensions=EXTENSIONS)
     relative = str(tmp_path)[1:]
     assert tree.paths == [f"{relative}/{name}" for name in ("z.xyz", "dir/a.jpg", "dir/b.jpg", "dir/sub/c.jpg")]
     assert (tree.root / tree.paths[1]).read_bytes() == b"dir/a.jpg"
     assert set(tree.targets.tolist()) == {UNLABELLED} and tree.ignored == {".txt": 1}
-    assert tree.stats[0].tolist()[3] == (tmp_path / "z.xyz").stat().st_ino
+    assert tree.stamps[0].tolist()[3] == (tmp_path / "z.xyz").stat().st_ino
     with pytest.raises(DataError, match="No such file"):
-        list_images([tmp_path / "nothing.jpg"], extensions=EXTENSIONS)
+        list_files([tmp_path / "nothing.jpg"], extensions=EXTENSIONS)
     with pytest.raises(DataError, match="No image"):
-        list_images([make(tmp_path / "empty", "x.txt")], extensions=EXTENSIONS)
+        list_files([make(tmp_path / "empty", "x.txt")], extensions=EXTENSIONS)
 
 
 def test_real_images_in_the_order_of_image_folder(shared: Path) -> None:
@@ -209,3 +210,38 @@ def test_real_images_in_the_order_of_image_folder(shared: Path) -> None:
     tree = scan_folder(root, layout="auto", extensions=(".jpg", ".jpeg", ".png"))
     ours = [(str(root / path), target) for path, target in zip(tree.paths, tree.targets.tolist(), strict=True)]
     assert ours == sorted(ImageFolder(str(root)).samples) and len(ours) == 244
+
+
+def test_a_file_is_read_with_the_stamp_of_what_was_read(tmp_path: Path) -> None:
+    file = tmp_path / "ü \n.jpg"
+    file.write_bytes(b"content")
+    data, row = read_file(file)
+    status = file.stat()
+    assert data == b"content"
+    assert row.tolist() == [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.jpg"
+    file.write_bytes(b"content")
+    real, calls = os.fstat, []
+
+    def grow(descriptor: int) -> os.stat_result:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            file.write_bytes(b"longer content")
+        return real(descriptor)
+
+    monkeypatch.setattr("pipeline.data.walk.os.fstat", grow)
+    with pytest.raises(FileChanged, match="changed"):
+        read_file(file)
+
+
+def test_what_cannot_be_read_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_file(tmp_path / "gone.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(OSError, match="regular"):
+        read_file(tmp_path / "pipe.jpg")
+    with pytest.raises(OSError):  # noqa: PT011 - a folder fails at opening or at reading, with different numbers
+        read_file(tmp_path)

@@ -1,11 +1,13 @@
-"""Find rows by content digest."""
+"""Content digests: find rows by them, and the digest of a whole data set."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import DIGEST_BYTES
+from ..files import DIGEST_BYTES, digest_bytes
 
 Digests = NDArray[np.uint8]
 
@@ -48,3 +50,18 @@ def first_occurrences(digests: Digests) -> NDArray[np.bool_]:
 
 def _words(digests: Digests) -> NDArray[np.uint64]:
     return np.ascontiguousarray(digests).view(np.uint64)
+
+
+def data_digest(digests: Digests, labels: Sequence[str], splits: Sequence[str]) -> str:
+    """BLAKE2b-128 (hex) over the sorted (digest, label, split) of all images: order and paths do not matter.
+
+    Args:
+        digests: (n, 16) uint8.
+        labels: n class names, "" where there is none.
+        splits: n names of splits.
+    """
+    # A class or a split is named by a folder, and no name of a folder holds a zero byte: the parts cannot run together.
+    names = zip(labels, splits, strict=True)
+    ends = (f"\0{label}\0{split}\0".encode("utf-8", "surrogateescape") for label, split in names)
+    rows = sorted(row.tobytes() + end for row, end in zip(digests, ends, strict=True))
+    return digest_bytes(b"".join(rows)).hex()

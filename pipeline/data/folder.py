@@ -17,36 +17,50 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from .walk import Extensions, Identity, Listing, Walker, join_listings, shown, stat_row, unreadable
+from ..params import DataParams
+from .source import SPLITS, UNLABELLED, Samples, Stamp
+from .walk import Extensions, Identity, Listing, Walker, join_listings, read_file, shown, stamp_of, unreadable
 
-SPLITS = ("train", "val", "test")
 SPLIT_OF_FOLDER = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
-UNLABELLED = -1
 NAMES_SHOWN = 5
+Layout = Literal["auto", "flat", "split"]
 
 
-@dataclass(frozen=True)
-class ImageTree:
-    """The images below ``root``.
+class FolderSource:
+    """A folder of images with one folder a class, with or without splits; see the module's text."""
 
-    Attributes:
-        class_names: sorted names of the class folders; empty when images lie directly in ``root``.
-        paths: n paths relative to ``root``, joined by ``/``, sorted; bytes that are no UTF-8 are surrogate-escaped.
-        targets: int32 (n,), index into ``class_names``, -1 where there are no class folders.
-        splits: int8 (n,), index into `SPLITS`; None where the folders say nothing about splits.
-        stats: int64 (n, 4), size, mtime_ns, ctime_ns, inode as the scan saw them.
-        ignored: lower-case extension (``""`` for none) -> count of files that were left out for it.
-    """
+    def __init__(self, root: Path, layout: Layout, extensions: Extensions) -> None:
+        self._root, self._layout, self._extensions = root, layout, extensions
+        self.name = os.fsencode(os.path.realpath(root))
 
-    root: Path
-    layout: Literal["flat", "split"]
-    class_names: tuple[str, ...]
-    paths: list[str]
-    targets: NDArray[np.int32]
-    splits: NDArray[np.int8] | None
-    stats: NDArray[np.int64]
-    ignored: dict[str, int]
-    warnings: tuple[str, ...]
+    @classmethod
+    def from_params(cls, data: DataParams) -> FolderSource:
+        """The folder ``data.root``."""
+        return cls(data.root, data.layout, data.extensions)
+
+    def list_samples(self) -> Samples:
+        """As `scan_folder`."""
+        return scan_folder(self._root, layout=self._layout, extensions=self._extensions)
+
+    def read(self, path: str) -> tuple[bytes, Stamp]:
+        """As `read_file`."""
+        return read_file(self._root / path)
+
+
+class FileSource:
+    """Files, and folders of files, named one by one and without labels."""
+
+    def __init__(self, paths: Sequence[Path], extensions: Extensions) -> None:
+        self._paths, self._extensions = paths, extensions
+        self.name = b"\0".join(sorted(os.fsencode(os.path.realpath(path)) for path in paths))
+
+    def list_samples(self) -> Samples:
+        """As `list_files`."""
+        return list_files(self._paths, extensions=self._extensions)
+
+    def read(self, path: str) -> tuple[bytes, Stamp]:
+        """As `read_file`."""
+        return read_file(Path("/") / path)
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class _ClassFolder:
         return sum(len(listing.names) for listing in self.listings)
 
 
-def scan_folder(root: Path, *, layout: Literal["auto", "flat", "split"] = "auto", extensions: Extensions) -> ImageTree:
+def scan_folder(root: Path, *, layout: Layout = "auto", extensions: Extensions) -> Samples:
     """Find the images below ``root``.
 
     Args:
@@ -88,7 +102,7 @@ def scan_folder(root: Path, *, layout: Literal["auto", "flat", "split"] = "auto"
     return tree
 
 
-def list_images(paths: Sequence[Path], *, extensions: Extensions) -> ImageTree:
+def list_files(paths: Sequence[Path], *, extensions: Extensions) -> Samples:
     """Files and folders of images as one unlabelled tree below ``/``, for prediction.
 
     The order is that of the arguments, within a folder that of the names; what is named twice is taken once. A
@@ -102,11 +116,9 @@ def list_images(paths: Sequence[Path], *, extensions: Extensions) -> ImageTree:
     for path in paths:
         for name, row in _images_of(walker, os.path.abspath(path)):
             found.setdefault(name, row)
-    stats = np.array(list(found.values()), np.int64).reshape(len(found), 4)
+    stamps = np.array(list(found.values()), np.int64).reshape(len(found), 4)
     targets = np.full(len(found), UNLABELLED, np.int32)
-    tree = ImageTree(
-        Path("/"), "flat", (), list(found), targets, None, stats, dict(walker.ignored), tuple(walker.warnings)
-    )
+    tree = Samples(Path("/"), (), list(found), targets, None, stamps, dict(walker.ignored), tuple(walker.warnings))
     if not found:
         raise _no_images(tree, where=", ".join(map(shown, paths)))
     return tree
@@ -118,9 +130,9 @@ def _images_of(walker: Walker, path: str) -> Iterable[tuple[str, NDArray[np.int6
     except OSError as error:
         raise unreadable(path, error) from error
     if not os.path.isdir(path):
-        return [(path[1:], stat_row(status))]
-    names, stats, _ = join_listings(walker.gather(f"{path[1:]}/" if path != "/" else ""))
-    return zip(names, stats, strict=True)
+        return [(path[1:], stamp_of(status))]
+    names, stamps, _ = join_listings(walker.gather(f"{path[1:]}/" if path != "/" else ""))
+    return zip(names, stamps, strict=True)
 
 
 def _looks_split(tops: dict[str, Listing]) -> bool:
@@ -128,24 +140,24 @@ def _looks_split(tops: dict[str, Listing]) -> bool:
     return 0 in with_classes and len(with_classes) > 1
 
 
-def _scan_flat(walker: Walker, root: Path, top: Listing) -> ImageTree:
+def _scan_flat(walker: Walker, root: Path, top: Listing) -> Samples:
     warnings = [
         f"The folder {name!r} is read as a class: a layout with splits has train and at least one of val and test, "
         "with class folders in them."
         for name in top.folders
         if name in SPLIT_OF_FOLDER
     ]
-    return _assemble(walker, root, "flat", [(0, top)], (), warnings)
+    return _assemble(walker, root, [(0, top)], (), warnings, split=False)
 
 
-def _scan_split(walker: Walker, root: Path, top: Listing, tops: dict[str, Listing]) -> ImageTree:
+def _scan_split(walker: Walker, root: Path, top: Listing, tops: dict[str, Listing]) -> Samples:
     _refuse_odd_splits(root, tops)
     other = [name for name in top.folders if name not in tops]
     warnings = [f"Folders beside the splits are left out: {_some(other)}."] if other else []
     if top.names:
         warnings.append(f"{_images(len(top.names))} directly in the data folder, outside of the splits, left out.")
     parts = [(SPLIT_OF_FOLDER[name], walker.list_folder(listing.prefix)) for name, listing in tops.items()]
-    return _assemble(walker, root, "split", parts, (top.identity,), warnings)
+    return _assemble(walker, root, parts, (top.identity,), warnings, split=True)
 
 
 def _refuse_odd_splits(root: Path, tops: dict[str, Listing]) -> None:
@@ -169,12 +181,17 @@ def _refuse_odd_splits(root: Path, tops: dict[str, Listing]) -> None:
 def _assemble(
     walker: Walker,
     root: Path,
-    layout: Literal["flat", "split"],
     parts: list[tuple[int, Listing]],
     parents: tuple[Identity, ...],
     warnings: list[str],
-) -> ImageTree:
-    """The tree of ``parts``: for each split (0 for all of a flat layout) the listing of the folder of its classes."""
+    *,
+    split: bool,
+) -> Samples:
+    """The samples of ``parts``: for each split (0 for all of a flat layout) the listing of the folder of its classes.
+
+    Args:
+        split: whether the folders say which split an image is in.
+    """
     folders = [
         _ClassFolder(name, split, walker.gather(f"{listing.prefix}{name}/", (*parents, listing.identity)))
         for split, listing in parts
@@ -194,15 +211,14 @@ def _assemble(
     if labelled:
         _refuse_unknown_classes(root, parts, folders, class_names)
         warnings += _class_warnings(folders, class_names, {split for split, _ in parts})
-    paths, targets, splits, stats = _columns(folders, class_names)
-    return ImageTree(
+    paths, targets, splits, stamps = _columns(folders, class_names)
+    return Samples(
         root,
-        layout,
         class_names,
         paths,
         targets,
-        splits if layout == "split" else None,
-        stats,
+        splits if split else None,
+        stamps,
         dict(sorted(walker.ignored.items())),
         (*walker.warnings, *warnings),
     )
@@ -214,10 +230,10 @@ def _columns(
     target_of = {name: i for i, name in enumerate(class_names)}
     listings = [listing for folder in folders for listing in folder.listings]
     owners = [folder for folder in folders for _ in folder.listings]
-    paths, stats, rows = join_listings(listings)
+    paths, stamps, rows = join_listings(listings)
     targets = np.array([target_of.get(folder.name, UNLABELLED) for folder in owners], np.int32)
     splits = np.array([folder.split for folder in owners], np.int8)
-    return paths, targets[rows], splits[rows], stats
+    return paths, targets[rows], splits[rows], stamps
 
 
 def _refuse_unknown_classes(
@@ -248,7 +264,7 @@ def _class_warnings(folders: list[_ClassFolder], class_names: tuple[str, ...], s
     return warnings
 
 
-def _no_images(tree: ImageTree, where: str | None = None) -> DataError:
+def _no_images(tree: Samples, where: str | None = None) -> DataError:
     ignored = sorted(tree.ignored.items(), key=lambda item: -item[1])[:NAMES_SHOWN]
     counts = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in ignored)
     return DataError(

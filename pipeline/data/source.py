@@ -1,0 +1,66 @@
+"""A place where images lie, behind one small protocol: list the samples, read the bytes of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+SPLITS = ("train", "val", "test")
+TRAIN, VAL, TEST = range(len(SPLITS))
+UNLABELLED = -1
+
+Stamp = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a source lists, in an order that does not depend on where it lies.
+
+    Attributes:
+        root: what the paths are relative to.
+        class_names: sorted; empty when nothing is labelled.
+        paths: n names, of which each stands for one image; bytes that are no UTF-8 are surrogate-escaped.
+        targets: int32 (n,), index into ``class_names``, -1 where there is no label.
+        splits: int8 (n,), index into `SPLITS`; None where the source says nothing about splits.
+        stamps: int64 (n, 4), equal as long as the bytes are: for files size, mtime_ns, ctime_ns and inode.
+        ignored: lower-case extension (``""`` for none) -> count of files that were left out for it.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    paths: list[str]
+    targets: NDArray[np.int32]
+    splits: NDArray[np.int8] | None
+    stamps: NDArray[np.int64]
+    ignored: dict[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+class Source(Protocol):
+    """One place of one kind. A further kind is one such class and its line in `images.SOURCES`.
+
+    Attributes:
+        name: by which the cache remembers the digests of what lies there, equal whenever the place is.
+    """
+
+    name: bytes
+
+    def list_samples(self) -> Samples:
+        """What lies there; no image is opened.
+
+        Raises:
+            DataError: there is nothing to list, it cannot be read, or it contradicts itself.
+        """
+        ...
+
+    def read(self, path: str) -> tuple[bytes, Stamp]:
+        """The bytes of the sample at ``path`` and, int64 (4,), its stamp when they were read.
+
+        Raises:
+            OSError: it has gone, cannot be read, or changed while it was.
+        """
+        ...

@@ -1,0 +1,467 @@
+"""The features of some images under a backbone: what is there, what is missing, how it gets there. The one place where
+images, backbone and store meet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..backbones import Backbone, Pixels
+from ..data.decode import Reason, decoder_versions
+from ..data.digests import Digests, data_digest, empty_digests, first_occurrences, locate, stack_digests
+from ..data.images import Images
+from ..data.source import SPLITS, TEST, TRAIN, VAL
+from ..data.trial import find_killers
+from ..data.walk import read_file
+from ..errors import DataError, Interrupted, MissingFeaturesError
+from ..files import digest_bytes
+from ..params import CacheParams, ExtractParams
+from ..runtime.cores import worker_count
+from ..runtime.distributed import World, gather
+from ..runtime.interrupt import stop_after_batch
+from ..runtime.progress import ProgressBar
+from .drift import SAMPLES, PixelRecord, pixel_digest
+from .extractor import Clock, extract_features
+from .journal import Journal, Suspect, journal, suspects_left_behind
+from .prepare import Preparation
+from .quarantine import BadContent, Quarantine, decoding_rule
+from .rounding import Features
+from .spec import FeatureSpec
+from .store import FeatureStore
+from .verify import Recomputed, recompute
+from .views import PLAIN, View
+from .writer import PartWriter
+
+INDEX_SECONDS = 60.0
+EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """Features as an experiment uses them, in the order of the images; unreadable images are absent.
+
+    Attributes:
+        features: float32 (n, d).
+        targets: int (n,), index into ``class_names``; -1 where the image has no label.
+        paths: relative to ``root``.
+        splits: int (n,), index into `SPLITS` (train, val, test).
+        digests: uint8 (n, 16), BLAKE2b-128 of each image's bytes.
+        groups: int (n,), equal for images that must stay on one side of any split.
+        views: each (rows of train, d): augmented views of the training images, in their order.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    features: Features
+    targets: NDArray[np.int64]
+    paths: list[str]
+    splits: NDArray[np.int8]
+    digests: Digests
+    groups: NDArray[np.int64]
+    views: tuple[Features, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def train(self) -> NDArray[np.bool_]:
+        """Which rows (n,) are of train."""
+        return np.equal(self.splits, TRAIN)
+
+    def labelled(self, split: int) -> NDArray[np.bool_]:
+        """Which rows (n,) of a split have a label."""
+        return np.equal(self.splits, split) & (self.targets >= 0)
+
+    def class_counts(self, rows: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Images of each class (c,) among ``rows`` (bool (n,))."""
+        targets = self.targets[rows]
+        return np.bincount(targets[targets >= 0], minlength=len(self.class_names))
+
+    def training_rows(self) -> tuple[Features, NDArray[np.int64], NDArray[np.int64]]:
+        """Features, targets and groups of train; the views of the images follow with their targets and groups."""
+        copies = 1 + len(self.views)
+        features = np.concatenate([self.features[self.train], *self.views])
+        return features, np.tile(self.targets[self.train], copies), np.tile(self.groups[self.train], copies)
+
+    def reported_split(self) -> int:
+        """The split to report on: test where there is one, else val.
+
+        Raises:
+            DataError: fewer than two classes, a class without images in train, or nothing to report on.
+        """
+        counts = self.class_counts(self.train)
+        if len(self.class_names) < 2:
+            raise self._untrainable(f"it has {len(self.class_names)} class folder(s), and a classifier needs two")
+        if empty := [name for name, count in zip(self.class_names, counts, strict=True) if not count]:
+            raise self._untrainable(f"train has no usable image of {', '.join(empty)}")
+        for split in (TEST, VAL):
+            if self.labelled(split).any():
+                return split
+        raise self._untrainable("no image is left to report on: val and test are empty")
+
+    def _untrainable(self, why: str) -> DataError:
+        return DataError(
+            "A head cannot be trained on this folder.",
+            where=self.root,
+            why=why,
+            remedy="give each class a folder with several images; data.val_fraction sets some aside to report on",
+        )
+
+    @cached_property
+    def data_digest(self) -> str:
+        """Hex digest of contents, labels and splits, whatever the paths and the order."""
+        labels = [self.class_names[target] if target >= 0 else "" for target in self.targets]
+        return data_digest(self.digests, labels, [SPLITS[split] for split in self.splits])
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What `FeatureCache.fill` did, in all processes that worked together.
+
+    Attributes:
+        computed: uint8 (k, 16), contents that went through the backbone.
+        clock: seconds of each step.
+        seconds: from the first file opened to the last part published; that of the longest share.
+    """
+
+    computed: Digests
+    clock: Clock
+    seconds: float
+
+
+class FeatureCache:
+    """The features of ``images`` under ``backbone``, as one view shows them.
+
+    Attributes:
+        store: the rows on disk.
+        quarantine: contents that the backbone's decoder cannot read.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        backbone: Backbone,
+        cache: CacheParams,
+        extract: ExtractParams,
+        *,
+        view: View = PLAIN,
+        world: World | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.images, self.backbone, self.view = images, backbone, view
+        self._params, self._extract, self._world, self._quiet = cache, extract, world or World(), quiet
+        self.store = FeatureStore(cache.dir, _spec_of(backbone, cache.dtype, view), backbone.feature_dim)
+        transform = backbone.transform
+        rule = decoding_rule(backbone.decoder, transform.resize, transform.crop)
+        self.quarantine = Quarantine(cache.dir, rule)
+
+    def views(self) -> Iterator[FeatureCache]:
+        """The caches of the augmented views that the params ask for, of the same images."""
+        for number in range(1, self._extract.views + 1):
+            yield self._with_view(View(number, self._extract.views_seed))
+
+    def _with_view(self, view: View) -> FeatureCache:
+        return FeatureCache(
+            self.images,
+            self.backbone,
+            self._params,
+            self._extract,
+            view=view,
+            world=self._world,
+            quiet=self._quiet,
+        )
+
+    @property
+    def key(self) -> str:
+        """Of everything but the image that determines these features."""
+        return self.store.spec.key
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should be told of the images and of what lies in the cache."""
+        return [*self.images.warnings, *self.store.warnings]
+
+    # -- what is there ----------------------------------------------------------------------------------------------
+
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """Which images (n,) have a feature."""
+        return np.logical_and(self.images.known, self.store.contains(self.images.digests))
+
+    @property
+    def quarantined(self) -> NDArray[np.bool_]:
+        """Which images (n,) are known to be unreadable."""
+        return self.images.known & (locate(stack_digests(self.quarantine.digests), self.images.digests) >= 0)
+
+    def missing(self, among: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """Positions to look at: unknown images, and one image of each known content without a feature; our share.
+
+        Args:
+            among: bool (n,), to look at these images only.
+        """
+        images = self.images
+        wanted = np.ones(len(images), bool) if among is None else among
+        repeated = np.zeros(len(images), bool)
+        known = np.flatnonzero(images.known & wanted)
+        repeated[known] = ~first_occurrences(images.digests[known])
+        return self._world.share(np.flatnonzero(wanted & ~(self.present | self.quarantined | repeated)))
+
+    def read(self, digests: Digests) -> Features:
+        """Features (n, d), float32, of the contents ``digests`` (n, 16).
+
+        Raises:
+            MissingFeaturesError: some have none.
+        """
+        return self.store.read(digests)
+
+    def table(self) -> FeatureTable:
+        """All images that are not unreadable, with their augmented views; nothing is computed.
+
+        Raises:
+            MissingFeaturesError: an image has no feature, and is not known to be unreadable.
+        """
+        self.images.read_unknown()
+        present = self.present
+        missing = np.flatnonzero(~present & ~self.quarantined)
+        if len(missing):
+            raise self._missing(missing)
+        table = self.table_of(np.flatnonzero(present))
+        self.store.touch()
+        return replace(table, views=tuple(view._view_of(table) for view in self.views()))
+
+    def table_of(self, rows: NDArray[np.int64]) -> FeatureTable:
+        """The images at ``rows``, each with a feature."""
+        images, digests = self.images, self.images.digests[rows]
+        return FeatureTable(
+            root=images.root,
+            class_names=images.class_names,
+            features=self.store.read(digests),
+            targets=images.class_indices(rows),
+            paths=[images.paths[row] for row in rows],
+            splits=images.splits_of(rows),
+            digests=digests,
+            groups=images.groups_of(rows),
+        )
+
+    def _view_of(self, table: FeatureTable) -> Features:
+        """This view of the table's training images."""
+        try:
+            features = self.store.read(table.digests[table.train])
+        except MissingFeaturesError as error:
+            raise MissingFeaturesError(
+                f"View {self.view.number} of the training images is not in the cache: {error.what}",
+                where=error.where,
+                remedy="run `pipeline extract` with the same params (make train-head does so by itself)",
+            ) from error
+        self.store.touch()
+        return features
+
+    def _missing(self, missing: NDArray[np.int64]) -> MissingFeaturesError:
+        images = self.images
+        examples = ", ".join(repr(images.paths[position]) for position in missing[:EXAMPLES])
+        failures = [images.failures[position] for position in missing.tolist() if position in images.failures]
+        return MissingFeaturesError(
+            f"{len(missing)} of {len(images)} images have no feature yet.",
+            where=f"{images.root}: {examples}{' ...' if len(missing) > EXAMPLES else ''}",
+            why=f"unreadable now: {failures[0]}" if failures else f"{self.store.spec.folder_name} does not hold them",
+            remedy="run `pipeline extract` with the same params (make train-head does so by itself)",
+        )
+
+    # -- how it gets there ------------------------------------------------------------------------------------------
+
+    def fill(self, positions: NDArray[np.int64] | None = None) -> Filled:
+        """Compute the features of the images at ``positions`` (all that is missing), together with other processes.
+
+        With nothing to do, no weights are loaded and nothing is written.
+
+        Raises:
+            DriftError: images decode to other pixels than when the key was begun.
+            CacheError: the cache cannot be written; what was published is kept.
+            Interrupted: Ctrl-C; what was published is kept.
+        """
+        positions = self.missing() if positions is None else positions
+        filled = self._together(self._compute(positions) if len(positions) else Filled(empty_digests(), Clock(), 0.0))
+        self.store.refresh()
+        self.store.touch()
+        return filled
+
+    def ledger(self, filled: Filled) -> dict[str, int]:
+        """``images = embedded + reused + duplicates + quarantined``, and ``failed`` files beside it.
+
+        Embedded, reused and quarantined count distinct contents; duplicates count images whose bytes occurred earlier
+        in the listing; forwarded counts images that went through the backbone.
+        """
+        read = self.images.digests[self.images.known]
+        counts = count_contents(read, filled.computed, stack_digests(self.quarantine.digests))
+        return {**counts, "forwarded": len(filled.computed), "failed": len(self.images.failures)}
+
+    def verify(self, *, sample: int, seed: int) -> Recomputed:
+        """Compute up to ``sample`` of the features here again, and compare."""
+        return recompute(self.images, self.backbone, self.view, self.store, sample=sample, seed=seed)
+
+    def _compute(self, positions: NDArray[np.int64]) -> Filled:
+        with self.store.writing():
+            self._check_drift()
+            self._try_suspects()
+            with journal(self.store.cache_dir, self._workers) as opened:
+                return self._embed(positions, opened)
+
+    @property
+    def _workers(self) -> int:
+        return worker_count(self._extract.workers, self._world)
+
+    def _embed(self, positions: NDArray[np.int64], opened: Journal) -> Filled:
+        computed: list[Digests] = []
+        samples: dict[bytes, str] = {}
+        writer = PartWriter(self.store.publish, self._extract.part_seconds, after=self._remember_often())
+
+        def sink(features: Features, digests: Digests) -> None:
+            writer(features, digests)
+            computed.append(digests)
+
+        started = time.perf_counter()
+        with (
+            stop_after_batch() as interruption,
+            ProgressBar("embedding", len(positions), quiet=self._quiet) as bar,
+        ):
+            try:
+                with writer:
+                    clock = extract_features(
+                        positions.tolist(),
+                        self._preparation(samples, opened),
+                        self.backbone.forward,
+                        sink,
+                        workers=self._workers,
+                        interruption=interruption,
+                        seen=lambda _content: bar.advance(),
+                    )
+            finally:
+                self.images.remember()
+        seconds = time.perf_counter() - started
+        clock.busy["write"] += writer.seconds
+        PixelRecord(self.store.folder).record(decoder_versions(), samples)
+        if interruption:
+            raise _interrupted(writer.published, len(positions))
+        return Filled(np.concatenate([empty_digests(), *computed]), clock, seconds)
+
+    def _preparation(self, samples: dict[bytes, str], opened: Journal) -> Preparation:
+        def crop(image: Image.Image, digest: bytes) -> Pixels:
+            pixels = self.view.pixels(image, digest, self.backbone.transform)
+            if len(samples) < SAMPLES:
+                samples[digest] = pixel_digest(pixels)
+            return pixels
+
+        have = {row.tobytes() for row in self.store.digests}
+        return Preparation(
+            self.images,
+            have,
+            self.quarantine,
+            decode=self.backbone.decoder,
+            crop=crop,
+            in_hand=opened.in_hand,
+        )
+
+    def _remember_often(self) -> Callable[[], None]:
+        """Save the index beside a part now and then, so that a kill does not cost reading everything again."""
+        last = time.monotonic()
+
+        def after() -> None:
+            nonlocal last
+            if time.monotonic() - last > INDEX_SECONDS:
+                last = time.monotonic()
+                self.images.remember()
+
+        return after
+
+    def _together(self, filled: Filled) -> Filled:
+        """What all processes did, each learning what the others have read."""
+        images = self.images
+        mine = (images.digests, images.known, images.failures, filled)
+        shares = gather(mine, self._world)
+        if len(shares) == 1:
+            return filled
+        clock = Clock()
+        for digests, known, failures, share in shares:
+            images.learn(digests, known, failures)
+            clock.add(share.clock)
+        computed = np.concatenate([share.computed for *_, share in shares])
+        return Filled(computed, clock, max(share.seconds for *_, share in shares))
+
+    def _try_suspects(self) -> None:
+        """Try what earlier processes were decoding when they were killed, and quarantine what did it."""
+        with suspects_left_behind(self.store.cache_dir) as suspects:
+            present = {suspect.path: suspect.digest for suspect in suspects if self._is_present(suspect)}
+            for path, end in find_killers(list(present), self.backbone.decoder).items():
+                reason = Reason.KILLS_DECODER
+                self.quarantine.add(present[path], BadContent(str(path), reason.value, end, reason.remedy))
+
+    def _is_present(self, suspect: Suspect) -> bool:
+        """Whether the file is still what it was, and not known to be bad."""
+        with suppress(OSError):
+            held = digest_bytes(read_file(suspect.path)[0])
+            return held == suspect.digest and not self.quarantine.get(suspect.digest)
+        return False
+
+    def _check_drift(self) -> None:
+        record = PixelRecord(self.store.folder)
+        versions = decoder_versions()
+        if record.needs_check(versions) and not record.check(versions, self._pixels_of):
+            self.store.warnings.append(
+                f"The features of {self.store.folder.name} were made with other versions of the decoder, and none of "
+                "the images kept for comparison is in this folder, so that equal pixels could not be confirmed."
+            )
+
+    def _pixels_of(self, digest: bytes) -> Pixels | None:
+        """The pixels of a content of these images, or None where none holds it any more."""
+        images = self.images
+        same = images.known & (images.digests == np.frombuffer(digest, np.uint8)).all(axis=1)
+        for position in np.flatnonzero(same).tolist():
+            data = images.read(position)
+            if data is not None and images.digest(position) == digest:
+                return self.view.pixels(self.backbone.decoder(data), digest, self.backbone.transform)
+        return None
+
+
+def count_contents(digests: Digests, computed: Digests, quarantined: Digests) -> dict[str, int]:
+    """The ledger of images with these contents (n, 16), of which some were computed now and some cannot be read."""
+    first = first_occurrences(digests)
+    embedded = first & (locate(computed, digests) >= 0)
+    bad = first & ~embedded & (locate(quarantined, digests) >= 0)
+    return {
+        "images": len(digests),
+        "embedded": int(embedded.sum()),
+        "reused": int((first & ~embedded & ~bad).sum()),
+        "duplicates": int((~first).sum()),
+        "quarantined": int(bad.sum()),
+    }
+
+
+def _spec_of(backbone: Backbone, dtype: str, view: View) -> FeatureSpec:
+    identity = backbone.identity
+    return FeatureSpec(
+        backbone=identity.name,
+        weights_digest=identity.digest,
+        layer=identity.layer,
+        pooling=identity.pooling,
+        transform=backbone.transform.as_dict(),
+        decoder=backbone.decoder.rule,
+        precision=backbone.precision,
+        dtype=dtype,
+        view=view.name,
+    )
+
+
+def _interrupted(published: int, wanted: int) -> Interrupted:
+    return Interrupted(
+        f"Interrupted; {published} new features are safe in the cache.",
+        why=f"{wanted} images were to be looked at",
+        remedy="run the same command again: it goes on where this one stopped",
+    )

@@ -1,0 +1,278 @@
+"""A run: published from what a stage made, loaded from its folder alone, applied to images. One path for every run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..artifacts import (
+    METRICS_FILE,
+    MODEL_FILE,
+    PARAMS_FILE,
+    PREDICTIONS_FILE,
+    REPORT_FILE,
+    BackboneRecord,
+    DataRecord,
+    HeadRecord,
+    ParameterCounts,
+    Predictions,
+    RunMetrics,
+    RunModel,
+    current_versions,
+    publishing_run,
+    read_model,
+    write_predictions,
+)
+from ..backbones import Backbone, BackboneIdentity, BuiltNetwork, Transform, build_network, make_decoder
+from ..backbones.backbone import DECODER_RULES
+from ..data.images import Images, open_paths
+from ..data.source import SPLITS
+from ..errors import RunError
+from ..evaluate.report import render_report
+from ..features.cache import FeatureCache, FeatureTable
+from ..heads import Head, load_head, save_head
+from ..params import Params, dump_params, load_params
+from ..runtime.device import resolve_device
+from .score import Scored, apply_head
+
+BACKBONE_FILE = "backbone.safetensors"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image's classes, most probable first; or the ``error`` that kept it from being classified.
+
+    ``top`` holds (label, probability); the probability is None where the head gives none.
+    """
+
+    path: str
+    label: str | None = None
+    probability: float | None = None
+    top: tuple[tuple[str, float | None], ...] = ()
+    error: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """``path, label, probability, top`` or ``path, error``, for JSON."""
+        if self.error is not None:
+            return {"path": self.path, "error": self.error}
+        top = [{"label": label, "probability": probability} for label, probability in self.top]
+        return {"path": self.path, "label": self.label, "probability": self.probability, "top": top}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, ready to classify images."""
+
+    folder: Path
+    params: Params
+    model: RunModel
+    head: Head
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes that the head tells apart, by target."""
+        return tuple(self.model.class_names)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The backbone that made the run's features: all of it from the run's own records.
+
+        Raises:
+            RunError: the records name a rule of decoding that this program does not have.
+        """
+        record, params = self.model.backbone, self.params
+        transform = Transform.from_dict(self.model.transform, where=self.folder)
+        return Backbone(
+            identity=BackboneIdentity(record.name, record.weights, record.digest, record.layer, record.pooling),
+            transform=transform,
+            feature_dim=self.model.feature_dim,
+            decoder=make_decoder(transform, params.data.max_pixels, self._decoding_rule()),
+            device=resolve_device(params.extract.device),
+            precision=self.model.precision,
+            batch_size=self.model.forward_shape[0],
+            source=self._build_network,
+        )
+
+    def _decoding_rule(self) -> str:
+        """As recorded; runs of before it was recorded have it in their params."""
+        rule = self.model.decoder or DECODER_RULES[self.params.extract.decoder]
+        if rule not in DECODER_RULES.values():
+            raise RunError(
+                "The run's images were decoded by a rule that this program does not have.",
+                where=self.folder,
+                why=f"it is {rule!r}; known are {', '.join(DECODER_RULES.values())}",
+                remedy="use the version of the program that made the run",
+            )
+        return rule
+
+    def _build_network(self) -> BuiltNetwork:
+        """The run's own network, proven to be the one it was made with."""
+        own = self.folder / BACKBONE_FILE
+        section = self.params.backbone
+        if own.exists():
+            section = section.model_copy(update={"weights": str(own)})
+        built = build_network(section, self.params.transform)
+        if built.identity.digest != self.model.backbone.digest:
+            raise RunError(
+                "The run was made with other weights than those found now.",
+                where=f"{self.folder} ({section.weights})",
+                why=f"their digest is {built.identity.digest}, the run has {self.model.backbone.digest}",
+                remedy="give the weights file it was made with: -s backbone.weights=PATH",
+            )
+        return built
+
+    def cache(self, images: Images, *, quiet: bool = False) -> FeatureCache:
+        """The features of ``images`` under the run's backbone, stored as the run's were."""
+        storage = self.params.cache.model_copy(update={"dtype": self.model.storage_dtype})
+        extract = self.params.extract.model_copy(update={"views": 0})
+        return FeatureCache(images, self.backbone, storage, extract, quiet=quiet)
+
+    def predict(self, paths: Sequence[Path | str], *, top: int = 5, quiet: bool = True) -> list[Prediction]:
+        """Classify image files and folders of them, in sorted order; bad files get an ``error``.
+
+        Args:
+            top: how many classes to list for an image, most probable first.
+
+        Raises:
+            DataError: a path does not exist, or there is no image.
+        """
+        images = open_paths([Path(path) for path in paths], self.params.data, self.params.cache.dir)
+        cache = self.cache(images, quiet=quiet)
+        cache.fill()
+        rows = np.flatnonzero(cache.present)
+        scored = apply_head(self.head, cache.read(images.digests[rows]), len(self.class_names))
+        problem = cache.quarantine.problem_with
+        return label_images(images, rows.tolist(), scored, self.class_names, top, problem=problem)
+
+
+def load_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
+    """A run folder as an object that predicts; nothing in it is unpickled or imported.
+
+    Args:
+        overrides: ``key.path=value`` for params that differ here, such as ``backbone.weights`` or ``cache.dir``.
+
+    Raises:
+        RunError: the folder is missing, damaged or made by something else.
+    """
+    folder = Path(os.path.abspath(folder))
+    model = read_model(folder)
+    params = load_params(folder / PARAMS_FILE, overrides)
+    return Run(folder, params, model, load_head(folder, model.head.model_dump()))
+
+
+def label_images(
+    images: Images,
+    rows: Sequence[int],
+    scored: Scored,
+    names: Sequence[str],
+    top: int,
+    *,
+    problem: Callable[[Images, int], str],
+) -> list[Prediction]:
+    """A prediction for each image: ``scored`` holds those at ``rows``, ``problem`` says what ails the others."""
+    place = {row: index for index, row in enumerate(rows)}
+    return [
+        _prediction(images.path(row), scored, place[row], names, top)
+        if row in place
+        else Prediction(images.path(row), error=problem(images, row))
+        for row in range(len(images))
+    ]
+
+
+def _prediction(path: str, scored: Scored, index: int, names: Sequence[str], top: int) -> Prediction:
+    label = names[int(scored.predicted[index])]
+    if scored.probabilities is None:
+        return Prediction(path, label, None, ((label, None),))
+    row = scored.probabilities[index]
+    order = np.argsort(-row, kind="stable")[:top]
+    best = tuple((names[target], float(row[target])) for target in order)
+    return Prediction(path, label, float(row[int(scored.predicted[index])]), best)
+
+
+# -- a run from what a stage made -------------------------------------------------------------------------------------
+
+
+def run_model(cache: FeatureCache, table: FeatureTable, head: Head) -> RunModel:
+    """``model.json`` of a run of stage two, still without what saving the head adds and without the seconds."""
+    backbone = cache.backbone
+    crop = backbone.transform.crop
+    return RunModel(
+        created=datetime.now(UTC),
+        verb="train-head",
+        class_names=list(table.class_names),
+        backbone=backbone_record(backbone.identity),
+        transform=backbone.transform.as_dict(),
+        decoder=backbone.decoder.rule,
+        precision=backbone.precision,
+        storage_dtype=cache.store.spec.dtype,
+        feature_dim=backbone.feature_dim,
+        forward_shape=[backbone.batch_size, 3, crop, crop],
+        feature_key=cache.key,
+        head=HeadRecord(kind=head.kind),
+        data=DataRecord(
+            root=str(table.root),
+            digest=table.data_digest,
+            images={name: int((table.splits == number).sum()) for number, name in enumerate(SPLITS)},
+        ),
+        parameters=_parameter_counts(backbone, head),
+        versions=current_versions(),
+        seconds=0.0,
+    )
+
+
+def backbone_record(identity: BackboneIdentity) -> BackboneRecord:
+    """Which backbone made the features."""
+    return BackboneRecord(
+        name=identity.name,
+        weights=identity.weights,
+        digest=identity.digest,
+        layer=identity.layer,
+        pooling=identity.pooling,
+    )
+
+
+def _parameter_counts(backbone: Backbone, head: Head) -> ParameterCounts:
+    """Trained numbers of the head, and those of the whole classifier; None where a head has no meaningful count."""
+    trainable = head.parameter_count()
+    return ParameterCounts(trainable=trainable, total=None if trainable is None else trainable + backbone.parameters)
+
+
+def publish_run(
+    params: Params,
+    name: str,
+    *,
+    head: Head,
+    model: RunModel,
+    metrics: RunMetrics,
+    predictions: Predictions,
+    fill: Callable[[Path], None] = lambda _folder: None,
+) -> Path:
+    """The absolute path of a new run folder under ``runs.dir``: whole, or not there.
+
+    Args:
+        name: taken over, or followed by ``-2`` and so on where it exists.
+        model: its ``head`` record is completed with what loading the head needs.
+        fill: writes further files (a fine-tuned backbone) into the folder.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    with publishing_run(params.runs.dir, name) as (folder, path):
+        record = HeadRecord.model_validate({**model.head.model_dump(), **save_head(head, folder)})
+        model = model.model_copy(update={"head": record})
+        (folder / PARAMS_FILE).write_text(dump_params(params), encoding="utf-8")
+        (folder / MODEL_FILE).write_bytes(model.to_json())
+        (folder / METRICS_FILE).write_bytes(metrics.to_json())
+        with open(folder / PREDICTIONS_FILE, "wb") as file:
+            write_predictions(file, predictions)
+        report = render_report(model, metrics, name=path.name, params_text=dump_params(params))
+        (folder / REPORT_FILE).write_text(report, encoding="utf-8")
+        fill(folder)
+    return path
