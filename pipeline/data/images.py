@@ -86,6 +86,13 @@ class Images:
         """The whole path of an image, for people."""
         return str(self.root / self.paths[position])
 
+    def position_of(self, path: str) -> int | None:
+        """The position of the image whose whole path this is, if it is among these."""
+        try:
+            return self.paths.index(str(Path(path).relative_to(self.root)))
+        except ValueError:
+            return None
+
     def digest(self, position: int) -> bytes:
         """The 16 bytes that name a known image's content."""
         return bytes(self.digests[position])

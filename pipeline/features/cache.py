@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ..backbones import Backbone, Pixels
 from ..data.decode import Reason, decoder_versions
@@ -28,9 +27,9 @@ from ..runtime.cores import worker_count
 from ..runtime.distributed import World, gather
 from ..runtime.interrupt import stop_after_batch
 from ..runtime.progress import ProgressBar
-from .drift import SAMPLES, PixelRecord, pixel_digest
+from .drift import PixelRecord
 from .extractor import Clock, extract_features
-from .journal import Journal, Suspect, journal, suspects_left_behind
+from .journal import Journal, journal, suspects_left_behind
 from .prepare import Preparation
 from .quarantine import BadContent, Quarantine, decoding_rule
 from .rounding import Features
@@ -309,7 +308,7 @@ class FeatureCache:
 
     def _compute(self, positions: NDArray[np.int64]) -> Filled:
         with self.store.writing():
-            self._check_drift()
+            self._confirm_pixels()
             self._try_suspects()
             with journal(self.store.cache_dir, self._workers) as opened:
                 return self._embed(positions, opened)
@@ -320,7 +319,6 @@ class FeatureCache:
 
     def _embed(self, positions: NDArray[np.int64], opened: Journal) -> Filled:
         computed: list[Digests] = []
-        samples: dict[bytes, str] = {}
         writer = PartWriter(self.store.publish, self._extract.part_seconds, after=self._remember_often())
 
         def sink(features: Features, digests: Digests) -> None:
@@ -336,7 +334,7 @@ class FeatureCache:
                 with writer:
                     clock = extract_features(
                         positions.tolist(),
-                        self._preparation(samples, opened),
+                        self._preparation(opened),
                         self.backbone.forward,
                         sink,
                         workers=self._workers,
@@ -345,32 +343,25 @@ class FeatureCache:
                     )
             finally:
                 self.images.remember()
+                self.quarantine.save()
         seconds = time.perf_counter() - started
         clock.busy["write"] += writer.seconds
-        PixelRecord(self.store.folder).record(decoder_versions(), samples)
         if interruption:
             raise _interrupted(writer.published, len(positions))
         return Filled(np.concatenate([empty_digests(), *computed]), clock, seconds)
 
-    def _preparation(self, samples: dict[bytes, str], opened: Journal) -> Preparation:
-        def crop(image: Image.Image, digest: bytes) -> Pixels:
-            pixels = self.view.pixels(image, digest, self.backbone.transform)
-            if len(samples) < SAMPLES:
-                samples[digest] = pixel_digest(pixels)
-            return pixels
-
-        have = {row.tobytes() for row in self.store.digests}
+    def _preparation(self, opened: Journal) -> Preparation:
         return Preparation(
             self.images,
-            have,
+            {row.tobytes() for row in self.store.digests},
             self.quarantine,
             decode=self.backbone.decoder,
-            crop=crop,
+            crop=lambda image, digest: self.view.pixels(image, digest, self.backbone.transform),
             in_hand=opened.in_hand,
         )
 
     def _remember_often(self) -> Callable[[], None]:
-        """Save the index beside a part now and then, so that a kill does not cost reading everything again."""
+        """Save index and quarantine beside a part now and then, so that a kill does not cost reading all again."""
         last = time.monotonic()
 
         def after() -> None:
@@ -378,6 +369,7 @@ class FeatureCache:
             if time.monotonic() - last > INDEX_SECONDS:
                 last = time.monotonic()
                 self.images.remember()
+                self.quarantine.save()
 
         return after
 
@@ -398,36 +390,42 @@ class FeatureCache:
     def _try_suspects(self) -> None:
         """Try what earlier processes were decoding when they were killed, and quarantine what did it."""
         with suspects_left_behind(self.store.cache_dir) as suspects:
-            present = {suspect.path: suspect.digest for suspect in suspects if self._is_present(suspect)}
-            for path, end in find_killers(list(present), self.backbone.decoder).items():
+            paths = {suspect.digest: str(suspect.path) for suspect in suspects}
+            contents = {digest: data for digest in paths if (data := self._suspect(digest, paths[digest]))}
+            for digest, end in find_killers(contents, self.backbone.decoder).items():
                 reason = Reason.KILLS_DECODER
-                self.quarantine.add(present[path], BadContent(str(path), reason.value, end, reason.remedy))
+                self.quarantine.add(digest, BadContent(paths[digest], reason.value, end, reason.remedy))
+            self.quarantine.save()
 
-    def _is_present(self, suspect: Suspect) -> bool:
-        """Whether the file is still what it was, and not known to be bad."""
+    def _suspect(self, digest: bytes, path: str) -> bytes | None:
+        """The bytes of a suspect, if it still is what it was and is not known to be bad."""
+        if self.quarantine.get(digest):
+            return None
         with suppress(OSError):
-            held = digest_bytes(read_file(suspect.path)[0])
-            return held == suspect.digest and not self.quarantine.get(suspect.digest)
-        return False
-
-    def _check_drift(self) -> None:
-        record = PixelRecord(self.store.folder)
-        versions = decoder_versions()
-        if record.needs_check(versions) and not record.check(versions, self._pixels_of):
-            self.store.warnings.append(
-                f"The features of {self.store.folder.name} were made with other versions of the decoder, and none of "
-                "the images kept for comparison is in this folder, so that equal pixels could not be confirmed."
-            )
-
-    def _pixels_of(self, digest: bytes) -> Pixels | None:
-        """The pixels of a content of these images, or None where none holds it any more."""
-        images = self.images
-        same = images.known & (images.digests == np.frombuffer(digest, np.uint8)).all(axis=1)
-        for position in np.flatnonzero(same).tolist():
-            data = images.read(position)
-            if data is not None and images.digest(position) == digest:
-                return self.view.pixels(self.backbone.decoder(data), digest, self.backbone.transform)
+            position = self.images.position_of(path)
+            data = read_file(path)[0] if position is None else self.images.read(position)
+            return data if data is not None and digest_bytes(data) == digest else None
         return None
+
+    def _confirm_pixels(self) -> None:
+        record = PixelRecord(self.store.folder)
+        if not record.versions and len(self.store.digests):
+            self.store.warnings.append(
+                f"With which decoder the {len(self.store.digests)} features in {self.store.folder.name} were made"
+                " is not recorded; `pipeline cache verify` computes some of them again."
+            )
+        record.confirm(decoder_versions(), self._pixels_of, self._bytes_of)
+
+    def _pixels_of(self, data: bytes) -> Pixels:
+        return self.view.pixels(self.backbone.decoder(data), digest_bytes(data), self.backbone.transform)
+
+    def _bytes_of(self, digest: bytes) -> bytes | None:
+        """An image with this content; those whose content is not known are read to find it."""
+        images = self.images
+        images.read_unknown()
+        same = images.known & (images.digests == np.frombuffer(digest, np.uint8)).all(axis=1)
+        contents = (images.read(position) for position in np.flatnonzero(same).tolist())
+        return next((data for data in contents if data is not None and digest_bytes(data) == digest), None)
 
 
 def count_contents(digests: Digests, computed: Digests, quarantined: Digests) -> dict[str, int]:

@@ -71,7 +71,5 @@ class Preparation:
             with self._in_hand(path, digest):
                 return self._crop(self._decode(data), digest)
         except BadImage as bad:
-            content = BadContent(path, bad.reason.value, bad.detail, bad.reason.remedy)
-            with self._lock:
-                self.quarantine.add(digest, content)
+            self.quarantine.add(digest, BadContent(path, bad.reason.value, bad.detail, bad.reason.remedy))
             return None

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import ImageChops
 
-from pipeline.errors import BadImagesError, MissingFeaturesError
+from pipeline.data.decode import Decoder
+from pipeline.errors import BadImagesError, DriftError, MissingFeaturesError
 from pipeline.params import Params
 from pipeline.stages.extract import extract
 from pipeline.stages.open import load_features
@@ -252,3 +254,39 @@ def test_shards_of_a_job_array_complete_each_other(run_extract: Extract) -> None
     second = run_extract("extract.shard=1/2")
     assert (first["forwarded"], second["forwarded"]) == (12, 12)
     assert run_extract()["forwarded"] == 0
+
+
+def decode_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new version of Pillow, whose pixels are others."""
+    real = Decoder.__call__
+    monkeypatch.setattr("pipeline.features.cache.decoder_versions", lambda: {"pillow": "99"})
+    monkeypatch.setattr(Decoder, "__call__", lambda self, data: ImageChops.invert(real(self, data)))
+
+
+def test_other_pixels_are_never_mixed_in_whatever_is_known_of_the_images(
+    run_extract: Extract, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_extract()
+    decode_otherwise(monkeypatch)
+    write_image(tmp_path / "elsewhere" / "cat" / "new.jpg", 100)  # as on another machine: no path is known
+    with pytest.raises(DriftError, match="other pixels"):
+        run_extract(f"data.root={tmp_path / 'elsewhere'}")
+    write_image(root / "train" / "cat" / "new.jpg", 101)
+    with pytest.raises(DriftError, match="other pixels"):
+        run_extract()
+    assert run_extract("cache.dtype=float32")["forwarded"] == 25, "a key of its own begins with today's pixels"
+
+
+def test_a_killed_first_extraction_goes_on_under_its_own_pixels_only(
+    run_extract: Extract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_arguments: Any, **_named: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.features.cache.extract_features", die)
+        with pytest.raises(KeyboardInterrupt):
+            run_extract()
+    decode_otherwise(monkeypatch)
+    with pytest.raises(DriftError, match="other pixels"):
+        run_extract()

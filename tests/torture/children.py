@@ -87,8 +87,8 @@ class _Countdown:
 
     def install(self) -> None:
         """Count file operations, syncs, writes to the journal, and calls of the decoder and the backbone."""
+        from pipeline.backbones import Forward
         from pipeline.data.decode import Decoder
-        from pipeline.features.extractor import Forward
 
         sys.addaudithook(lambda event, _args: self.tick() if event in EVENTS else None)
         for owner, name in ((os, "fsync"), (os, "pwrite"), (Decoder, "__call__"), (Forward, "_forward")):
