@@ -13,11 +13,11 @@ import numpy as np
 from ..artifacts import PARAMS_FILE, RunModel, read_model
 from ..backbones import BackboneIdentity, BuiltNetwork, Transform, build_network
 from ..errors import RunError
+from ..evaluate import Classified, classify
 from ..heads import Head, load_head
 from ..params import Params, load_params
 from ..runtime.device import resolve_device
 from .embedding import Embedding
-from .score import Scored, apply_head
 from .sources import (
     Origin,
     Source,
@@ -127,8 +127,8 @@ class Run:
         embedding.run(embedding.find_todo())
         return classify_source(embedding, lambda features: self._classify(features), self.class_names, top)
 
-    def _classify(self, features: np.ndarray) -> Scored:
-        return apply_head(self.head, features, len(self.model.class_names))
+    def _classify(self, features: np.ndarray) -> Classified:
+        return classify(self.head, features, len(self.model.class_names))
 
 
 def load_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
@@ -147,16 +147,16 @@ def load_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
 
 
 def classify_source(
-    embedding: Embedding, classify: Callable[[np.ndarray], Scored], names: Sequence[str], top: int
+    embedding: Embedding, answer: Callable[[np.ndarray], Classified], names: Sequence[str], top: int
 ) -> list[Prediction]:
     """A prediction for each file of the embedding's source, in its order."""
     tree, books = embedding.source.tree, embedding.source.books
     good = books.known & embedding.store.contains(books.digests)
     rows = np.flatnonzero(good)
-    scored = classify(embedding.store.read(books.digests[rows]))
+    answers = answer(embedding.store.read(books.digests[rows]))
     results: dict[int, Prediction] = {}
     for index, row in enumerate(rows.tolist()):
-        results[row] = _prediction(str(tree.root / tree.paths[row]), scored, index, names, top)
+        results[row] = _prediction(str(tree.root / tree.paths[row]), answers, index, names, top)
     for row in np.flatnonzero(~good).tolist():
         bad = embedding.quarantine.get(books.digest(row)) if books.known[row] else None
         error = f"{bad.reason}: {bad.remedy}" if bad else books.failures.get(row, "not read")
@@ -164,11 +164,11 @@ def classify_source(
     return [results[row] for row in range(len(tree.paths))]
 
 
-def _prediction(path: str, scored: Scored, index: int, names: Sequence[str], top: int) -> Prediction:
-    label = names[int(scored.predicted[index])]
-    if scored.probabilities is None:
+def _prediction(path: str, answers: Classified, index: int, names: Sequence[str], top: int) -> Prediction:
+    label = names[int(answers.predicted[index])]
+    if answers.probabilities is None:
         return Prediction(path, label, None, ((label, None),))
-    row = scored.probabilities[index]
+    row = answers.probabilities[index]
     order = np.argsort(-row, kind="stable")[:top]
     best = tuple((names[target], float(row[target])) for target in order)
-    return Prediction(path, label, float(row[int(scored.predicted[index])]), best)
+    return Prediction(path, label, float(row[int(answers.predicted[index])]), best)

@@ -18,9 +18,9 @@ from ..artifacts import (
     publishing_run,
     write_predictions,
 )
-from ..evaluate.report import render_report
 from ..heads import Head, save_head
 from ..params import Params, dump_params
+from ..report import Content, render_report
 
 FillFolder = Callable[[Path], None]
 
@@ -53,7 +53,7 @@ def publish_run(
         (folder / METRICS_FILE).write_bytes(metrics.to_json())
         with open(folder / PREDICTIONS_FILE, "wb") as file:
             write_predictions(file, predictions)
-        report = render_report(model, metrics, name=path.name, params_text=dump_params(params))
+        report = render_report(Content(path.name, model, metrics, dump_params(params)))
         (folder / REPORT_FILE).write_text(report, encoding="utf-8")
         fill(folder)
     return path

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifacts import RunMetrics, check_run_name, default_run_name
+from ..artifacts import CurvePoint, Predictions, RunMetrics, check_run_name, default_run_name
 from ..data.scan import SPLITS
 from ..errors import DataError
-from ..evaluate import Selection, protocol_sentence
+from ..evaluate import Making, Selection, metric_lines, score
 from ..features.rounding import Features
 from ..features.table import FeatureTable
 from ..heads import Choice, choose_head, curve_band, learning_curve, make_head
@@ -21,7 +21,6 @@ from ..runtime.device import usable_cores
 from .load import Opened, open_features
 from .publish import publish_run
 from .records import class_counts, parameter_line, run_model
-from .score import Scored, apply_head, metric_lines, predictions_of, score_split
 from .sources import batch_size
 
 Say = Callable[[str], None]
@@ -52,9 +51,8 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
     say(_data_line(table))
     choice = _choose(params, opened, reported)
     head = choice.head
-    scored = apply_head(head, table.features, len(table.class_names))
     points = _learning_curve(params, opened, head.kind, reported) if curve else []
-    metrics = _score(opened, scored, choice, reported, points)
+    metrics, predictions = _score(opened, choice, reported, points)
     model = run_model(
         table,
         opened.origin,
@@ -69,7 +67,6 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
         say(line)
     model = model.model_copy(update={"seconds": time.perf_counter() - started})
     name = params.runs.name or default_run_name(params.data.root, opened.origin.identity.name, head.kind)
-    predictions = predictions_of(table, scored)
     path = publish_run(params, name, head=head, model=model, metrics=metrics, predictions=predictions)
     say(f"Run: {path} (report.html shows the scores)")
     return metrics.summary(str(path))
@@ -131,8 +128,8 @@ def _choose(params: Params, opened: Opened, reported: int) -> Choice:
     )
 
 
-def _learning_curve(params: Params, opened: Opened, kind: str, reported: int) -> list[dict[str, Any]]:
-    """Points ``images, accuracy, low, high`` of heads fitted to growing parts of train, on the reported split."""
+def _learning_curve(params: Params, opened: Opened, kind: str, reported: int) -> list[CurvePoint]:
+    """The points of heads fitted to growing parts of train, on the reported split."""
     table = opened.table
     rows = (table.splits == reported) & (table.targets >= 0)
     fits = learning_curve(
@@ -142,37 +139,24 @@ def _learning_curve(params: Params, opened: Opened, kind: str, reported: int) ->
         table.targets[rows],
         seed=params.head.seed,
     )
-    return [{**point, "images": round(point["images"])} for point in curve_band(fits)]
+    return [CurvePoint.model_validate({**point, "images": round(point["images"])}) for point in curve_band(fits)]
 
 
-def _score(opened: Opened, scored: Scored, choice: Choice, reported: int, curve: list[dict[str, Any]]) -> RunMetrics:
+def _score(opened: Opened, choice: Choice, reported: int, curve: list[CurvePoint]) -> tuple[RunMetrics, Predictions]:
     table, head = opened.table, choice.head
     train: NDArray[np.bool_] = table.splits == TRAIN
-    rows: NDArray[np.bool_] = table.splits == reported
-    facts = {
-        "split": SPLITS[reported],
-        "selected": head.selected,
-        "history": head.history,
-        "leaderboard": [{**row, "selected": row["chosen"]} for row in choice.leaderboard],
-        "curve": curve,
-        "warnings": [*opened.warnings, *head.warnings],
-        "protocol": protocol_sentence(
-            [Selection(what, how, on) for what, how, on in choice.selections],
-            fitted=f"the {head.kind} head",
-            fitted_on="train",
-            n_fitted=int(train.sum()),
-            reported_on=SPLITS[reported],
-            n=int((rows & (table.targets >= 0)).sum()),
-        ),
-    }
-    return score_split(
-        table,
-        scored,
-        rows,
+    making = Making(
+        fitted=f"the {head.kind} head",
         train_digests=table.digests[train],
         train_counts=class_counts(table, train),
-        facts=facts,
+        selections=[Selection(what, how, on) for what, how, on in choice.selections],
+        selected=head.selected,
+        leaderboard=[{**row, "selected": row["chosen"]} for row in choice.leaderboard],
+        history=head.history,
+        curve=curve,
+        warnings=[*opened.warnings, *head.warnings],
     )
+    return score(head, table, table.splits == reported, making, split=SPLITS[reported])
 
 
 def _leaderboard_lines(choice: Choice) -> list[str]:
@@ -186,10 +170,10 @@ def _leaderboard_lines(choice: Choice) -> list[str]:
     return lines
 
 
-def _curve_lines(points: list[dict[str, Any]]) -> list[str]:
+def _curve_lines(points: list[CurvePoint]) -> list[str]:
     """The learning curve as lines: images, mean accuracy, lowest to highest."""
     lines = []
     for point in points:
-        mean, low, high = (100 * point[name] for name in ("accuracy", "low", "high"))
-        lines.append(f"  {point['images']:>8,} images: {mean:.1f} % ({low:.1f} to {high:.1f})")
+        mean, low, high = 100 * point.accuracy, 100 * point.low, 100 * point.high
+        lines.append(f"  {point.images:>8,} images: {mean:.1f} % ({low:.1f} to {high:.1f})")
     return ["Learning curve:", *lines] if lines else []
