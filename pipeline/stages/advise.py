@@ -126,10 +126,10 @@ def _counts(folder: Folder, data: DataParams) -> tuple[list[int], dict[str, int]
     return counts, {name: n for name, n in zip(SPLITS[1:], rest[1:], strict=True) if n}
 
 
-Run = tuple[str, RunModel, RunMetrics]
+PastRun = tuple[str, RunModel, RunMetrics]
 
 
-def _runs(params: Params, folder: Folder) -> Iterator[Run]:
+def _runs(params: Params, folder: Folder) -> Iterator[PastRun]:
     """The runs over these images, newest first: by content, or by folder and classes where contents are not known."""
     for entry in list_runs(params.runs.dir):
         try:
@@ -141,7 +141,7 @@ def _runs(params: Params, folder: Folder) -> Iterator[Run]:
             yield entry.name, model, metrics
 
 
-def _probe(runs: list[Run], backbone: str, images: int) -> Probe | None:
+def _probe(runs: list[PastRun], backbone: str, images: int) -> Probe | None:
     """The newest probe of this backbone, else of any; one on random weights tells nothing."""
     probes = [run for run in runs if run[1].verb == "train-head" and not run[1].backbone.weights.startswith(RANDOM)]
     if not probes:
