@@ -15,7 +15,7 @@ from .lowest import lowest_versions
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 ORDER = (
     *("errors", "params", "files", "runtime", "data", "backbones", "features", "heads", "artifacts"),
-    *("evaluate", "finetune", "predict", "stages", "cli"),
+    *("evaluate", "report", "finetune", "predict", "stages", "cli"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 

@@ -10,14 +10,18 @@ from .files import (
     read_model,
 )
 from .predictions import Predictions, read_predictions, write_predictions
-from .provenance import current_versions, data_digest
+from .provenance import current_versions
 from .runs import RunEntry, check_run_name, default_run_name, list_runs, publishing_run, resolve_run
 from .schema import (
     BackboneRecord,
+    ClassScores,
+    ConfusedPair,
+    CurvePoint,
     DataRecord,
     HeadRecord,
     Leak,
     ParameterCounts,
+    ReliabilityBin,
     RunMetrics,
     RunModel,
 )
@@ -29,17 +33,20 @@ __all__ = [
     "PREDICTIONS_FILE",
     "REPORT_FILE",
     "BackboneRecord",
+    "ClassScores",
+    "ConfusedPair",
+    "CurvePoint",
     "DataRecord",
     "HeadRecord",
     "Leak",
     "ParameterCounts",
     "Predictions",
+    "ReliabilityBin",
     "RunEntry",
     "RunMetrics",
     "RunModel",
     "check_run_name",
     "current_versions",
-    "data_digest",
     "default_run_name",
     "list_runs",
     "publishing_run",

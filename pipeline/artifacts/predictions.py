@@ -50,6 +50,13 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def of_split(self, split: str) -> Predictions:
+        """Only the rows of ``split``, without probabilities."""
+        rows = [row for row, name in enumerate(self.splits) if name == split]
+        columns = (self.paths, self.splits, self.labels, self.predicted)
+        paths, splits, labels, predicted = ([column[row] for row in rows] for column in columns)
+        return Predictions(paths, self.digests[rows], splits, labels, predicted, self.class_names, None)
+
 
 def write_predictions(file: BinaryIO, predictions: Predictions) -> None:
     """Write ``predictions`` as UTF-8 CSV with ``\\n`` line ends to an open binary file."""

@@ -10,8 +10,7 @@ from ..params import Params
 from .options import DEFAULT_FILE, Reporter, experiment_options
 
 if TYPE_CHECKING:
-    from ..evaluate.advice_rules import Domain
-    from ..evaluate.advice_text import Given
+    from ..evaluate.advice import Domain
 
 
 @click.command()
@@ -23,15 +22,10 @@ if TYPE_CHECKING:
 @experiment_options
 def advise(params: Params, domain: Domain | None, reporter: Reporter) -> None:
     """Say from the images of data.root what pays (probe, fine-tune, train from scratch), why, and what to run."""
+    from ..evaluate.advice import TypedOptions
     from ..stages.advise import advise_on
 
-    reporter.finish(advise_on(params, reporter.say, domain=domain, given=_given()))
-
-
-def _given() -> Given:
-    """The params file and settings as typed, for the commands that are suggested."""
-    from ..evaluate.advice_text import Given
-
     typed = click.get_current_context().params
-    file = typed["file"]
-    return Given(None if file is None or file == DEFAULT_FILE else str(file), tuple(typed["overrides"]))
+    file = None if typed["file"] in (None, DEFAULT_FILE) else str(typed["file"])
+    options = TypedOptions(file, tuple(typed["overrides"]))
+    reporter.finish(advise_on(params, reporter.say, domain, options))

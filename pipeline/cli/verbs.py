@@ -63,9 +63,9 @@ def finetune(params: Params, from_run: str | None, resume: str | None, find: boo
 def evaluate(runs_dir: Path, overrides: tuple[str, ...], run: str, root: Path | None, reporter: Reporter) -> None:
     """Score RUN (a path, a name or `latest`) again, or on another folder."""
     from ..artifacts import resolve_run
+    from ..evaluate import metric_lines
     from ..stages.evaluate import evaluate_run
     from ..stages.run import load_run
-    from ..stages.score import metric_lines
 
     loaded = load_run(resolve_run(runs_dir, run), overrides)
     metrics = evaluate_run(loaded, root, quiet=reporter.quiet)

@@ -1,26 +1,34 @@
-"""(y, probabilities) -> metrics with intervals, report; comparison of runs. Nothing here imports torch."""
+"""(head, features) -> metrics with intervals and a protocol; comparison of runs; advice. Nothing here imports torch."""
 
-from .compare import ComparedRun, Comparison, compare_runs
-from .compare_text import comparison_markdown, comparison_notes, comparison_table
+from .compare import (
+    Comparison,
+    compare_runs,
+    comparison_markdown,
+    comparison_notes,
+    comparison_table,
+    mcnemar_exact,
+)
 from .intervals import wilson
-from .metrics import evaluate_predictions, per_class_table
-from .protocol import Selection, check_leak, leak_sentence, protocol_sentence
-from .significance import holm, mcnemar_exact
+from .metrics import METRICS, Metric, ScoredImages, Weighted
+from .protocol import Making, Selection
+from .score import Classified, classify, metric_lines, score
 
 __all__ = [
-    "ComparedRun",
+    "METRICS",
+    "Classified",
     "Comparison",
+    "Making",
+    "Metric",
+    "ScoredImages",
     "Selection",
-    "check_leak",
+    "Weighted",
+    "classify",
     "compare_runs",
     "comparison_markdown",
     "comparison_notes",
     "comparison_table",
-    "evaluate_predictions",
-    "holm",
-    "leak_sentence",
     "mcnemar_exact",
-    "per_class_table",
-    "protocol_sentence",
+    "metric_lines",
+    "score",
     "wilson",
 ]

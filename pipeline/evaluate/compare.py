@@ -1,48 +1,117 @@
-"""A table over runs, with marks for the differences that are real."""
+"""Runs side by side: one table, with marks for the differences that are real.
+
+Every pair is tested with McNemar's exact test on the images, matched by the digest of their bytes, that both were
+scored on, and Holm's correction is over all pairs. A pair without a mark is not shown to differ, which is not shown
+to be equal.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from ..artifacts import Predictions, RunMetrics, RunModel, read_metrics, read_model, read_predictions
 from ..errors import RunError, UsageError
-from .matching import ALPHA, PairTest, match_outcomes, pair_tests
-from .text import LOWER_IS_BETTER, TITLES
+from .metrics import METRICS
+from .text import duration, printable
 
-TEXT_COLUMNS = ("run", "data", "backbone", "head", "split")
-SORT_KEYS = (*TEXT_COLUMNS, "n", *TITLES, "seconds", "created")
+ALPHA: Final = 0.05
 _SHOWN_NOTES = 6
+_MARK_TITLE = "beats"
+_INTERVAL_WIDTH = len("[95.4–100.0]")
+_ABSENT, _CONTRADICTED = -1, -2
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One row: names, the scored set, metrics with intervals, the seconds of the verb that made the run."""
+    """One row: a run with its predictions for the split that its scores are about."""
 
     path: Path
     model: RunModel
     metrics: RunMetrics
     predictions: Predictions
 
-    def value(self, key: str) -> Any:
-        """The value of a column of `SORT_KEYS`."""
-        if key in TITLES:
-            return self.metrics.metrics.get(key)
-        values: dict[str, Any] = {
-            "run": self.path.name,
-            "data": Path(self.model.data.root).name,
-            "backbone": self.model.backbone.name,
-            "head": self.model.head.kind,
-            "split": self.metrics.split,
-            "n": self.metrics.n,
-            "seconds": self.model.seconds,
-            "created": self.model.created,
-        }
-        return values[key]
+    def value(self, column: str) -> Any:
+        """The value of a column of `sort_columns`."""
+        return self.metrics.metrics.get(column) if column in METRICS else (NAMES | NUMBERS)[column](self)
+
+
+Column = Callable[[ComparedRun], Any]
+NAMES: Final[dict[str, Column]] = {
+    "run": lambda run: run.path.name,
+    "data": lambda run: Path(run.model.data.root).name,
+    "backbone": lambda run: run.model.backbone.name,
+    "head": lambda run: run.model.head.kind,
+    "split": lambda run: run.metrics.split,
+}
+NUMBERS: Final[dict[str, Column]] = {
+    "n": lambda run: run.metrics.n,
+    "seconds": lambda run: run.model.seconds,
+    "created": lambda run: run.model.created,
+}
+
+
+def sort_columns() -> tuple[str, ...]:
+    """What a comparison can be sorted by."""
+    return (*NAMES, "n", *METRICS, "seconds", "created")
+
+
+@dataclass(frozen=True)
+class PairTest:
+    """Two runs on the images they share; ``first`` and ``second`` are their places in the list, from 0.
+
+    Args:
+        n: shared images (different contents) whose label is the same in both; the test is on these.
+        labels_disagree: shared images left out because the runs do not agree on the label.
+        only_first, only_second: images that only this one gets right.
+        p: of McNemar's exact test; None where nothing is shared.
+        p_adjusted: after Holm over all pairs.
+        same_set: both runs were scored on exactly the same images.
+    """
+
+    first: int
+    second: int
+    n: int
+    labels_disagree: int
+    only_first: int
+    only_second: int
+    p: float | None
+    p_adjusted: float | None
+    same_set: bool
+
+    @property
+    def better(self) -> int | None:
+        """The run shown to be better (`ALPHA`, Holm), or None: not shown to differ."""
+        if self.p_adjusted is None or self.p_adjusted >= ALPHA:
+            return None
+        return self.first if self.only_first > self.only_second else self.second
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, where runs are numbered from 1."""
+        better = None if self.better is None else self.better + 1
+        return {**vars(self), "first": self.first + 1, "second": self.second + 1, "better": better}
+
+    def notes(self, runs: Sequence[ComparedRun]) -> list[str]:
+        """What a reader must know of the images that were compared."""
+        who, notes = f"{self.first + 1} and {self.second + 1}", []
+        if not self.same_set and self.n == 0 and self.labels_disagree == 0:
+            notes.append(f"Runs {who} share no images, so they cannot be compared.")
+        elif not self.same_set:
+            sizes = f"{runs[self.first].metrics.n:,} and {runs[self.second].metrics.n:,}"
+            notes.append(f"Runs {who} were scored on different sets ({sizes} images); tested on the {self.n:,} shared.")
+        if self.labels_disagree:
+            notes.append(f"Runs {who} disagree on the label of {self.labels_disagree:,} shared images; left out.")
+        return notes
 
 
 @dataclass(frozen=True)
@@ -61,7 +130,7 @@ class Comparison:
         """The ``--json`` object; runs are referred to by their number, from 1, in ``runs``."""
         return {
             "runs": [self._row(index) for index in range(len(self.runs))],
-            "pairs": [_pair(pair) for pair in self.pairs],
+            "pairs": [pair.as_dict() for pair in self.pairs],
             "alpha": ALPHA,
             "notes": self.notes,
         }
@@ -70,7 +139,7 @@ class Comparison:
         run = self.runs[index]
         return {
             "number": index + 1,
-            **{key: run.value(key) for key in (*TEXT_COLUMNS, "n")},
+            **{column: run.value(column) for column in (*NAMES, "n")},
             "path": str(run.path),
             "created": run.model.created.isoformat(),
             "metrics": run.metrics.metrics,
@@ -83,80 +152,203 @@ class Comparison:
 def compare_runs(folders: Sequence[Path], *, sort: str = "accuracy", skip_damaged: bool = False) -> Comparison:
     """Compare runs on the images they share.
 
-    Every pair is tested with McNemar's exact test on the images (by digest) that both were scored on, and Holm's
-    correction is over all pairs; a pair without a mark is not shown to differ, which is not shown to be equal.
-
     Args:
         folders: run folders.
-        sort: a key of `SORT_KEYS`, best first (names, oldest: ascending); with ``-`` before it, the other way round.
+        sort: one of `sort_columns`, best first (names, oldest: ascending); with ``-`` before it, the other way round.
         skip_damaged: leave out runs that cannot be read and say so in the notes.
 
     Raises:
         UsageError: no such column.
         RunError: a run cannot be read.
     """
-    key = sort.removeprefix("-")
-    if key not in SORT_KEYS:
-        raise UsageError(f"There is no column {key} to sort by.", remedy=f"choose among {', '.join(SORT_KEYS)}")
-    runs, notes = _read(folders, skip_damaged)
-    runs = _sorted(runs, key, reverse=sort.startswith("-"))
-    pairs = pair_tests(match_outcomes([run.predictions for run in runs]))
-    return Comparison(runs, pairs, notes + _set_notes(runs, pairs))
-
-
-def _read(folders: Sequence[Path], skip_damaged: bool) -> tuple[list[ComparedRun], list[str]]:
+    column = sort.removeprefix("-")
+    if column not in sort_columns():
+        raise UsageError(f"There is no column {column} to sort by.", remedy=f"choose among {', '.join(sort_columns())}")
     runs, notes = [], []
     for folder in dict.fromkeys(folders):
         try:
-            runs.append(_read_run(folder))
+            metrics = read_metrics(folder)
+            rows = read_predictions(folder, probabilities=False).of_split(metrics.split)
+            runs.append(ComparedRun(folder, read_model(folder), metrics, rows))
         except RunError as error:
             if not skip_damaged:
                 raise
             notes.append(f"{folder.name} is left out: {error.what} {error.why or ''}".rstrip())
-    return runs, notes
+    runs = _sorted(runs, column, reverse=sort.startswith("-"))
+    pairs = pair_tests([run.predictions for run in runs])
+    said = [note for pair in pairs for note in pair.notes(runs)]
+    if len(said) > _SHOWN_NOTES:
+        said[_SHOWN_NOTES:] = [f"{len(said) - _SHOWN_NOTES} more such pairs; --json has them all."]
+    return Comparison(runs, pairs, notes + said)
 
 
-def _read_run(folder: Path) -> ComparedRun:
-    metrics, rows = read_metrics(folder), read_predictions(folder, probabilities=False)
-    return ComparedRun(folder, read_model(folder), metrics, _of_split(rows, metrics.split))
-
-
-def _of_split(rows: Predictions, split: str) -> Predictions:
-    """Only the rows that the scores are about."""
-    keep = [index for index, name in enumerate(rows.splits) if name == split]
-    if len(keep) == len(rows):
-        return rows
-    columns = (rows.paths, rows.splits, rows.labels, rows.predicted)
-    paths, splits, labels, predicted = ([column[index] for index in keep] for column in columns)
-    digests = rows.digests[np.array(keep, dtype=np.int64)]
-    return Predictions(paths, digests, splits, labels, predicted, rows.class_names, None)
-
-
-def _sorted(runs: list[ComparedRun], key: str, *, reverse: bool) -> list[ComparedRun]:
-    known = [run for run in runs if run.value(key) is not None]
-    ascending = key in LOWER_IS_BETTER or key in TEXT_COLUMNS or key == "created"
+def _sorted(runs: list[ComparedRun], column: str, *, reverse: bool) -> list[ComparedRun]:
+    known = [run for run in runs if run.value(column) is not None]
+    lower_first = METRICS[column].lower_is_better if column in METRICS else column != "n"
     # Python's sort is stable, also in reverse: equal runs stay in the order in which they were named.
-    ordered = sorted(known, key=lambda run: run.value(key), reverse=ascending == reverse)
-    return ordered + [run for run in runs if run.value(key) is None]
+    ordered = sorted(known, key=lambda run: run.value(column), reverse=lower_first == reverse)
+    return ordered + [run for run in runs if run.value(column) is None]
 
 
-def _set_notes(runs: Sequence[ComparedRun], pairs: Sequence[PairTest]) -> list[str]:
-    notes = []
-    for pair in pairs:
-        who = f"{pair.first + 1} and {pair.second + 1}"
-        if not pair.same_set and pair.n == 0 and pair.labels_disagree == 0:
-            notes.append(f"Runs {who} share no images, so they cannot be compared.")
-        elif not pair.same_set:
-            sizes = f"{runs[pair.first].metrics.n:,} and {runs[pair.second].metrics.n:,}"
-            notes.append(f"Runs {who} were scored on different sets ({sizes} images); tested on the {pair.n:,} shared.")
-        if pair.labels_disagree:
-            notes.append(f"Runs {who} disagree on the label of {pair.labels_disagree:,} shared images; left out.")
-    if len(notes) > _SHOWN_NOTES:
-        return [*notes[:_SHOWN_NOTES], f"{len(notes) - _SHOWN_NOTES} more such pairs; --json has them all."]
-    return notes
+# -- the test -------------------------------------------------------------------------------------------------------
 
 
-def _pair(pair: PairTest) -> dict[str, Any]:
-    better = pair.better
-    numbers = {"first": pair.first + 1, "second": pair.second + 1, "better": None if better is None else better + 1}
-    return {**vars(pair), **numbers}
+def mcnemar_exact(only_first_right: int, only_second_right: int) -> float:
+    """Two-sided p-value of McNemar's exact test from the images that exactly one of two classifiers gets right.
+
+    Under the null hypothesis each of them is a fair coin; images that both get right or wrong say nothing.
+    Source: Q. McNemar, Psychometrika 12 (1947); the exact form is the binomial sign test.
+    """
+    n, smaller = only_first_right + only_second_right, min(only_first_right, only_second_right)
+    # Logarithms, because 2**-n underflows from 1075 on; fsum keeps the many small terms.
+    constant = math.lgamma(n + 1) - n * math.log(2)
+    terms = (math.exp(constant - math.lgamma(k + 1) - math.lgamma(n - k + 1)) for k in range(smaller + 1))
+    return min(1.0, 2 * math.fsum(terms))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given: comparing them with alpha bounds the chance of any false claim.
+
+    Source: S. Holm, Scandinavian Journal of Statistics 6 (1979).
+    """
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def pair_tests(runs: Sequence[Predictions]) -> list[PairTest]:
+    """McNemar's exact test for every pair of runs, Holm-corrected over all of them.
+
+    All pairs, not only those with the best: the best is itself picked by these data, so that tests against it alone
+    would promise too much.
+    """
+    labels, right = _by_content(runs)
+    tests = [_test(labels, right, first, second) for first, second in combinations(range(len(runs)), 2)]
+    adjusted = iter(holm([test.p for test in tests if test.p is not None]))
+    return [test if test.p is None else replace(test, p_adjusted=next(adjusted)) for test in tests]
+
+
+def _by_content(runs: Sequence[Predictions]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """What each run has for each of m different image contents, as two arrays (runs, m).
+
+    The first holds the code of the label, `_ABSENT` or, where a run has the content under two labels,
+    `_CONTRADICTED`; the second whether the prediction is the label. Byte-identical copies within a run count once
+    (they are no independent evidence), with the prediction of the first copy in the order of the paths. Rows without
+    a label are left out.
+    """
+    digests = np.concatenate([rows.digests for rows in runs]) if runs else np.empty((0, 16), np.uint8)
+    contents, flat = np.unique(np.ascontiguousarray(digests).view("V16").ravel(), return_inverse=True)
+    codes = {name: code for code, name in enumerate(sorted({label for rows in runs for label in rows.labels}))}
+    labels = np.full((len(runs), len(contents)), _ABSENT, dtype=np.int64)
+    right = np.zeros(labels.shape, dtype=bool)
+    starts = np.cumsum([0, *(len(rows) for rows in runs)])
+    for run, rows in enumerate(runs):
+        places = flat[starts[run] : starts[run + 1]]
+        for row in sorted(range(len(rows)), key=rows.paths.__getitem__):
+            label, place = rows.labels[row], places[row]
+            if label and labels[run, place] == _ABSENT:
+                labels[run, place], right[run, place] = codes[label], rows.predicted[row] == label
+            elif label and labels[run, place] != codes[label]:
+                labels[run, place] = _CONTRADICTED
+    return labels, right
+
+
+def _test(labels: NDArray[np.int64], right: NDArray[np.bool_], first: int, second: int) -> PairTest:
+    one, two = labels[first], labels[second]
+    shared = (one != _ABSENT) & (two != _ABSENT)
+    agreed = shared & (one == two) & (one != _CONTRADICTED)
+    n = int(agreed.sum())
+    only_first = int((agreed & right[first] & ~right[second]).sum())
+    only_second = int((agreed & right[second] & ~right[first]).sum())
+    return PairTest(
+        first=first,
+        second=second,
+        n=n,
+        labels_disagree=int(shared.sum()) - n,
+        only_first=only_first,
+        only_second=only_second,
+        p=mcnemar_exact(only_first, only_second) if n else None,
+        p_adjusted=None,
+        same_set=bool(((one == _ABSENT) == (two == _ABSENT)).all()),
+    )
+
+
+# -- for people -----------------------------------------------------------------------------------------------------
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A rich table; a column of names that says the same for all runs goes into the title."""
+    shared = _shared(comparison)
+    title = ", ".join(f"{column} {value}" for column, value in shared.items())
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    names, metrics = [column for column in NAMES if column not in shared], _headings(comparison)
+    for heading in ("#", _MARK_TITLE, *names, "n", *metrics, "time"):
+        # Where the terminal is narrow, the names fold and the numbers stay whole.
+        width = _INTERVAL_WIDTH if heading in metrics else None
+        justify: Literal["left", "right"] = "left" if heading in (*NAMES, _MARK_TITLE) else "right"
+        table.add_column(heading, overflow="fold", justify=justify, min_width=width)
+    for index in range(len(comparison.runs)):
+        if index:
+            table.add_row()
+        table.add_row(*(Text(cell) for cell in _cells(comparison, index, names, between="\n")))
+    return table
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """The same as a Markdown table followed by the notes."""
+    headings = ["#", _MARK_TITLE, *NAMES, "n", *_headings(comparison), "time"]
+    lines = [headings, ["--:", *[":--"] * (len(NAMES) + 1), *["--:"] * (len(headings) - len(NAMES) - 2)]]
+    for index in range(len(comparison.runs)):
+        lines.append([_markdown(cell) for cell in _cells(comparison, index, list(NAMES), between=" ")])
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([*table, "", *(f"- {_markdown(note)}" for note in comparison_notes(comparison))]) + "\n"
+
+
+def comparison_notes(comparison: Comparison) -> list[str]:
+    """What the marks mean, and what else a reader must know."""
+    tested = sum(pair.p is not None for pair in comparison.pairs)
+    notes = [printable(note) for note in comparison.notes]
+    if not tested:
+        return notes
+    pairs = "1 pair" if tested == 1 else f"all {tested} pairs"
+    return [
+        f"`{_MARK_TITLE}`: McNemar's exact test on the same images, Holm-corrected over {pairs}, "
+        f"at {100 * ALPHA:.0f} %. No mark means: not shown to differ.",
+        "Brackets are 95 % intervals of each score alone; the test goes image by image and sees smaller differences.",
+        *notes,
+    ]
+
+
+def _shared(comparison: Comparison) -> dict[str, str]:
+    if len(comparison.runs) < 2:
+        return {}
+    values = {column: {run.value(column) for run in comparison.runs} for column in NAMES}
+    return {column: printable(found.pop()) for column, found in values.items() if len(found) == 1}
+
+
+def _shown_metrics(comparison: Comparison) -> list[str]:
+    """The metrics that at least one run has."""
+    return [name for name in METRICS if any(run.value(name) is not None for run in comparison.runs)]
+
+
+def _headings(comparison: Comparison) -> list[str]:
+    return [METRICS[name].heading for name in _shown_metrics(comparison)]
+
+
+def _cells(comparison: Comparison, index: int, names: Sequence[str], between: str) -> list[str]:
+    run = comparison.runs[index]
+    marks = ", ".join(str(other + 1) for other in comparison.better_than(index))
+    cells = [str(index + 1), marks, *(printable(str(run.value(column))) for column in names), f"{run.metrics.n:,}"]
+    for name in _shown_metrics(comparison):
+        text = METRICS[name].show_interval(run.metrics.metrics.get(f"{name}_ci95"), between="–")
+        cells.append(METRICS[name].show(run.value(name)) + (f"{between}[{text}]" if text else ""))
+    return [*cells, duration(run.model.seconds)]
+
+
+def _markdown(text: str) -> str:
+    for special in "\\|<>*":
+        text = text.replace(special, f"\\{special}")
+    return text

@@ -31,15 +31,15 @@ def wilson(successes: int, n: int) -> list[float] | None:
     return [low, high]
 
 
-def resample_weights(n: int, *, seed: int, resamples: int = RESAMPLES) -> Iterator[NDArray[np.float64]]:
+def resample_weights(n: int, *, seed: int = 0) -> Iterator[NDArray[np.float64]]:
     """How often each of n rows occurs in each bootstrap resample, in blocks (b, n) of bounded memory.
 
     The resamples depend on ``seed`` and n alone, so that all metrics of a run share them.
     """
     generator = make_generator("bootstrap", seed, n)
-    block = max(1, min(resamples, _CHUNK // max(n, 1)))
-    for start in range(0, resamples, block):
-        weights = np.empty((min(block, resamples - start), n))
+    block = max(1, min(RESAMPLES, _CHUNK // n))
+    for start in range(0, RESAMPLES, block):
+        weights = np.empty((min(block, RESAMPLES - start), n))
         for row in weights:
             row[:] = np.bincount(generator.integers(n, size=n, dtype=np.int32), minlength=n)
         yield weights

@@ -1,211 +1,280 @@
-"""From targets and predictions to metrics with intervals, all as plain values for ``metrics.json``."""
+"""The metrics: one entry of `METRICS` each, which JSON, terminal, comparison and report all read.
+
+To add one, write its entry; nothing else has to change.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from .intervals import centred_interval, percentile_interval, resample_weights, wilson
-from .scores import BINS, TOP, ClassSums, Floats, Ints, RowScores, loss_and_calibration, row_scores
+from .text import percent, percent_range
 
-MAX_CONFUSION = 1000
-_SHOWN_PAIRS = 50
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Values = dict[str, float | list[float] | None]
+
+BINS: Final = 15
+TOP: Final = 5
+_SMALLEST = float(np.finfo(np.float64).eps)
+_ROWS = 1 << 16
 _NO_SPREAD = 1e-12  # rounding alone makes resamples differ by less
-_NEED_PROBABILITIES = ("log_loss", "ece", "top5")
 
 
-def evaluate_predictions(
-    y: ArrayLike,
-    predicted: ArrayLike,
-    probabilities: ArrayLike | None,
-    class_names: Sequence[str],
-    *,
-    train_counts: ArrayLike | None = None,
-    seed: int = 0,
-    why_no_probabilities: str | None = None,
-) -> dict[str, Any]:
-    """Everything that can be said about predictions, as JSON values under the names of ``RunMetrics``' fields.
-
-    Accuracy and top-5 carry Wilson intervals, the other metrics bootstrap percentile intervals (1000 resamples of
-    the images; that of ``ece`` is centred, see `centred_interval`). What cannot be given is
-    None, and ``reasons`` says why under the same name. ``log_loss`` clips probabilities at 2.2e-16; ``ece`` uses 15
-    equal-width bins of the top probability; ``top5`` is there only for more than five classes.
+class ScoredImages:
+    """What n images and a classifier's answers say, image by image.
 
     Args:
-        y: (n,) true classes, each in [0, c).
-        predicted: (n,) predicted classes, each in [0, c).
-        probabilities: (n, c) with rows that sum to 1, or None.
-        class_names: the c names.
-        train_counts: (c,) images of each class in train: its largest class is the majority baseline.
-        seed: of the bootstrap.
-        why_no_probabilities: the head's reason, shown where ``probabilities`` is None.
-
-    Raises:
-        ValueError: shapes, classes or probabilities that do not fit together.
+        y, predicted: (n,) true and predicted classes, each in [0, c).
+        probabilities: (n, c), or None where the head gives none: then only `right` and the classes can be asked for.
     """
-    targets, chosen = _classes(y, "y", len(class_names)), _classes(predicted, "predicted", len(class_names))
-    chances = _checked_probabilities(probabilities, len(targets), len(class_names))
-    if len(targets) != len(chosen):
-        raise ValueError(f"y has {len(targets)} rows, predicted has {len(chosen)}")
-    rows = None if chances is None or len(targets) == 0 else row_scores(targets, chances)
-    values, reasons = _metrics(targets, chosen, rows, len(class_names), seed)
-    if chances is None:
-        reason = why_no_probabilities or "the head gives no probabilities"
-        reasons |= dict.fromkeys((name for name in _NEED_PROBABILITIES if name in values), reason)
-    counts = None if train_counts is None else np.asarray(train_counts)
-    return {
-        "n": len(targets),
-        "metrics": values,
-        "class_names": list(class_names),
-        **_baseline(targets, counts, class_names, reasons),
-        **_confusion(targets, chosen, class_names, reasons),
-        "per_class": per_class_table(targets, chosen, class_names),
-        "reliability": None if rows is None else _reliability(rows),
-        "warnings": _warnings(targets, class_names),
-        "reasons": reasons,
-    }
+
+    def __init__(self, y: Ints, predicted: Ints, probabilities: Floats | None) -> None:
+        self.y, self.predicted = y, predicted
+        self._probabilities = probabilities
+        self.right: NDArray[np.bool_] = y == predicted
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def has_probabilities(self) -> bool:
+        return self._probabilities is not None
+
+    @property
+    def probabilities(self) -> Floats:
+        """(n, c)."""
+        if self._probabilities is None:
+            raise ValueError("the metric needs probabilities, but its entry does not say so")
+        return self._probabilities
+
+    @cached_property
+    def seen_classes(self) -> Ints:
+        """The sorted classes that are true or predicted for any image."""
+        return np.union1d(self.y, self.predicted)
+
+    @cached_property
+    def places(self) -> tuple[Ints, Ints]:
+        """Where each image's true and predicted class stand in `seen_classes`, (n,) each."""
+        return np.searchsorted(self.seen_classes, self.y), np.searchsorted(self.seen_classes, self.predicted)
+
+    @cached_property
+    def loss(self) -> Floats:
+        """(n,) -log of the true class's probability, which is clipped to [2.2e-16, 1] as scikit-learn does: one
+        confident mistake costs 36, not infinity."""
+        own = self._by_block(lambda chances, y: chances[np.arange(len(y)), y])
+        return np.asarray(-np.log(np.clip(own, _SMALLEST, 1.0)) + 0.0)
+
+    @cached_property
+    def confidence(self) -> Floats:
+        """(n,) the largest probability."""
+        return self._by_block(lambda chances, _: chances.max(axis=1))
+
+    @cached_property
+    def top_right(self) -> NDArray[np.bool_]:
+        """(n,) whether the class of the largest probability is the true one."""
+        return self._by_block(lambda chances, y: chances.argmax(axis=1) == y)
+
+    @cached_property
+    def bins(self) -> Ints:
+        """(n,) index of the confidence among `BINS` equal-width bins (low, high]."""
+        return np.clip(np.ceil(self.confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+
+    @cached_property
+    def rank(self) -> Ints:
+        """(n,) how many classes are more probable than the true one, ties going to the lower class index."""
+
+        def of_block(chances: Floats, y: Ints) -> Ints:
+            own = chances[np.arange(len(y)), y][:, None]
+            before = np.arange(chances.shape[1])[None, :] < y[:, None]
+            return np.asarray(np.count_nonzero((chances > own) | ((chances == own) & before), axis=1))
+
+        return self._by_block(of_block)
+
+    def _by_block(self, function: Callable[[Floats, Ints], NDArray[Any]]) -> NDArray[Any]:
+        """``function`` of probabilities (b, c) and classes (b,), block by block so that memory stays bounded."""
+        starts = range(0, len(self), _ROWS)
+        return np.concatenate(
+            [function(self.probabilities[start : start + _ROWS], self.y[start : start + _ROWS]) for start in starts]
+        )
 
 
-def per_class_table(y: Ints, predicted: Ints, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a class: images, predictions, precision, recall with its Wilson interval, F1 (None where undefined)."""
-    size = len(class_names)
-    there, chosen = np.bincount(y, minlength=size), np.bincount(predicted, minlength=size)
-    hits = np.bincount(y[y == predicted], minlength=size)
-    counts = zip(class_names, there.tolist(), chosen.tolist(), hits.tolist(), strict=True)
-    return [
-        {
-            "label": label,
-            "n": n,
-            "predicted": m,
-            "precision": hit / m if m else None,
-            "recall": hit / n if n else None,
-            "recall_ci95": wilson(hit, n),
-            "f1": 2 * hit / (n + m) if n + m else None,
-        }
-        for label, n, m, hit in counts
-    ]
+@dataclass(frozen=True)
+class Weighted:
+    """Scored images under b weightings at once, so that one formula gives a value and all its bootstrap resamples.
+
+    Args:
+        weights: (b, n), how often each image counts.
+    """
+
+    images: ScoredImages
+    weights: Floats
+
+    @cached_property
+    def total(self) -> Floats:
+        """(b,)."""
+        return np.asarray(self.weights.sum(axis=1))
+
+    def mean(self, values: NDArray[Any]) -> Floats:
+        """The mean (b,) of a value of each image (n,)."""
+        return np.asarray(self.weights @ values / self.total)
+
+    @cached_property
+    def class_sums(self) -> tuple[Floats, Floats, Floats]:
+        """How many images there are of each seen class, were predicted to be, and were so rightly, (b, seen) each."""
+        true, predicted = self.images.places
+        hits = self.weights * self.images.right
+        return self._sums(self.weights, true), self._sums(self.weights, predicted), self._sums(hits, true)
+
+    def _sums(self, weights: Floats, places: Ints) -> Floats:
+        size = len(self.images.seen_classes)
+        return np.array([np.bincount(places, row, minlength=size) for row in weights], dtype=np.float64)
 
 
-def _classes(values: ArrayLike, name: str, classes: int) -> Ints:
-    array = np.asarray(values)
-    if array.ndim != 1 or (len(array) and not np.issubdtype(array.dtype, np.integer)):
-        raise ValueError(f"{name} must be one row of integers, not {array.dtype} of shape {array.shape}")
-    if len(array) and (array.min() < 0 or array.max() >= classes):
-        raise ValueError(f"{name} must lie in [0, {classes}), but holds {array.min()} to {array.max()}")
-    return array.astype(np.int64)
+def _accuracy(of: Weighted) -> Floats:
+    return of.mean(of.images.right)
 
 
-def _checked_probabilities(values: ArrayLike | None, n: int, classes: int) -> Floats | None:
-    if values is None:
-        return None
-    array = np.asarray(values, dtype=np.float64)
-    if array.shape != (n, classes):
-        raise ValueError(f"probabilities must have shape {(n, classes)}, not {array.shape}")
-    # Summing catches NaN and infinity too. Heads that compute in float32 miss 1 by some 1e-6.
-    if n and not (np.abs(array.sum(axis=1) - 1).max() < 1e-3 and array.min() >= 0):
-        raise ValueError("each row of probabilities must be non-negative and sum to 1")
-    return array
+def _balanced_accuracy(of: Weighted) -> Floats:
+    """The mean recall; as in scikit-learn over classes that have images, which may be fewer in a resample."""
+    there, _, hits = of.class_sums
+    recall = np.divide(hits, there, out=np.zeros_like(hits), where=there > 0)
+    return np.asarray(recall.sum(axis=1) / (there > 0).sum(axis=1))
 
 
-def _metrics(
-    y: Ints, predicted: Ints, rows: RowScores | None, classes: int, seed: int
-) -> tuple[dict[str, Any], dict[str, str]]:
-    names = ["accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece", *(["top5"] if classes > TOP else [])]
-    values: dict[str, Any] = {}
-    for name in names:
-        values |= {name: None, f"{name}_ci95": None}
-    n = len(y)
-    if n == 0:
-        return values, dict.fromkeys(names, "there are no images to score")
-    hits = int((y == predicted).sum())
-    values |= {"accuracy": hits / n, "accuracy_ci95": wilson(hits, n)}
-    if rows is not None and classes > TOP:
-        top = int(rows.in_top.sum())
-        values |= {"top5": top / n, "top5_ci95": wilson(top, n)}
-    return values, _bootstrapped(values, ClassSums(y, predicted), rows, seed)
+def _macro_f1(of: Weighted) -> Floats:
+    """As in scikit-learn the mean over classes that have images or were predicted."""
+    there, predicted, hits = of.class_sums
+    either = there + predicted
+    f1 = np.divide(2 * hits, either, out=np.zeros_like(hits), where=either > 0)
+    return np.asarray(f1.sum(axis=1) / (either > 0).sum(axis=1))
 
 
-def _bootstrapped(values: dict[str, Any], sums: ClassSums, rows: RowScores | None, seed: int) -> dict[str, str]:
-    """Fill in the metrics that have bootstrap intervals; return reasons for intervals that cannot be given."""
-    n, reasons = len(sums.y), {}
-    once = _weighted(np.ones((1, n)), sums, rows)
-    values |= {name: float(value[0]) for name, value in once.items()}
-    blocks = [] if n == 1 else [_weighted(block, sums, rows) for block in resample_weights(n, seed=seed)]
-    for name in once:
-        interval = _interval(name, np.concatenate([block[name] for block in blocks]), values[name]) if blocks else None
-        if interval is not None and interval[1] - interval[0] > _NO_SPREAD:
-            values[f"{name}_ci95"] = interval
-        else:
+def _log_loss(of: Weighted) -> Floats:
+    return of.mean(of.images.loss)
+
+
+def _calibration_error(of: Weighted) -> Floats:
+    """The mean over images of |accuracy - confidence| of their bin.
+
+    Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
+    """
+    gaps, bins = of.images.top_right - of.images.confidence, of.images.bins
+    by_bin = np.array([np.bincount(bins, row * gaps, minlength=BINS) for row in of.weights])
+    return np.asarray(np.abs(by_bin).sum(axis=1) / of.total)
+
+
+def _top5(of: Weighted) -> Floats:
+    return of.mean(of.images.rank < TOP)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is called, computed and shown.
+
+    Attributes:
+        title, short_title: for people; the short one (``title`` where it is empty) heads a column.
+        compute: its values (b,) for b weightings.
+        interval: ``wilson`` for a share of independent images; else 1000 bootstrap resamples, ``percentile`` or,
+            where noise can only raise the value, ``centred`` on it.
+        is_share: shown in per cent, other numbers with three decimals.
+        needs_probabilities: None, with a reason, where the head gives none.
+        above_classes: there only for more classes than this.
+    """
+
+    title: str
+    compute: Callable[[Weighted], Floats]
+    interval: Literal["wilson", "percentile", "centred"] = "percentile"
+    short_title: str = ""
+    is_share: bool = True
+    lower_is_better: bool = False
+    needs_probabilities: bool = False
+    above_classes: int = 0
+
+    @property
+    def heading(self) -> str:
+        return self.short_title or self.title
+
+    def show(self, value: object) -> str:
+        """``97.4 %`` or ``0.123``; – for None."""
+        if not isinstance(value, (int, float)):
+            return "–"
+        return percent(value) if self.is_share else f"{value:.3f}"
+
+    def show_interval(self, bounds: object, between: str = " to ") -> str:
+        """The bounds in the unit of `show`, without its sign; "" for None."""
+        if not isinstance(bounds, list):
+            return ""
+        return percent_range(bounds, between) if self.is_share else f"{bounds[0]:.3f}{between}{bounds[1]:.3f}"
+
+
+METRICS: Final[dict[str, Metric]] = {
+    "accuracy": Metric("accuracy", _accuracy, "wilson"),
+    "balanced_accuracy": Metric("balanced accuracy", _balanced_accuracy, short_title="bal. acc."),
+    "macro_f1": Metric("macro F1", _macro_f1),
+    "log_loss": Metric("log loss", _log_loss, is_share=False, lower_is_better=True, needs_probabilities=True),
+    "ece": Metric(
+        "calibration error",
+        _calibration_error,
+        "centred",
+        short_title="ECE",
+        lower_is_better=True,
+        needs_probabilities=True,
+    ),
+    "top5": Metric("top-5 accuracy", _top5, "wilson", short_title="top-5", needs_probabilities=True, above_classes=TOP),
+}
+
+
+def measure(images: ScoredImages, classes: int, why_no_probabilities: str | None) -> tuple[Values, dict[str, str]]:
+    """Every metric and its 95 % interval under ``NAME_ci95``; what cannot be given is None, and why by the same name.
+
+    Args:
+        classes: c, how many the classifier knows.
+        why_no_probabilities: the head's reason, where ``images`` have none.
+    """
+    there = {name: metric for name, metric in METRICS.items() if classes > metric.above_classes}
+    values: Values = {key: None for name in there for key in (name, f"{name}_ci95")}
+    reasons = {name: why for name, metric in there.items() if (why := _missing(metric, images, why_no_probabilities))}
+    given = {name: metric for name, metric in there.items() if name not in reasons}
+    once = Weighted(images, np.ones((1, len(images))))
+    resampled = _resampled(images, {name: metric for name, metric in given.items() if metric.interval != "wilson"})
+    for name, metric in given.items():
+        values[name] = value = float(metric.compute(once)[0])
+        values[f"{name}_ci95"] = bounds = _interval(metric, value, len(images), resampled.get(name))
+        if bounds is None:
             reasons[f"{name}_ci95"] = "resampling the images changes nothing, so it cannot say how sure this is"
-    return reasons
+    return values, reasons
 
 
-def _interval(name: str, resampled: Floats, value: float) -> list[float]:
-    return centred_interval(resampled, value) if name == "ece" else percentile_interval(resampled)
+def _missing(metric: Metric, images: ScoredImages, why_no_probabilities: str | None) -> str | None:
+    """Why the metric cannot be given, or None."""
+    if metric.needs_probabilities and not images.has_probabilities:
+        return why_no_probabilities or "the head gives no probabilities"
+    return None if len(images) else "there are no images to score"
 
 
-def _weighted(weights: Floats, sums: ClassSums, rows: RowScores | None) -> dict[str, Floats]:
-    balanced, f1 = sums.balanced_accuracy_and_f1(weights)
-    found = {"balanced_accuracy": balanced, "macro_f1": f1}
-    if rows is not None:
-        found["log_loss"], found["ece"] = loss_and_calibration(rows, weights)
-    return found
+def _resampled(images: ScoredImages, metrics: dict[str, Metric]) -> dict[str, Floats]:
+    """Each metric in every bootstrap resample of the images; {} for a single image, which has but one."""
+    if len(images) < 2:
+        return {}
+    found: dict[str, list[Floats]] = {name: [] for name in metrics}
+    for weights in resample_weights(len(images)):
+        block = Weighted(images, weights)
+        for name, metric in metrics.items():
+            found[name].append(metric.compute(block))
+    return {name: np.concatenate(blocks) for name, blocks in found.items()}
 
 
-def _baseline(
-    y: Ints, counts: NDArray[Any] | None, class_names: Sequence[str], reasons: dict[str, str]
-) -> dict[str, Any]:
-    if counts is None or len(y) == 0:
-        why = "there are no images to score" if len(y) == 0 else "the labels of train are not known"
-        reasons["baseline_accuracy"] = why
-        return {"baseline_accuracy": None, "baseline_class": None}
-    if counts.shape != (len(class_names),):
-        raise ValueError(f"train_counts must have shape {(len(class_names),)}, not {counts.shape}")
-    majority = int(counts.argmax())
-    return {"baseline_accuracy": float((y == majority).mean()), "baseline_class": class_names[majority]}
-
-
-def _confusion(y: Ints, predicted: Ints, class_names: Sequence[str], reasons: dict[str, str]) -> dict[str, Any]:
-    size = len(class_names)
-    cells, counts = np.unique(y * size + predicted, return_counts=True)
-    wrong = cells // size != cells % size
-    order = np.lexsort((cells[wrong], -counts[wrong]))[:_SHOWN_PAIRS]
-    pairs = zip(cells[wrong][order].tolist(), counts[wrong][order].tolist(), strict=True)
-    confused = [{"label": class_names[c // size], "predicted": class_names[c % size], "n": k} for c, k in pairs]
-    if size > MAX_CONFUSION:
-        reasons["confusion"] = f"more than {MAX_CONFUSION} classes"
-        return {"confusion": None, "confused": confused}
-    matrix = np.zeros(size * size, dtype=np.int64)
-    matrix[cells] = counts
-    return {"confusion": matrix.reshape(size, size).tolist(), "confused": confused}
-
-
-def _reliability(rows: RowScores) -> list[dict[str, Any]]:
-    count = np.bincount(rows.bins, minlength=BINS)
-    sure = np.bincount(rows.bins, rows.confidence, minlength=BINS)
-    right = np.bincount(rows.bins, rows.right, minlength=BINS)
-    return [
-        {
-            "low": index / BINS,
-            "high": (index + 1) / BINS,
-            "n": int(count[index]),
-            "confidence": min(1.0, float(sure[index] / count[index])),
-            "accuracy": float(right[index] / count[index]),
-        }
-        for index in np.flatnonzero(count).tolist()
-    ]
-
-
-def _warnings(y: Ints, class_names: Sequence[str]) -> list[str]:
-    absent = np.flatnonzero(np.bincount(y, minlength=len(class_names)) == 0)
-    if len(y) == 0 or len(absent) == 0:
-        return []
-    named = ", ".join(class_names[index] for index in absent[:5].tolist())
-    more = ", ..." if len(absent) > 5 else ""
-    return [
-        f"{len(absent)} of {len(class_names)} classes have no images in the scored set ({named}{more}); "
-        "averages over classes leave them out."
-    ]
+def _interval(metric: Metric, value: float, n: int, resampled: Floats | None) -> list[float] | None:
+    if metric.interval == "wilson":
+        return wilson(round(value * n), n)
+    if resampled is None:
+        return None
+    bounds = centred_interval(resampled, value) if metric.interval == "centred" else percentile_interval(resampled)
+    return bounds if bounds[1] - bounds[0] > _NO_SPREAD else None

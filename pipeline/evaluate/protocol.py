@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from ..artifacts import Leak
+from ..artifacts import CurvePoint, Leak
 from .intervals import wilson
-from .text import interval, percent
+from .metrics import METRICS, Ints
+from .text import images
 
 
 @dataclass(frozen=True)
@@ -26,69 +27,65 @@ class Selection:
     on: str
 
 
-def protocol_sentence(
-    selections: Sequence[Selection], *, fitted: str, fitted_on: str, n_fitted: int, reported_on: str, n: int
-) -> str:
-    """The protocol of a score in one sentence; it admits it when a choice was made on the reported set.
+@dataclass(frozen=True)
+class Making:
+    """How a classifier was made, as far as its score and its report tell.
 
-    Args:
-        selections: the choices, in the order they were made.
+    Attributes:
         fitted: what was fitted ("the logistic head").
-        fitted_on, n_fitted: the split it was fitted on and its number of images.
-        reported_on, n: the set the score is for and its number of images.
+        train_digests: (m, 16) of all images of train; scored images among them have leaked.
+        train_counts: (c,) images of each class that it was fitted on; the largest class is the majority baseline.
+        selections: the choices, in the order they were made.
+        selected, leaderboard, history, curve, warnings: as in `RunMetrics`.
     """
-    parts = [f"{choice.what} was chosen {choice.how} on {choice.on}" for choice in selections]
-    parts.append(f"{fitted} was fitted on {_images(n_fitted)} of {fitted_on}")
-    biased = [choice.what for choice in selections if choice.on == reported_on]
+
+    fitted: str
+    train_digests: NDArray[np.uint8]
+    train_counts: Ints
+    selections: Sequence[Selection] = ()
+    selected: dict[str, Any] = field(default_factory=dict)
+    leaderboard: Sequence[dict[str, Any]] = ()
+    history: Sequence[dict[str, Any]] = ()
+    curve: Sequence[CurvePoint] = ()
+    warnings: Sequence[str] = ()
+
+
+def protocol_sentence(making: Making, *, reported_on: str, n: int) -> str:
+    """The protocol of a score on ``n`` images; it admits it when a choice was made on the reported set."""
+    parts = [f"{choice.what} was chosen {choice.how} on {choice.on}" for choice in making.selections]
+    parts.append(f"{making.fitted} was fitted on {images(int(making.train_counts.sum()))} of train")
+    biased = [choice.what for choice in making.selections if choice.on == reported_on]
     verdict = (
         f"which also chose {_listed(biased)}, so the score is too good" if biased else "on which nothing was chosen"
     )
-    sentence = f"{_listed(parts)}; reported are {_images(n)} of {reported_on}, {verdict}."
+    sentence = f"{_listed(parts)}; reported are {images(n)} of {reported_on}, {verdict}."
     return sentence[0].upper() + sentence[1:]
 
 
-def check_leak(
-    train_digests: NDArray[np.uint8], digests: NDArray[np.uint8], y: ArrayLike, predicted: ArrayLike
-) -> dict[str, Any]:
-    """Count scored images that train holds byte for byte, and the accuracy of the others.
+def find_leak(train_digests: NDArray[np.uint8], digests: NDArray[np.uint8], right: NDArray[np.bool_]) -> Leak | None:
+    """Scored images that train holds byte for byte, and the accuracy of the others; None where there are none.
 
     Args:
-        train_digests: (m, 16) of the images that were trained on.
+        train_digests: (m, 16).
         digests: (n, 16) of the scored images.
-        y, predicted: (n,) true and predicted classes.
-
-    Returns:
-        ``leaked``, and for the ``n`` images left ``accuracy`` and ``accuracy_ci95`` (None where none is left).
+        right: (n,) which of them were classified rightly.
     """
-    known = set(_rows(train_digests))
-    clean = np.array([digest not in known for digest in _rows(digests)], dtype=bool)
-    right = np.asarray(y)[clean] == np.asarray(predicted)[clean]
-    n, hits = len(right), int(right.sum())
-    return {
-        "leaked": len(clean) - n,
-        "n": n,
-        "accuracy": hits / n if n else None,
-        "accuracy_ci95": wilson(hits, n),
-    }
+    known = {row.tobytes() for row in train_digests}
+    clean = np.array([row.tobytes() not in known for row in digests], dtype=bool)
+    n, hits = int(clean.sum()), int(right[clean].sum())
+    if n == len(clean):
+        return None
+    return Leak(leaked=len(clean) - n, n=n, accuracy=hits / n if n else None, accuracy_ci95=wilson(hits, n))
 
 
 def leak_sentence(leak: Leak, split: str) -> str:
-    """What `check_leak` found, in a sentence or two; "" where nothing leaked."""
-    if not leak.leaked:
-        return ""
+    """What `find_leak` found, in a sentence or two."""
     start = f"{leak.leaked:,} of the {leak.leaked + leak.n:,} images of {split} are also in train, byte for byte"
     if leak.accuracy is None:
         return f"{start}: this score says nothing about new images."
-    bounds = interval("accuracy", leak.accuracy_ci95)
-    return f"{start}. Without them the accuracy is {percent(leak.accuracy)} (95 %: {bounds} %, {_images(leak.n)})."
-
-
-def _rows(digests: NDArray[np.uint8]) -> list[bytes]:
-    return [row.tobytes() for row in digests]
-
-
-def _images(n: int) -> str:
-    return "1 image" if n == 1 else f"{n:,} images"
+    accuracy = METRICS["accuracy"]
+    bounds = f"95 %: {accuracy.show_interval(leak.accuracy_ci95)} %, {images(leak.n)}"
+    return f"{start}. Without them the accuracy is {accuracy.show(leak.accuracy)} ({bounds})."
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -3,20 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-# Metrics that are shares and are shown in per cent; the others (losses) are plain numbers.
-TITLES = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro F1",
-    "top5": "top-5 accuracy",
-    "log_loss": "log loss",
-    "ece": "calibration error",
-}
-SHORT_TITLES = TITLES | {"balanced_accuracy": "bal. acc.", "top5": "top-5", "ece": "ECE"}
-SHARES = frozenset({"accuracy", "balanced_accuracy", "macro_f1", "top5", "ece"})
-LOWER_IS_BETTER = frozenset({"log_loss", "ece", "seconds"})
 
 
 def printable(text: str) -> str:
@@ -27,24 +13,19 @@ def printable(text: str) -> str:
 
 
 def percent(value: float | None) -> str:
+    """``97.4 %``; – for None."""
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def score(name: str, value: Any) -> str:
-    """A metric's value: shares in per cent, losses with three decimals, – for None."""
-    if not isinstance(value, (int, float)):
-        return "–"
-    return percent(value) if name in SHARES else f"{value:.3f}"
-
-
-def interval(name: str, bounds: Sequence[float] | None, *, between: str = " to ") -> str:
-    """A metric's interval in the unit of `score`, or nothing."""
-    if bounds is None:
-        return ""
+def percent_range(bounds: Sequence[float], between: str = " to ") -> str:
+    """``93.5 to 99.0``, without the sign."""
     low, high = bounds
-    if name in SHARES:
-        return f"{100 * low:.1f}{between}{100 * high:.1f}"
-    return f"{low:.3f}{between}{high:.3f}"
+    return f"{100 * low:.1f}{between}{100 * high:.1f}"
+
+
+def images(n: int) -> str:
+    """``1 image``, ``1,234 images``."""
+    return "1 image" if n == 1 else f"{n:,} images"
 
 
 def duration(seconds: float) -> str:

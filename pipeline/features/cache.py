@@ -198,7 +198,8 @@ class FeatureCache:
     @property
     def quarantined(self) -> NDArray[np.bool_]:
         """Which images (n,) are known to be unreadable."""
-        return self.images.known & (locate(stack_digests(self.quarantine.digests), self.images.digests) >= 0)
+        found = locate(stack_digests(self.quarantine.digests), self.images.digests) >= 0
+        return np.logical_and(self.images.known, found)
 
     def missing(self, among: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
         """Positions to look at: unknown images, and one image of each known content without a feature; our share.

@@ -10,62 +10,63 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifacts import RunMetrics, RunModel, data_digest, list_runs, read_metrics, read_model
+from ..artifacts import RunMetrics, RunModel, list_runs, read_metrics, read_model
+from ..data.digests import data_digest
 from ..data.images import open_images
 from ..data.source import SPLITS
-from ..data.source import Samples as ImageTree
-from ..data.splits import group_ids, leaked
+from ..data.splits import leaked
 from ..errors import DataError, RunError
-from ..evaluate.advice import advise
-from ..evaluate.advice_facts import Facts, Point, Probe, Tuned
-from ..evaluate.advice_rules import Domain
-from ..evaluate.advice_text import Given, advice_lines, advice_values
+from ..evaluate.advice import TUNABLE_HEADS, Domain, Facts, Probe, Tuned, TypedOptions, advice_lines, advise
 from ..params import DataParams, Params
 
 Say = Callable[[str], None]
-TRAIN = SPLITS.index("train")
 RANDOM = "random"
 
 
 @dataclass(frozen=True)
-class Scan:
-    """The scanned images; ``digests`` and ``splits`` are None where they are not known without reading files."""
+class Folder:
+    """The images of a folder; None is what is not known without reading files.
 
-    tree: ImageTree
-    digests: NDArray[np.uint8] | None
+    Attributes:
+        duplicates: files whose bytes occurred before.
+        leaked: images of val and test that train holds too, byte for byte.
+        digest: `data_digest`.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    targets: NDArray[np.integer]
     splits: NDArray[np.int8] | None
+    warnings: tuple[str, ...]
+    duplicates: int | None = None
+    leaked: int | None = None
+    digest: str | None = None
 
 
-def advise_on(
-    params: Params, say: Say = print, *, domain: Domain | None = None, given: Given | None = None
-) -> dict[str, Any]:
+def advise_on(params: Params, say: Say, domain: Domain | None, options: TypedOptions) -> dict[str, Any]:
     """Recommend probe, fine-tuning or training from scratch for ``data.root``, with reasons and commands.
 
     Args:
         domain: how near the images are to the backbone's own; without it a probe's score tells, or both are said.
-        given: what the commands repeat of the user's own.
+        options: what the commands repeat of the user's own.
 
     Returns:
         the summary of ``--json``.
 
     Raises:
-        DataError: there are no images, or fewer than two classes.
+        DataError: there are no images in train, or fewer than two classes.
     """
-    given = given or Given()
-    scan = _scan(params)
-    facts = _facts(params, scan)
-    advice = advise(facts, domain)
-    say(f"{len(scan.tree.paths):,} images under {scan.tree.root}")
-    for line in advice_lines(facts, advice, given):
+    folder = _look(params)
+    summary = advise(_facts(params, folder), domain, options)
+    for line in (f"{len(folder.targets):,} images under {folder.root}", *advice_lines(summary)):
         say(line)
-    for warning in scan.tree.warnings:
+    for warning in folder.warnings:
         say(f"Warning: {warning}")
-    values = advice_values(facts, advice, given)
-    return {"root": str(scan.tree.root), **values, "warnings": [*values["warnings"], *scan.tree.warnings]}
+    return {"root": str(folder.root), **summary, "warnings": [*summary["warnings"], *folder.warnings]}
 
 
-def _scan(params: Params) -> Scan:
-    """The tree, and what the cache's index remembers of it; no image is opened."""
+def _look(params: Params) -> Folder:
+    """List the folder and ask the cache's index what it remembers; no image is opened."""
     images = open_images(params.data, params.cache.dir)
     tree = images.samples
     if len(tree.class_names) < 2:
@@ -76,96 +77,78 @@ def _scan(params: Params) -> Scan:
             remedy="give each class a folder with its images",
         )
     if not images.known.all():
-        return Scan(tree, None, tree.splits)
-    return Scan(tree, images.digests, images.splits_of(np.arange(len(images))))
+        return Folder(tree.root, tree.class_names, tree.targets, tree.splits, tree.warnings)
+    digests, splits = images.digests, images.splits_of(np.arange(len(images)))
+    duplicates = len(digests) - len(np.unique(digests, axis=0))
+    leaks = sum(len(rows) for rows in leaked(digests, splits).values())
+    labels = [tree.class_names[target] if target >= 0 else "" for target in tree.targets]
+    digest = data_digest(digests, labels, [SPLITS[split] for split in splits])
+    return Folder(tree.root, tree.class_names, tree.targets, splits, tree.warnings, duplicates, leaks, digest)
 
 
-def _facts(params: Params, scan: Scan) -> Facts:
-    counts, others = _counts(scan, params.data)
-    if not sum(counts):
-        raise DataError("There is nothing to advise on.", where=scan.tree.root, why="train has no image")
-    runs = list(_runs(params, scan))
-    probe = _pick_probe(runs, params.backbone.name)
+def _facts(params: Params, folder: Folder) -> Facts:
+    counts, others = _counts(folder, params.data)
+    if not any(counts):
+        raise DataError("There is nothing to advise on.", where=folder.root, why="train has no image")
+    runs = list(_runs(params, folder))
     return Facts(
-        class_names=scan.tree.class_names,
-        counts=counts,
+        counts=dict(zip(folder.class_names, counts, strict=True)),
         others=others,
         backbone=params.backbone.name,
-        estimated=scan.splits is None,
-        duplicates=_duplicates(scan),
-        leaked=_leaked(scan),
+        estimated=folder.splits is None,
+        duplicates=folder.duplicates,
+        leaked=folder.leaked,
         pretrained=params.backbone.weights != RANDOM,
         weighted=params.head.class_weight is not None,
-        head_kinds=params.head.kinds,
-        probe=probe and _probe(*probe, scan),
+        tunable=TUNABLE_HEADS.issuperset(params.head.kinds),
+        probe=_probe(runs, params.backbone.name, len(folder.targets)),
         tuned=next((tuned for run in runs if (tuned := _tuned(*run))), None),
-        curve=next((_curve(metrics) for _, _, metrics in runs if metrics.curve), ()),
+        curve=next((tuple(metrics.curve) for _, _, metrics in runs if metrics.curve), ()),
     )
 
 
-def _counts(scan: Scan, data: DataParams) -> tuple[tuple[int, ...], dict[str, int]]:
+def _counts(folder: Folder, data: DataParams) -> tuple[list[int], dict[str, int]]:
     """Training images of each class, and those of the other splits; shares of all where splits are not known."""
-    targets, splits = scan.tree.targets, scan.splits
-    labelled, classes = targets >= 0, len(scan.tree.class_names)
-    shares = (1 - data.val_fraction - data.test_fraction, data.val_fraction, data.test_fraction)
-    if splits is None:
-        every = np.bincount(targets[labelled], minlength=classes)
-        counts = tuple(max(round(shares[TRAIN] * n), min(n, 1)) for n in every.tolist())
-        rest = [round(share * int(every.sum())) for share in shares]
+    labelled, classes = folder.targets >= 0, len(folder.class_names)
+    if folder.splits is not None:
+        train = folder.targets[labelled & (folder.splits == 0)]
+        rest = np.bincount(folder.splits, minlength=len(SPLITS)).tolist()
+        counts = np.bincount(train, minlength=classes).tolist()
     else:
-        counts = tuple(np.bincount(targets[labelled & (splits == TRAIN)], minlength=classes).tolist())
-        rest = [int((splits == split).sum()) for split in range(len(SPLITS))]
+        every = np.bincount(folder.targets[labelled], minlength=classes).tolist()
+        shares = (1 - data.val_fraction - data.test_fraction, data.val_fraction, data.test_fraction)
+        rest = [round(share * sum(every)) for share in shares]
+        counts = [max(round(shares[0] * n), min(n, 1)) for n in every]
     return counts, {name: n for name, n in zip(SPLITS[1:], rest[1:], strict=True) if n}
 
 
-def _duplicates(scan: Scan) -> int | None:
-    return None if scan.digests is None else len(scan.digests) - len(np.unique(group_ids(scan.digests, None)))
+PastRun = tuple[str, RunModel, RunMetrics]
 
 
-def _leaked(scan: Scan) -> int | None:
-    if scan.digests is None or scan.splits is None:
-        return None
-    return sum(map(len, leaked(scan.digests, scan.splits).values()))
-
-
-Run = tuple[str, RunModel, RunMetrics]
-
-
-def _runs(params: Params, scan: Scan) -> Iterator[Run]:
+def _runs(params: Params, folder: Folder) -> Iterator[PastRun]:
     """The runs over these images, newest first: by content, or by folder and classes where contents are not known."""
-    digest = _data_digest(scan)
     for entry in list_runs(params.runs.dir):
         try:
             model, metrics = read_model(entry.path), read_metrics(entry.path)
         except RunError:
             continue  # damaged: `compare` tells of it
-        same_folder = Path(model.data.root) == scan.tree.root and tuple(model.class_names) == scan.tree.class_names
-        if model.data.digest == digest or same_folder:
+        same_folder = Path(model.data.root) == folder.root and tuple(model.class_names) == folder.class_names
+        if model.data.digest == folder.digest or same_folder:
             yield entry.name, model, metrics
 
 
-def _data_digest(scan: Scan) -> str | None:
-    tree = scan.tree
-    if scan.digests is None or scan.splits is None:
-        return None
-    labels = [tree.class_names[target] if target >= 0 else "" for target in tree.targets]
-    return data_digest(scan.digests, labels, [SPLITS[split] for split in scan.splits])
-
-
-def _pick_probe(runs: list[Run], backbone: str) -> Run | None:
+def _probe(runs: list[PastRun], backbone: str, images: int) -> Probe | None:
     """The newest probe of this backbone, else of any; one on random weights tells nothing."""
     probes = [run for run in runs if run[1].verb == "train-head" and not run[1].backbone.weights.startswith(RANDOM)]
-    return next((run for run in probes if run[1].backbone.name == backbone), probes[0] if probes else None)
-
-
-def _probe(name: str, model: RunModel, metrics: RunMetrics, scan: Scan) -> Probe | None:
-    accuracy, interval = metrics.metrics.get("accuracy"), metrics.metrics.get("accuracy_ci95")
-    if not isinstance(accuracy, float) or not isinstance(interval, list) or metrics.baseline_accuracy is None:
+    if not probes:
         return None
-    then = sum(model.data.images.values())
-    note = "" if then == len(scan.tree.paths) else f", made from {then:,} images"
+    name, model, metrics = next((run for run in probes if run[1].backbone.name == backbone), probes[0])
+    accuracy, interval = metrics.metrics.get("accuracy"), metrics.metrics.get("accuracy_ci95")
+    chance, then = metrics.baseline_accuracy, sum(model.data.images.values())
+    if not isinstance(accuracy, float) or not isinstance(interval, list) or chance is None:
+        return None
+    note = "" if then == images else f", made from {then:,} images"
     bounds = (interval[0], interval[1])
-    chance = metrics.baseline_accuracy
     return Probe(name, model.backbone.name, metrics.split, metrics.n, accuracy, bounds, chance, note)
 
 
@@ -174,7 +157,3 @@ def _tuned(name: str, model: RunModel, metrics: RunMetrics) -> Tuned | None:
     if model.verb != "finetune" or "difference" not in chosen or "mcnemar_p" not in chosen:
         return None
     return Tuned(name, float(chosen["difference"]), float(chosen["mcnemar_p"]))
-
-
-def _curve(metrics: RunMetrics) -> tuple[Point, ...]:
-    return tuple(Point(point.images, point.accuracy, point.high) for point in metrics.curve)

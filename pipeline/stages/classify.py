@@ -11,6 +11,7 @@ from ..backbones import Features, Forward, build_classifier, make_decoder
 from ..backbones.backbone import CPU_BATCH, DECODER_RULES
 from ..data.digests import Digests
 from ..data.images import open_paths
+from ..evaluate import Classified
 from ..features.extractor import extract_features
 from ..features.prepare import Preparation
 from ..features.quarantine import Quarantine, decoding_rule
@@ -21,7 +22,6 @@ from ..runtime.device import resolve_device
 from ..runtime.interrupt import stop_after_batch
 from ..runtime.progress import ProgressBar
 from .run import Prediction, label_images
-from .score import Scored
 
 
 def classify(params: Params, paths: Sequence[Path], *, top: int = 5, quiet: bool = False) -> list[Prediction]:
@@ -57,5 +57,5 @@ def classify(params: Params, paths: Sequence[Path], *, top: int = 5, quiet: bool
     rows = [row for row in np.flatnonzero(images.known).tolist() if images.digest(row) in logits]
     scores = np.array([logits[images.digest(row)] for row in rows]).reshape(len(rows), len(categories))
     probabilities = softmax(scores.astype(np.float64))
-    scored = Scored(probabilities.argmax(axis=1), probabilities)
-    return label_images(images, rows, scored, categories, top, problem=quarantine.problem_with)
+    answers = Classified(probabilities.argmax(axis=1), probabilities)
+    return label_images(images, rows, answers, categories, top, problem=quarantine.problem_with)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +13,9 @@ from ..artifacts import RunMetrics, read_metrics, read_predictions
 from ..data.images import open_images
 from ..data.source import SPLITS
 from ..errors import DataError
-from ..evaluate import protocol_sentence
+from ..evaluate import Making, score
 from ..features.cache import FeatureTable
 from .run import Run
-from .score import apply_head, score_split
 
 Say = Callable[[str], None]
 
@@ -74,18 +72,11 @@ def _score(run: Run, table: FeatureTable, split: str, chosen: NDArray[np.bool_])
     train = np.array([name == "train" for name in recorded.splits])
     labels = [label for label, is_train in zip(recorded.labels, train, strict=True) if is_train]
     counts = np.bincount([run.class_names.index(label) for label in labels], minlength=len(run.class_names))
-    own = read_metrics(run.folder)
-    facts: dict[str, Any] = {
-        "split": split,
-        "selected": own.selected,
-        "protocol": protocol_sentence(
-            [],
-            fitted=f"the {run.model.head.kind} head",
-            fitted_on="train",
-            n_fitted=int(train.sum()),
-            reported_on=f"{split} under {table.root}",
-            n=int(chosen.sum()),
-        ),
-    }
-    scored = apply_head(run.head, table.features, len(run.class_names))
-    return score_split(table, scored, chosen, train_digests=recorded.digests[train], train_counts=counts, facts=facts)
+    making = Making(
+        fitted=f"the {run.model.head.kind} head",
+        train_digests=recorded.digests[train],
+        train_counts=counts,
+        selected=read_metrics(run.folder).selected,
+    )
+    metrics, _ = score(run.head, table, chosen, making, split=split, where=f"{split} under {table.root}")
+    return metrics

@@ -35,12 +35,12 @@ from ..backbones.backbone import DECODER_RULES
 from ..data.images import Images, open_paths
 from ..data.source import SPLITS
 from ..errors import RunError
-from ..evaluate.report import render_report
+from ..evaluate import Classified, classify
 from ..features.cache import FeatureCache, FeatureTable
 from ..heads import Head, load_head, save_head
 from ..params import Params, dump_params, load_params
+from ..report import Content, render_report
 from ..runtime.device import resolve_device
-from .score import Scored, apply_head
 
 BACKBONE_FILE = "backbone.safetensors"
 
@@ -147,9 +147,9 @@ class Run:
         cache = self.cache(images, quiet=quiet)
         cache.fill()
         rows = np.flatnonzero(cache.present)
-        scored = apply_head(self.head, cache.read(images.digests[rows]), len(self.class_names))
+        answers = classify(self.head, cache.read(images.digests[rows]), len(self.class_names))
         problem = cache.quarantine.problem_with
-        return label_images(images, rows.tolist(), scored, self.class_names, top, problem=problem)
+        return label_images(images, rows.tolist(), answers, self.class_names, top, problem=problem)
 
 
 def load_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
@@ -170,30 +170,30 @@ def load_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
 def label_images(
     images: Images,
     rows: Sequence[int],
-    scored: Scored,
+    answers: Classified,
     names: Sequence[str],
     top: int,
     *,
     problem: Callable[[Images, int], str],
 ) -> list[Prediction]:
-    """A prediction for each image: ``scored`` holds those at ``rows``, ``problem`` says what ails the others."""
+    """A prediction for each image: ``answers`` holds those at ``rows``, ``problem`` says what ails the others."""
     place = {row: index for index, row in enumerate(rows)}
     return [
-        _prediction(images.path(row), scored, place[row], names, top)
+        _prediction(images.path(row), answers, place[row], names, top)
         if row in place
         else Prediction(images.path(row), error=problem(images, row))
         for row in range(len(images))
     ]
 
 
-def _prediction(path: str, scored: Scored, index: int, names: Sequence[str], top: int) -> Prediction:
-    label = names[int(scored.predicted[index])]
-    if scored.probabilities is None:
+def _prediction(path: str, answers: Classified, index: int, names: Sequence[str], top: int) -> Prediction:
+    label = names[int(answers.predicted[index])]
+    if answers.probabilities is None:
         return Prediction(path, label, None, ((label, None),))
-    row = scored.probabilities[index]
+    row = answers.probabilities[index]
     order = np.argsort(-row, kind="stable")[:top]
     best = tuple((names[target], float(row[target])) for target in order)
-    return Prediction(path, label, float(row[int(scored.predicted[index])]), best)
+    return Prediction(path, label, float(row[int(answers.predicted[index])]), best)
 
 
 # -- a run from what a stage made -------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def publish_run(
         (folder / METRICS_FILE).write_bytes(metrics.to_json())
         with open(folder / PREDICTIONS_FILE, "wb") as file:
             write_predictions(file, predictions)
-        report = render_report(model, metrics, name=path.name, params_text=dump_params(params))
+        report = render_report(Content(path.name, model, metrics, dump_params(params)))
         (folder / REPORT_FILE).write_text(report, encoding="utf-8")
         fill(folder)
     return path

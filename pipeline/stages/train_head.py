@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..artifacts import ParameterCounts, RunMetrics, check_run_name, default_run_name
+from ..artifacts import CurvePoint, ParameterCounts, Predictions, RunMetrics, check_run_name, default_run_name
 from ..data.source import SPLITS, TEST, VAL
-from ..evaluate import Selection, protocol_sentence
+from ..evaluate import Making, Selection, metric_lines, score
 from ..features.cache import FeatureTable
 from ..heads import Choice, choose_head, curve_band, learning_curve, make_head
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
 from .open import open_cache
 from .run import publish_run, run_model
-from .score import Scored, apply_head, metric_lines, predictions_of, score_split
 
 Say = Callable[[str], None]
 
@@ -45,9 +44,8 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
     device = cache.backbone.device.type
     choice = _choose(params.head, table, reported, device=str(cache.backbone.device) if device == "cuda" else "cpu")
     head = choice.head
-    scored = apply_head(head, table.features, len(table.class_names))
     points = _learning_curve(params.head, table, head.kind, reported) if curve else []
-    metrics = _score(table, scored, choice, reported, points, cache.warnings)
+    metrics, predictions = _score(table, choice, reported, points, cache.warnings)
     model = run_model(cache, table, head)
     for line in [_parameter_line(model.parameters), *_leaderboard_lines(choice), *metric_lines(metrics)]:
         say(line)
@@ -55,7 +53,6 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
         say(line)
     model = model.model_copy(update={"seconds": time.perf_counter() - started})
     name = params.runs.name or default_run_name(params.data.root, cache.backbone.identity.name, head.kind)
-    predictions = predictions_of(table, scored)
     path = publish_run(params, name, head=head, model=model, metrics=metrics, predictions=predictions)
     say(f"Run: {path} (report.html shows the scores)")
     return metrics.summary(str(path))
@@ -88,8 +85,8 @@ def _choose(params: HeadParams, table: FeatureTable, reported: int, *, device: s
     )
 
 
-def _learning_curve(params: HeadParams, table: FeatureTable, kind: str, reported: int) -> list[dict[str, Any]]:
-    """Points ``images, accuracy, low, high`` of heads fitted to growing parts of train, on the reported split."""
+def _learning_curve(params: HeadParams, table: FeatureTable, kind: str, reported: int) -> list[CurvePoint]:
+    """The points of heads fitted to growing parts of train, on the reported split."""
     rows = table.labelled(reported)
     fits = learning_curve(
         lambda: make_head(kind, params, class_names=table.class_names, jobs=usable_cores()),
@@ -98,43 +95,25 @@ def _learning_curve(params: HeadParams, table: FeatureTable, kind: str, reported
         table.targets[rows],
         seed=params.seed,
     )
-    return [{**point, "images": round(point["images"])} for point in curve_band(fits)]
+    return [CurvePoint.model_validate({**point, "images": round(point["images"])}) for point in curve_band(fits)]
 
 
 def _score(
-    table: FeatureTable,
-    scored: Scored,
-    choice: Choice,
-    reported: int,
-    curve: list[dict[str, Any]],
-    warnings: list[str],
-) -> RunMetrics:
+    table: FeatureTable, choice: Choice, reported: int, curve: list[CurvePoint], warnings: list[str]
+) -> tuple[RunMetrics, Predictions]:
     head = choice.head
-    rows = table.labelled(reported)
-    facts = {
-        "split": SPLITS[reported],
-        "selected": head.selected,
-        "history": head.history,
-        "leaderboard": [{**row, "selected": row["chosen"]} for row in choice.leaderboard],
-        "curve": curve,
-        "warnings": [*warnings, *head.warnings],
-        "protocol": protocol_sentence(
-            [Selection(what, how, on) for what, how, on in choice.selections],
-            fitted=f"the {head.kind} head",
-            fitted_on="train",
-            n_fitted=int(table.train.sum()),
-            reported_on=SPLITS[reported],
-            n=int(rows.sum()),
-        ),
-    }
-    return score_split(
-        table,
-        scored,
-        rows,
+    making = Making(
+        fitted=f"the {head.kind} head",
         train_digests=table.digests[table.train],
         train_counts=table.class_counts(table.train),
-        facts=facts,
+        selections=[Selection(what, how, on) for what, how, on in choice.selections],
+        selected=head.selected,
+        leaderboard=[{**row, "selected": row["chosen"]} for row in choice.leaderboard],
+        history=head.history,
+        curve=curve,
+        warnings=[*warnings, *head.warnings],
     )
+    return score(head, table, table.labelled(reported), making, split=SPLITS[reported])
 
 
 def _leaderboard_lines(choice: Choice) -> list[str]:
@@ -148,10 +127,10 @@ def _leaderboard_lines(choice: Choice) -> list[str]:
     return lines
 
 
-def _curve_lines(points: list[dict[str, Any]]) -> list[str]:
+def _curve_lines(points: list[CurvePoint]) -> list[str]:
     """The learning curve as lines: images, mean accuracy, lowest to highest."""
     lines = []
     for point in points:
-        mean, low, high = (100 * point[name] for name in ("accuracy", "low", "high"))
-        lines.append(f"  {point['images']:>8,} images: {mean:.1f} % ({low:.1f} to {high:.1f})")
+        mean, low, high = 100 * point.accuracy, 100 * point.low, 100 * point.high
+        lines.append(f"  {point.images:>8,} images: {mean:.1f} % ({low:.1f} to {high:.1f})")
     return ["Learning curve:", *lines] if lines else []

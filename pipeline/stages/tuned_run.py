@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from ..artifacts import HeadRecord, ParameterCounts, RunMetrics, RunModel, read_
 from ..backbones import FeatureNetwork, backbone_bytes
 from ..data.scan import SPLITS
 from ..errors import RunError
-from ..evaluate import Selection, mcnemar_exact, protocol_sentence
+from ..evaluate import Making, Selection, mcnemar_exact, metric_lines, score
+from ..features.table import FeatureTable
 from ..files import publish_file
 from ..finetune import Outcome, fold_head, history_csv, history_plot
 from ..heads import Head, Layers, head_of_layers
@@ -25,7 +26,6 @@ from .embedding import Embedding
 from .predict import BACKBONE_FILE, load_run
 from .publish import publish_run
 from .records import class_counts, run_model
-from .score import Scored, apply_head, metric_lines, predictions_of, score_split
 from .sources import (
     Origin,
     batch_size,
@@ -51,14 +51,17 @@ def publish_tuned(job: Job, outcome: Outcome, started: float) -> dict[str, Any]:
     Returns:
         the summary of ``--json``.
     """
-    params, table = job.params, job.table
+    params = job.params
     job.classifier.load_state_dict(outcome.best)
     weights = _weights(job)
     publish_file(job.folder / BACKBONE_FILE, weights)
     head = _head(job, outcome)
     features, origin, key = _embed(_tuned_params(job) if outcome.best_epoch else params, job)
-    scored = apply_head(head, features, len(table.class_names))
-    metrics = _metrics(job, scored, head, outcome)
+    tuned = replace(job.table, features=features)
+    reported = tuned.splits == job.parts.reported
+    metrics, predictions = score(
+        head, tuned, reported, _making(job, tuned, head, outcome), split=SPLITS[job.parts.reported]
+    )
     model = _model(job, outcome, origin, head, key, started)
     for line in [*_verdict_lines(job, metrics, outcome), *metric_lines(metrics)]:
         job.say(line)
@@ -68,7 +71,6 @@ def publish_tuned(job: Job, outcome: Outcome, started: float) -> dict[str, Any]:
         (folder / "history.csv").write_text(history_csv(outcome.history))
         (folder / "history.svg").write_bytes(history_plot(outcome.history))
 
-    predictions = predictions_of(table, scored)
     path = publish_run(
         params, job.folder.name, head=head, model=model, metrics=metrics, predictions=predictions, fill=fill
     )
@@ -138,53 +140,44 @@ def _counts(job: Job, outcome: Outcome) -> ParameterCounts:
 # -- its score, and the probe's -------------------------------------------------------------------------------------
 
 
-def _metrics(job: Job, scored: Scored, head: Head, outcome: Outcome) -> RunMetrics:
-    table, parts = job.table, job.parts
-    rows: NDArray[np.bool_] = table.splits == parts.reported
-    train = np.zeros(len(table), bool)
-    train[parts.train] = True
-    facts = {
-        "split": SPLITS[parts.reported],
-        "selected": _selected(job, scored, outcome),
-        "history": [_finite(asdict(row)) for row in outcome.history],
-        "warnings": [*job.opened.warnings, *outcome.warnings],
-        "protocol": protocol_sentence(
-            [Selection("the epoch", "by its accuracy", parts.selection_name)],
-            fitted=f"the backbone with its {head.kind} head",
-            fitted_on="train",
-            n_fitted=len(parts.train),
-            reported_on=SPLITS[parts.reported],
-            n=int((rows & (table.targets >= 0)).sum()),
-        ),
-    }
-    # All of train counts as seen for the leak check: the selection part chose the epoch.
-    seen = table.digests[table.splits == TRAIN]
-    return score_split(table, scored, rows, train_digests=seen, train_counts=class_counts(table, train), facts=facts)
+def _making(job: Job, tuned: FeatureTable, head: Head, outcome: Outcome) -> Making:
+    train = np.zeros(len(tuned), bool)
+    train[job.parts.train] = True
+    return Making(
+        fitted=f"the backbone with its {head.kind} head",
+        # All of train counts as seen for the leak check: the selection part chose the epoch.
+        train_digests=tuned.digests[tuned.splits == TRAIN],
+        train_counts=class_counts(tuned, train),
+        selections=[Selection("the epoch", "by its accuracy", job.parts.selection_name)],
+        selected=_selected(job, tuned, head, outcome),
+        history=[_finite(asdict(row)) for row in outcome.history],
+        warnings=[*job.opened.warnings, *outcome.warnings],
+    )
 
 
-def _selected(job: Job, scored: Scored, outcome: Outcome) -> dict[str, Any]:
+def _selected(job: Job, tuned: FeatureTable, head: Head, outcome: Outcome) -> dict[str, Any]:
     return {
         "epoch": outcome.best_epoch,
         "selection": job.parts.selection_name,
         "kept_probe": not outcome.best_epoch and job.start.run is not None,
-        **_comparison(job, scored),
+        **_comparison(job, tuned, head),
     }
 
 
-def _comparison(job: Job, scored: Scored) -> dict[str, Any]:
+def _comparison(job: Job, tuned: FeatureTable, head: Head) -> dict[str, Any]:
     """Probe against fine-tuned on the reported images: accuracies and McNemar's exact test."""
     if job.start.run is None:
         return {}
     table = job.table
     rows = (table.splits == job.parts.reported) & (table.targets >= 0)
     y = table.targets[rows]
-    probe = load_run(job.start.run).head.predict(table.features[rows]) == y
-    tuned = scored.predicted[rows] == y
-    only_probe, only_tuned = int((probe & ~tuned).sum()), int((tuned & ~probe).sum())
+    probe_right = load_run(job.start.run).head.predict(table.features[rows]) == y
+    tuned_right = head.predict(tuned.features[rows]) == y
+    only_probe, only_tuned = int((probe_right & ~tuned_right).sum()), int((tuned_right & ~probe_right).sum())
     return {
         "probe_run": job.start.run.name,
-        "probe_accuracy": float(probe.mean()),
-        "difference": float(tuned.mean() - probe.mean()),
+        "probe_accuracy": float(probe_right.mean()),
+        "difference": float(tuned_right.mean() - probe_right.mean()),
         "only_probe_right": only_probe,
         "only_finetuned_right": only_tuned,
         "mcnemar_p": mcnemar_exact(only_probe, only_tuned),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pipeline.artifacts import (
     METRICS_FILE,
@@ -18,8 +20,9 @@ from pipeline.artifacts import (
     publishing_run,
     write_predictions,
 )
-from pipeline.artifacts import data_digest as digest_of
-from pipeline.evaluate import evaluate_predictions
+from pipeline.data.digests import data_digest as digest_of
+from pipeline.evaluate import Classified, Making
+from pipeline.evaluate.score import score_images
 
 NAMES = ("ant", "bee")
 
@@ -54,8 +57,26 @@ def model_values(**changes: Any) -> dict[str, Any]:
 def metrics_values(
     y: list[int], predicted: list[int], names: tuple[str, ...] = NAMES, **changes: Any
 ) -> dict[str, Any]:
-    scores = evaluate_predictions(y, predicted, None, names, train_counts=[3] + [1] * (len(names) - 1))
-    return {"split": "val", "protocol": "Nothing was chosen.", **scores} | changes
+    scores = score_of(y, predicted, None, names, train_counts=[3] + [1] * (len(names) - 1))
+    return scores.model_dump() | {"protocol": "Nothing was chosen."} | changes
+
+
+def score_of(
+    y: ArrayLike,
+    predicted: ArrayLike,
+    probabilities: ArrayLike | None = None,
+    names: Sequence[str] = NAMES,
+    *,
+    train_counts: ArrayLike | None = None,
+    why_none: str | None = None,
+) -> RunMetrics:
+    """The metrics of images of val that have contents of their own; by default train held one image a class."""
+    y, predicted = (np.asarray(values, np.int64 if np.size(values) == 0 else None) for values in (y, predicted))
+    chances = None if probabilities is None else np.asarray(probabilities, np.float64)
+    digests = np.zeros((len(y), 16), np.uint8)
+    counts = np.ones(len(names), np.int64) if train_counts is None else np.asarray(train_counts)
+    making = Making("the head", digests[:0], counts)
+    return score_images(y, Classified(predicted, chances, why_none), digests, names, making, split="val")
 
 
 def predictions(y: list[int], predicted: list[int], names: tuple[str, ...] = NAMES, first: int = 0) -> Predictions:
@@ -81,13 +102,15 @@ def make_run(
     predicted: list[int],
     *,
     rows: Predictions | None = None,
+    metrics: RunMetrics | None = None,
     **changes: Any,
 ) -> Path:
     rows = rows or predictions(y, predicted)
+    metrics = metrics or RunMetrics.model_validate(metrics_values(y, predicted))
     data = {**model_values()["data"], "digest": digest_of(rows.digests, rows.labels, rows.splits)}
     with publishing_run(runs_dir, name) as (folder, final):
         (folder / MODEL_FILE).write_bytes(RunModel.model_validate(model_values(**{"data": data, **changes})).to_json())
-        (folder / METRICS_FILE).write_bytes(RunMetrics.model_validate(metrics_values(y, predicted)).to_json())
+        (folder / METRICS_FILE).write_bytes(metrics.to_json())
         with open(folder / PREDICTIONS_FILE, "wb") as file:
             write_predictions(file, rows)
     return final

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from pipeline.artifacts import RunMetrics, RunModel, current_versions, data_digest, read_metrics, read_model
+from pipeline.artifacts import RunMetrics, RunModel, current_versions, read_metrics, read_model
 from pipeline.errors import RunError
 
 from .examples import make_run, metrics_values, model_values
@@ -116,17 +116,6 @@ def test_nothing_a_run_names_is_imported(tmp_path: Path) -> None:
     import sys
 
     assert "antigravity" not in sys.modules
-
-
-def test_data_digest_knows_contents_labels_and_splits_but_not_order() -> None:
-    digests = np.arange(48, dtype=np.uint8).reshape(3, 16)
-    labels, splits = ["a", "b", "caf\udce9"], ["train", "val", "train"]
-    same = data_digest(digests, labels, splits)
-    assert len(same) == 32
-    assert data_digest(digests[::-1], labels[::-1], splits[::-1]) == same
-    assert data_digest(digests, ["b", "a", "caf\udce9"], splits) != same
-    assert data_digest(digests, labels, ["val", "val", "train"]) != same
-    assert data_digest(digests[[0, 1, 1]], labels, splits) != same
 
 
 def test_versions_are_read_without_importing() -> None:

@@ -49,3 +49,14 @@ def test_nothing_is_found_in_nothing() -> None:
     some = np.zeros((3, 16), np.uint8)
     assert locate(empty_digests(), some).tolist() == [-1, -1, -1]
     assert locate(some, empty_digests()).tolist() == []
+
+
+def test_data_digest_knows_contents_labels_and_splits_but_not_order() -> None:
+    digests = np.arange(48, dtype=np.uint8).reshape(3, 16)
+    labels, splits = ["a", "b", "caf\udce9"], ["train", "val", "train"]
+    same = data_digest(digests, labels, splits)
+    assert len(same) == 32
+    assert data_digest(digests[::-1], labels[::-1], splits[::-1]) == same
+    assert data_digest(digests, ["b", "a", "caf\udce9"], splits) != same
+    assert data_digest(digests, labels, ["val", "val", "train"]) != same
+    assert data_digest(digests[[0, 1, 1]], labels, splits) != same

@@ -17,9 +17,8 @@ from scipy.stats import binomtest
 
 from pipeline.artifacts import Predictions
 from pipeline.errors import RunError, UsageError
-from pipeline.evaluate.compare import SORT_KEYS, compare_runs
-from pipeline.evaluate.compare_text import comparison_markdown, comparison_notes, comparison_table
-from pipeline.evaluate.matching import match_outcomes, pair_tests
+from pipeline.evaluate import compare_runs, comparison_markdown, comparison_notes, comparison_table
+from pipeline.evaluate.compare import holm, mcnemar_exact, pair_tests, sort_columns
 
 from ..artifacts.examples import make_run, model_values, predictions
 
@@ -65,7 +64,7 @@ def test_json_is_json_and_numbers_runs_from_one(runs: list[Path]) -> None:
     assert {"data", "backbone", "head", "split", "n", "seconds"} <= set(value["runs"][0])
 
 
-@pytest.mark.parametrize("key", SORT_KEYS)
+@pytest.mark.parametrize("key", sort_columns())
 def test_every_column_sorts_both_ways(runs: list[Path], key: str) -> None:
     def order(sort: str) -> list[str]:
         return [run.path.name for run in compare_runs(runs, sort=sort).runs]
@@ -105,19 +104,19 @@ def test_copies_count_once_and_in_any_order_alike() -> None:
     one, two = predictions(Y, Y), predictions(Y, _wrong(*range(8)))
     doubled = [*range(40), *range(8), *range(8)]
     copies = replace(_take(two, doubled), paths=[f"{place:03}.jpg" for place in range(len(doubled))])
-    plain = pair_tests(match_outcomes([one, two]))
-    assert pair_tests(match_outcomes([one, copies])) == plain
-    assert pair_tests(match_outcomes([_take(one, list(range(39, -1, -1))), two])) == plain
+    plain = pair_tests([one, two])
+    assert pair_tests([one, copies]) == plain
+    assert pair_tests([_take(one, list(range(39, -1, -1))), two]) == plain
     assert plain[0].only_first == 8 and plain[0].n == 40 and plain[0].same_set
 
 
 def test_images_under_different_labels_are_left_out() -> None:
     one, two = predictions(Y, Y), predictions(Y, Y)
     relabelled = replace(two, labels=["other", *two.labels[1:]])
-    test = pair_tests(match_outcomes([one, relabelled]))[0]
+    test = pair_tests([one, relabelled])[0]
     assert test.n == 39 and test.labels_disagree == 1
     both_ways = replace(one, digests=one.digests[[0, 0, *range(2, 40)]])
-    assert pair_tests(match_outcomes([both_ways, both_ways]))[0].n == 38
+    assert pair_tests([both_ways, both_ways])[0].n == 38
 
 
 def test_only_rows_of_the_reported_split_count(tmp_path: Path) -> None:
@@ -161,9 +160,27 @@ def test_one_run_alone(runs: list[Path]) -> None:
 def test_many_runs_of_many_images_stay_quick() -> None:
     y = np.random.default_rng(0).integers(2, size=5000).tolist()
     rows = [predictions(y, np.random.default_rng(seed).integers(2, size=5000).tolist()) for seed in range(20)]
-    assert len(pair_tests(match_outcomes(rows))) == 190
+    assert len(pair_tests(rows)) == 190
 
 
 def test_comparing_needs_neither_torch_nor_plots() -> None:
     code = "import sys, pipeline.evaluate; sys.exit(bool({'torch', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (5, 5), (3, 14), (0, 30), (120, 161), (900, 1200)])
+def test_mcnemar_is_the_exact_binomial_test(first: int, second: int) -> None:
+    expected = binomtest(first, first + second).pvalue if first + second else 1.0
+    assert mcnemar_exact(first, second) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar_exact(first, second) == mcnemar_exact(second, first)
+
+
+def test_mcnemar_of_huge_counts_neither_underflows_nor_overflows() -> None:
+    assert mcnemar_exact(20_000, 20_000) == 1.0
+    assert 0 <= mcnemar_exact(100, 30_000) < 1e-300
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from sklearn.metrics import (
     balanced_accuracy_score,
     confusion_matrix,
@@ -16,10 +18,23 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from pipeline.artifacts import Leak
-from pipeline.evaluate import check_leak, evaluate_predictions, leak_sentence, protocol_sentence, wilson
+from pipeline.artifacts import Leak, RunMetrics, read_metrics, read_model
+from pipeline.evaluate import (
+    METRICS,
+    Making,
+    Metric,
+    Selection,
+    Weighted,
+    compare_runs,
+    comparison_markdown,
+    metric_lines,
+    wilson,
+)
 from pipeline.evaluate.intervals import resample_weights
-from pipeline.evaluate.protocol import Selection
+from pipeline.evaluate.protocol import find_leak, leak_sentence, protocol_sentence
+from pipeline.report import Content, render_report
+
+from ..artifacts.examples import make_run, score_of
 
 
 def _example(n: int = 400, classes: int = 8, seed: int = 0):
@@ -32,21 +47,21 @@ def _example(n: int = 400, classes: int = 8, seed: int = 0):
 
 def test_values_equal_those_of_scikit_learn() -> None:
     y, predicted, probabilities, names = _example()
-    result = evaluate_predictions(y, predicted, probabilities, names)
-    metrics = result["metrics"]
+    result = score_of(y, predicted, probabilities, names)
+    metrics = result.metrics
     assert metrics["accuracy"] == pytest.approx((y == predicted).mean())
     assert metrics["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y, predicted))
     assert metrics["macro_f1"] == pytest.approx(f1_score(y, predicted, average="macro"))
     assert metrics["log_loss"] == pytest.approx(log_loss(y, probabilities))
     assert metrics["top5"] == pytest.approx(top_k_accuracy_score(y, probabilities, k=5))
-    assert result["confusion"] == confusion_matrix(y, predicted).tolist()
+    assert result.confusion == confusion_matrix(y, predicted).tolist()
     precision, recall, f1, support = precision_recall_fscore_support(y, predicted)
-    for index, row in enumerate(result["per_class"]):
-        assert [row["precision"], row["recall"], row["f1"], row["n"]] == pytest.approx(
+    for index, row in enumerate(result.per_class):
+        assert [row.precision, row.recall, row.f1, row.n] == pytest.approx(
             [precision[index], recall[index], f1[index], support[index]]
         )
-        assert row["recall_ci95"] == wilson(round(recall[index] * support[index]), int(support[index]))
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
+        assert row.recall_ci95 == wilson(round(recall[index] * support[index]), int(support[index]))
+    assert RunMetrics.model_validate(json.loads(result.to_json())) == result
 
 
 def test_calibration_error_by_hand() -> None:
@@ -54,10 +69,10 @@ def test_calibration_error_by_hand() -> None:
     y = np.array([0, 1, 1, 1])
     # Bins of 1/15: 0.9 -> two images, half of them right; 0.7 and 0.55 -> one right image each.
     expected = (2 * abs(0.5 - 0.9) + abs(1 - 0.7) + abs(1 - 0.55)) / 4
-    result = evaluate_predictions(y, probabilities.argmax(axis=1), probabilities, ["a", "b"])
-    assert result["metrics"]["ece"] == pytest.approx(expected)
-    assert sum(row["n"] for row in result["reliability"]) == 4
-    assert result["reliability"][-1]["accuracy"] == 0.5
+    result = score_of(y, probabilities.argmax(axis=1), probabilities, ["a", "b"])
+    assert result.metrics["ece"] == pytest.approx(expected)
+    assert sum(row.n for row in result.reliability) == 4
+    assert result.reliability[-1].accuracy == 0.5
 
 
 def test_wilson_hand_checked() -> None:
@@ -71,12 +86,11 @@ def test_wilson_hand_checked() -> None:
 
 def test_bootstrap_intervals_hold_the_value_and_repeat() -> None:
     y, predicted, probabilities, names = _example()
-    first = evaluate_predictions(y, predicted, probabilities, names, seed=3)["metrics"]
+    first = score_of(y, predicted, probabilities, names).metrics
     for name in ("balanced_accuracy", "macro_f1", "log_loss"):
         low, high = first[f"{name}_ci95"]
         assert low < first[name] < high
-    assert first == evaluate_predictions(y, predicted, probabilities, names, seed=3)["metrics"]
-    assert first != evaluate_predictions(y, predicted, probabilities, names, seed=4)["metrics"]
+    assert first == score_of(y, predicted, probabilities, names).metrics
 
 
 def test_bootstrap_agrees_with_scoring_each_resample_by_scikit_learn() -> None:
@@ -87,48 +101,48 @@ def test_bootstrap_agrees_with_scoring_each_resample_by_scikit_learn() -> None:
     with np.errstate(all="ignore"):
         f1 = [f1_score(y[row], predicted[row], average="macro") for row in rows[:100]]
         loss = [log_loss(y[row], probabilities[row], labels=range(4)) for row in rows[:200]]
-    metrics = evaluate_predictions(y, predicted, probabilities, names, seed=0)["metrics"]
+    metrics = score_of(y, predicted, probabilities, names).metrics
     assert metrics["log_loss_ci95"] == pytest.approx(np.percentile(loss, (2.5, 97.5)), abs=0.03)
     assert metrics["macro_f1_ci95"] == pytest.approx(np.percentile(f1, (2.5, 97.5)), abs=0.03)
 
 
 def test_metrics_that_need_probabilities_are_null_with_the_heads_reason() -> None:
     y, predicted, _, names = _example()
-    result = evaluate_predictions(y, predicted, None, names, why_no_probabilities="NearestCentroid has no scores")
+    result = score_of(y, predicted, None, names, why_none="NearestCentroid has no scores")
     for name in ("log_loss", "ece", "top5"):
-        assert result["metrics"][name] is None and result["metrics"][f"{name}_ci95"] is None
-        assert result["reasons"][name] == "NearestCentroid has no scores"
-    assert result["reliability"] is None and result["metrics"]["balanced_accuracy"] is not None
+        assert result.metrics[name] is None and result.metrics[f"{name}_ci95"] is None
+        assert result.reasons[name] == "NearestCentroid has no scores"
+    assert result.reliability is None and result.metrics["balanced_accuracy"] is not None
 
 
 def test_top5_only_for_more_than_five_classes() -> None:
     y, predicted, probabilities, names = _example(classes=5)
-    assert "top5" not in evaluate_predictions(y, predicted, probabilities, names)["metrics"]
+    assert "top5" not in score_of(y, predicted, probabilities, names).metrics
 
 
 def test_one_image_and_no_image() -> None:
-    one = evaluate_predictions([1], [1], [[0.2, 0.8]], ["a", "b"], train_counts=[3, 1])
-    assert one["metrics"]["accuracy"] == 1.0 and one["metrics"]["accuracy_ci95"] == wilson(1, 1)
-    assert one["metrics"]["log_loss_ci95"] is None and "log_loss_ci95" in one["reasons"]
-    assert one["baseline_accuracy"] == 0.0 and one["baseline_class"] == "a"
-    none = evaluate_predictions([], [], None, ["a", "b"], train_counts=[3, 1])
-    assert none["n"] == 0 and none["metrics"]["accuracy"] is None and "accuracy" in none["reasons"]
-    assert none["per_class"][0]["recall"] is None
+    one = score_of([1], [1], [[0.2, 0.8]], ["a", "b"], train_counts=[3, 1])
+    assert one.metrics["accuracy"] == 1.0 and one.metrics["accuracy_ci95"] == wilson(1, 1)
+    assert one.metrics["log_loss_ci95"] is None and "log_loss_ci95" in one.reasons
+    assert one.baseline_accuracy == 0.0 and one.baseline_class == "a"
+    none = score_of([], [], None, ["a", "b"], train_counts=[3, 1])
+    assert none.n == 0 and none.metrics["accuracy"] is None and "accuracy" in none.reasons
+    assert none.per_class[0].recall is None
 
 
 def test_perfect_predictions_do_not_claim_certainty() -> None:
-    result = evaluate_predictions([0, 1, 0, 1], [0, 1, 0, 1], None, ["a", "b"])
-    assert result["metrics"]["balanced_accuracy"] == 1.0
-    assert result["metrics"]["balanced_accuracy_ci95"] is None and result["reasons"]["balanced_accuracy_ci95"]
-    assert result["metrics"]["accuracy_ci95"][0] < 0.7
+    result = score_of([0, 1, 0, 1], [0, 1, 0, 1], None, ["a", "b"])
+    assert result.metrics["balanced_accuracy"] == 1.0
+    assert result.metrics["balanced_accuracy_ci95"] is None and result.reasons["balanced_accuracy_ci95"]
+    assert result.metrics["accuracy_ci95"][0] < 0.7
 
 
 def test_classes_without_images_are_left_out_of_averages_and_named() -> None:
-    result = evaluate_predictions([0, 0, 1], [0, 1, 1], None, ["a", "b", "never\udcff"])
-    assert result["metrics"]["balanced_accuracy"] == pytest.approx(0.75)
-    assert result["metrics"]["macro_f1"] == pytest.approx(f1_score([0, 0, 1], [0, 1, 1], average="macro"))
-    assert "never\udcff" in result["warnings"][0]
-    assert result["per_class"][2] == {
+    result = score_of([0, 0, 1], [0, 1, 1], None, ["a", "b", "never\udcff"])
+    assert result.metrics["balanced_accuracy"] == pytest.approx(0.75)
+    assert result.metrics["macro_f1"] == pytest.approx(f1_score([0, 0, 1], [0, 1, 1], average="macro"))
+    assert "never\udcff" in result.warnings[0]
+    assert result.per_class[2].model_dump() == {
         "label": "never\udcff",
         "n": 0,
         "predicted": 0,
@@ -140,15 +154,13 @@ def test_classes_without_images_are_left_out_of_averages_and_named() -> None:
 
 
 def test_a_certain_mistake_has_a_finite_loss() -> None:
-    result = evaluate_predictions([0, 1], [1, 1], [[0.0, 1.0], [0.0, 1.0]], ["a", "b"])
-    assert result["metrics"]["log_loss"] == pytest.approx(-np.log(np.finfo(float).eps) / 2)
+    result = score_of([0, 1], [1, 1], [[0.0, 1.0], [0.0, 1.0]], ["a", "b"])
+    assert result.metrics["log_loss"] == pytest.approx(-np.log(np.finfo(float).eps) / 2)
 
 
 def test_majority_baseline_is_that_of_train() -> None:
-    result = evaluate_predictions([0, 0, 0, 1], [0, 0, 0, 0], None, ["a", "b"], train_counts=[10, 90])
-    assert result["baseline_accuracy"] == 0.25 and result["baseline_class"] == "b"
-    unknown = evaluate_predictions([0], [0], None, ["a"])
-    assert unknown["baseline_accuracy"] is None and "baseline_accuracy" in unknown["reasons"]
+    result = score_of([0, 0, 0, 1], [0, 0, 0, 0], None, ["a", "b"], train_counts=[10, 90])
+    assert result.baseline_accuracy == 0.25 and result.baseline_class == "b"
 
 
 @pytest.mark.parametrize(
@@ -166,36 +178,37 @@ def test_majority_baseline_is_that_of_train() -> None:
 )
 def test_what_does_not_fit_is_refused(y, predicted, probabilities) -> None:
     with pytest.raises(ValueError, match=r"must|rows"):
-        evaluate_predictions(y, predicted, probabilities, ["a", "b"])
+        score_of(y, predicted, probabilities, ["a", "b"])
 
 
 def test_confused_pairs_come_most_frequent_first_even_without_a_matrix() -> None:
     names = [str(index) for index in range(1001)]
-    result = evaluate_predictions([7, 7, 7, 3, 3], [9, 9, 7, 3, 4], None, names)
-    assert result["confusion"] is None and "confusion" in result["reasons"]
-    assert result["confused"] == [{"label": "7", "predicted": "9", "n": 2}, {"label": "3", "predicted": "4", "n": 1}]
+    result = score_of([7, 7, 7, 3, 3], [9, 9, 7, 3, 4], None, names)
+    assert result.confusion is None and "confusion" in result.reasons
+    pairs = [(pair.label, pair.predicted, pair.n) for pair in result.confused]
+    assert pairs == [("7", "9", 2), ("3", "4", 1)]
 
 
 def test_ties_at_the_fifth_place_do_not_depend_on_the_block() -> None:
     probabilities = np.full((2, 6), 1 / 6)
-    result = evaluate_predictions([4, 5], [0, 0], probabilities, list("abcdef"))
-    assert result["metrics"]["top5"] == 0.5
+    result = score_of([4, 5], [0, 0], probabilities, list("abcdef"))
+    assert result.metrics["top5"] == 0.5
 
 
 def test_many_rows_and_classes_stay_quick() -> None:
     y, predicted, probabilities, names = _example(n=20_000, classes=200)
     start = time.perf_counter()
-    evaluate_predictions(y, predicted, probabilities, names)
+    score_of(y, predicted, probabilities, names)
     assert time.perf_counter() - start < 20
 
 
 def test_leaked_images_are_counted_and_left_out() -> None:
-    digests = np.arange(64, dtype=np.uint8).reshape(4, 16)
-    result = check_leak(digests[[1, 3, 3]], digests, [0, 1, 0, 1], [0, 1, 1, 0])
-    assert result == {"leaked": 2, "n": 2, "accuracy": 0.5, "accuracy_ci95": wilson(1, 2)}
-    everything = check_leak(digests, digests, [0] * 4, [0] * 4)
-    assert everything["n"] == 0 and everything["accuracy"] is None
-    assert check_leak(digests[:0], digests, [0] * 4, [0] * 4)["leaked"] == 0
+    digests, right = np.arange(64, dtype=np.uint8).reshape(4, 16), np.array([True, True, False, False])
+    leak = find_leak(digests[[1, 3, 3]], digests, right)
+    assert leak == Leak(leaked=2, n=2, accuracy=0.5, accuracy_ci95=wilson(1, 2))
+    everything = find_leak(digests, digests, right)
+    assert everything is not None and everything.n == 0 and everything.accuracy is None
+    assert find_leak(digests[:0], digests, right) is None
 
 
 def test_leak_in_a_sentence() -> None:
@@ -205,24 +218,63 @@ def test_leak_in_a_sentence() -> None:
         "Without them the accuracy is 50.0 % (95 %: 40.3 to 59.7 %, 98 images)."
     )
     assert "nothing about new images" in leak_sentence(Leak(leaked=2, n=0, accuracy=None, accuracy_ci95=None), "val")
-    assert leak_sentence(leak.model_copy(update={"leaked": 0}), "val") == ""
 
 
 def test_the_interval_of_the_calibration_error_holds_it() -> None:
     for seed in range(5):
         y, predicted, probabilities, names = _example(n=150, classes=3, seed=seed)
-        metrics = evaluate_predictions(y, predicted, probabilities, names)["metrics"]
+        metrics = score_of(y, predicted, probabilities, names).metrics
         low, high = metrics["ece_ci95"]
         assert 0 <= low <= metrics["ece"] <= high
 
 
 def test_protocol_in_a_sentence() -> None:
     chosen = Selection("the strength C", "by 5-fold cross-validation", "train")
-    facts = {"fitted": "the logistic head", "fitted_on": "train", "n_fitted": 244, "reported_on": "val", "n": 1}
-    assert protocol_sentence([chosen], **facts) == (
+
+    def sentence(*selections: Selection) -> str:
+        making = Making("the logistic head", np.zeros((0, 16), np.uint8), np.array([200, 44]), selections)
+        return protocol_sentence(making, reported_on="val", n=1)
+
+    assert sentence(chosen) == (
         "The strength C was chosen by 5-fold cross-validation on train and the logistic head was fitted on 244 images "
         "of train; reported are 1 image of val, on which nothing was chosen."
     )
-    biased = protocol_sentence([chosen, Selection("the kind of head", "by accuracy", "val")], **facts)
+    biased = sentence(chosen, Selection("the kind of head", "by accuracy", "val"))
     assert "which also chose the kind of head, so the score is too good" in biased
-    assert protocol_sentence([], **facts).startswith("The logistic head was fitted")
+    assert sentence().startswith("The logistic head was fitted")
+
+
+def _brier(of: Weighted) -> NDArray[np.float64]:
+    images = of.images
+    own = np.eye(images.probabilities.shape[1])[images.y]
+    return of.mean(((images.probabilities - own) ** 2).sum(axis=1))
+
+
+def test_a_metric_is_one_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One written outside the package is computed with its interval, stored, summed up, printed, compared, shown."""
+    metric = Metric("Brier score", _brier, is_share=False, lower_is_better=True, needs_probabilities=True)
+    monkeypatch.setitem(METRICS, "brier", metric)
+    y, predicted, probabilities, names = _example(n=100, classes=3)
+    metrics = score_of(y, predicted, probabilities, names)
+    value, (low, high) = metrics.metrics["brier"], metrics.metrics["brier_ci95"]
+    assert value == pytest.approx(((probabilities - np.eye(3)[y]) ** 2).sum(axis=1).mean()) and low < value < high
+    assert metrics.summary("/runs/x")["metrics"]["brier_ci95"] == [low, high]
+    shown = f"Brier score       {value:.3f}  (95 % interval {low:.3f} to {high:.3f})"
+    assert any(shown in line for line in metric_lines(metrics))
+    unsure = score_of(y, predicted, 0.5 * probabilities + 1 / 6, names)
+    without = score_of(y, predicted, None, names, why_none="it votes")
+    assert (without.metrics["brier"], without.reasons["brier"]) == (None, "it votes")
+
+    runs = [
+        make_run(tmp_path, name, [0, 1], [0, 1], class_names=names, metrics=each)
+        for name, each in (("unsure", unsure), ("sure", metrics), ("without", without))
+    ]
+    assert read_metrics(runs[1]) == metrics
+    comparison = compare_runs(runs, sort="brier")
+    assert [run.path.name for run in comparison.runs] == ["sure", "unsure", "without"]
+    assert comparison.as_dict()["runs"][0]["metrics"]["brier"] == value
+    table = comparison_markdown(comparison).splitlines()
+    assert "| Brier score |" in table[0] and f"{value:.3f} [{low:.3f}–{high:.3f}]" in table[2]
+
+    report = render_report(Content("sure", read_model(runs[1]), metrics))
+    assert f"<span>Brier score</span><b>{value:.3f}</b><span>95&nbsp;%: {low:.3f} to {high:.3f}</span>" in report

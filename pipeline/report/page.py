@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from string import Template
 
-from .text import printable
+from ..evaluate.text import printable
 
 
 def esc(text: object) -> str:

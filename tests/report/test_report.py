@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from pipeline.artifacts import RunMetrics, RunModel
-from pipeline.evaluate import evaluate_predictions
-from pipeline.evaluate.report import render_report
+from pipeline.report import SECTIONS, Content, page, render_report
 
-from ..artifacts.examples import model_values
+from ..artifacts.examples import model_values, score_of
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -68,13 +67,13 @@ def _metrics(names: tuple[str, ...], n: int = 60, *, chances: bool = True, **cha
     wrong = generator.random(n) < 0.2
     predicted = np.where(wrong, (y + 1) % len(names), y)
     counts = np.bincount(y, minlength=len(names))
-    scores = evaluate_predictions(y, predicted, values if chances else None, names, train_counts=counts)
-    return RunMetrics.model_validate({"split": "val", "protocol": "Nothing was chosen on val.", **scores, **changes})
+    scores = score_of(y, predicted, values if chances else None, names, train_counts=counts).model_dump()
+    return RunMetrics.model_validate({**scores, "protocol": "Nothing was chosen on val.", **changes})
 
 
 def _render(metrics: RunMetrics, name: str = "run", **changes: Any) -> str:
     model = RunModel.model_validate(model_values(class_names=metrics.class_names, **changes))
-    return render_report(model, metrics, name=name, params_text="data:\n  root: x\n")
+    return render_report(Content(name, model, metrics, "data:\n  root: x\n"))
 
 
 def _assert_harmless(text: str) -> _Document:
@@ -172,12 +171,22 @@ def test_the_leak_is_said_once() -> None:
 
 def test_no_image_and_one_image() -> None:
     for y in ([], [1]):
-        scores = evaluate_predictions(y, y, None, ["a", "b"])
-        metrics = RunMetrics.model_validate({"split": "val", "protocol": "p", **scores})
-        _assert_harmless(_render(metrics))
+        _assert_harmless(_render(score_of(y, y)))
 
 
 def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
     rows = [{"epoch": k, "train_loss": 1 / k} for k in (1, 2, 3)]
     metrics = _metrics(("a", "b"), history=rows)
     assert _render(metrics) == _render(metrics)
+
+
+def test_a_section_is_one_function_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A section written outside the package stands on the page, after the others, and not where it has nothing."""
+
+    def mood(content: Content) -> str:
+        return page.paragraph(f"{content.name} is <{content.metrics.split}>") if content.metrics.n else ""
+
+    monkeypatch.setitem(SECTIONS, "Mood & more", mood)
+    text = _render(_metrics(("a", "b")))
+    assert text.index("<h2>How it was made</h2>") < text.index("<h2>Mood &amp; more</h2>\n<p>run is &lt;val&gt;</p>")
+    assert "Mood" not in _render(score_of([], []))

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..artifacts.schema import CurvePoint, ReliabilityBin
+from ..artifacts import CurvePoint, ReliabilityBin
 
 BLUE, ORANGE, GREY = "#2563a8", "#d97706", "#8b95a1"
 _STYLE: Any = {  # its stubbed type changes with the version of matplotlib

@@ -1,0 +1,307 @@
+"""The sections of the page, in the order of `SECTIONS`. Every name from outside goes through `page.esc`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..artifacts import ClassScores, ConfusedPair, RunMetrics, RunModel
+from ..evaluate.metrics import METRICS
+from ..evaluate.protocol import leak_sentence
+from ..evaluate.text import duration, images, percent
+from . import page
+from .page import esc
+from .plots import confusion_image, curve_plot, history_plots, reliability_plot
+
+MAX_TABLE = 30
+_FEW, _DENSE = 5, 12
+_SHOWN_PAIRS = 12
+_SHOWN_CLASSES = 5000
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a report is made from: a run's name, its ``model.json``, ``metrics.json`` and ``params.yaml``."""
+
+    name: str
+    model: RunModel
+    metrics: RunMetrics
+    params_text: str = ""
+
+
+def render_report(content: Content) -> str:
+    """The report of a run as HTML without external resources and without scripts."""
+    sections = (page.section(title, section(content)) for title, section in SECTIONS.items())
+    return page.page(content.name, [_header(content), _scores(content.metrics), _notes(content.metrics), *sections])
+
+
+# -- the head of the page -------------------------------------------------------------------------------------------
+
+
+def _header(content: Content) -> str:
+    model, metrics = content.model, content.metrics
+    line = (
+        f"{model.backbone.name} ({model.backbone.weights}), {model.head.kind} head, {len(metrics.class_names)} classes"
+    )
+    made = model.created.strftime("%Y-%m-%d %H:%M UTC")
+    subtitle = f"{line}. Scored on {images(metrics.n)} of {metrics.split}. Made {made} by {model.verb}."
+    return f"<h1>{esc(content.name)}</h1>{page.paragraph(subtitle, soft=True)}"
+
+
+def _scores(metrics: RunMetrics) -> str:
+    shown = [name for name in METRICS if name in metrics.metrics]
+    kind = "scores three" if len(shown) > 5 else "scores"
+    return f'<div class="{kind}">{"".join(_card(name, metrics) for name in shown)}</div>'
+
+
+def _card(name: str, metrics: RunMetrics) -> str:
+    metric, bounds = METRICS[name], metrics.metrics.get(f"{name}_ci95")
+    lines = [f"<b>{metric.show(metrics.metrics[name])}</b>"]
+    if isinstance(bounds, list):
+        lines.append(f"<span>95&nbsp;%: {metric.show_interval(bounds)}{'&nbsp;%' if metric.is_share else ''}</span>")
+    elif (reason := metrics.reasons.get(f"{name}_ci95") or metrics.reasons.get(name)) is not None:
+        lines.append(f"<span>{esc(reason)}</span>")
+    if name == "accuracy":
+        lines += [_baseline(metrics), _accuracy_bar(metrics)]
+    kind = "card main" if name == "accuracy" else "card"
+    return f'<div class="{kind}"><span>{esc(metric.title[0].upper() + metric.title[1:])}</span>{"".join(lines)}</div>'
+
+
+def _baseline(metrics: RunMetrics) -> str:
+    if metrics.baseline_accuracy is None:
+        return f"<span>no baseline: {esc(metrics.reasons.get('baseline_accuracy', 'not known'))}</span>"
+    named = f" (always {esc(metrics.baseline_class)})" if metrics.baseline_class is not None else ""
+    return f"<span>baseline{named}: {percent(metrics.baseline_accuracy)}</span>"
+
+
+def _accuracy_bar(metrics: RunMetrics) -> str:
+    """The accuracy on its interval, from 0 to 100 %, with a mark at the baseline."""
+    value, bounds = metrics.metrics["accuracy"], metrics.metrics.get("accuracy_ci95")
+    if not isinstance(value, float) or not isinstance(bounds, list):
+        return ""
+    baseline = metrics.baseline_accuracy
+    mark = "" if baseline is None else f'<path d="M{100 * baseline:.1f} 2V12" stroke="#66717f" stroke-width=".7"/>'
+    return (
+        '<svg viewBox="-2 0 104 14" width="100%" aria-hidden="true">'
+        '<path d="M0 7H100" stroke="#d3dfec" stroke-width="1.6"/>'
+        f'<path d="M{100 * bounds[0]:.1f} 7H{100 * bounds[1]:.1f}" stroke="#8fb6e0" stroke-width="3.4"/>{mark}'
+        f'<circle cx="{100 * value:.1f}" cy="7" r="2.1" fill="#2563a8"/></svg>'
+    )
+
+
+def _notes(metrics: RunMetrics) -> str:
+    notes = [page.note(f"<p><strong>Protocol.</strong> {page.prose(metrics.protocol)}</p>")]
+    leak = "" if metrics.leak is None else leak_sentence(metrics.leak, metrics.split)
+    if leak:
+        notes.append(page.note(page.paragraph(leak), warn=True))
+    warnings = [warning for warning in metrics.warnings if warning != leak]
+    if warnings:
+        notes.append(page.note(page.bullets(warnings), warn=True))
+    return "".join(notes)
+
+
+# -- heads ----------------------------------------------------------------------------------------------------------
+
+
+def leaderboard(content: Content) -> str:
+    """One row a head that was tried."""
+    rows = [_flat(row) for row in content.metrics.leaderboard]
+    if not rows:
+        return ""
+    headings = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "selected"]
+    chosen = frozenset(place for place, row in enumerate(rows) if row.get("selected") is True)
+    cells = [[esc(_value(row.get(key))) for key in headings] for row in rows]
+    titles = [heading.replace("_", " ") for heading in headings]
+    return page.table(titles, cells, caption="The chosen head is shaded." if chosen else "", chosen=chosen)
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested sections become ``section key`` columns."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        flat |= (
+            {f"{key} {inner}": part for inner, part in value.items()} if isinstance(value, Mapping) else {key: value}
+        )
+    return flat
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (str, int)):
+        return str(value)
+    if isinstance(value, list) and all(isinstance(part, (int, float)) for part in value):
+        return ", ".join(_value(part) for part in value)
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+# -- classes --------------------------------------------------------------------------------------------------------
+
+
+def confusion_matrix(content: Content) -> str:
+    """A table up to `MAX_TABLE` classes, a picture above, and the most confused pairs."""
+    metrics = content.metrics
+    names, matrix = metrics.class_names, metrics.confusion
+    pairs = _pairs(metrics.confused, metrics.per_class) if len(names) > 2 else ""
+    if matrix is None:
+        return (
+            page.paragraph(f"There is no matrix: {metrics.reasons.get('confusion', 'not known')}.", soft=True) + pairs
+        )
+    if len(names) <= MAX_TABLE:
+        return _matrix_table(matrix, names) + pairs
+    caption = "Rows are true classes, columns predicted ones; the class numbers are those of the per-class table."
+    return page.figure(confusion_image(matrix), caption) + pairs
+
+
+def _matrix_table(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    upright = len(names) > _FEW or max(map(len, names)) > 14
+    inner = '<span class="up">{}</span>' if upright else "{}"
+    head = "".join(f'<th title="{esc(name)}">{inner.format(esc(name))}</th>' for name in names)
+    body = "".join(_matrix_row(row, index, names) for index, row in enumerate(matrix))
+    kind = "confusion few" if len(names) <= _FEW else "confusion dense" if len(names) > _DENSE else "confusion"
+    caption = page.paragraph("Rows are true classes, columns predicted ones; shades are shares of the row.", soft=True)
+    return (
+        f'{caption}<div class="scroll"><table class="{kind}"><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _matrix_row(row: Sequence[int], index: int, names: Sequence[str]) -> str:
+    total = sum(row)
+    cells = "".join(_cell(count, total, index, place, names) for place, count in enumerate(row))
+    return f'<tr><th title="{esc(names[index])}" scope="row">{esc(names[index])}</th>{cells}</tr>'
+
+
+def _cell(count: int, total: int, index: int, place: int, names: Sequence[str]) -> str:
+    if not count:
+        return '<td class="zero">0</td>'
+    share = count / total
+    color = "37, 99, 168" if index == place else "201, 84, 28"
+    # The square root keeps a rare confusion visible; white text where the shade is dark.
+    shade = 0.08 + 0.82 * share**0.5
+    ink = "#fff" if shade > 0.6 else "#1d2530"
+    title = f"{names[index]} predicted as {names[place]}: {count:,} of {total:,} ({share:.1%})"
+    style = f"background:rgba({color}, {shade:.2f});color:{ink}"
+    return f'<td style="{style}" title="{esc(title)}">{count}</td>'
+
+
+def _pairs(confused: Sequence[ConfusedPair], per_class: Sequence[ClassScores]) -> str:
+    if not confused:
+        return ""
+    sizes = {row.label: row.n for row in per_class}
+    rows = [
+        (esc(pair.label), esc(pair.predicted), f"{pair.n:,}", f"{100 * pair.n / sizes[pair.label]:.1f} %")
+        for pair in confused[:_SHOWN_PAIRS]
+        if sizes.get(pair.label)
+    ]
+    headings = ("true class", "predicted as", "images", "of the class")
+    return "<br>" + page.table(headings, rows, names=2, caption="Most confused pairs")
+
+
+def classes(content: Content) -> str:
+    """One row a class; of very many the worst."""
+    rows = list(enumerate(content.metrics.per_class))
+    headings, caption = ["class", "images", "predicted", "precision", "recall", "95 %", "", "F1"], ""
+    numbered = len(rows) > MAX_TABLE
+    if numbered:
+        rows.sort(key=lambda row: (row[1].recall is None, row[1].recall or 0.0))
+        headings.insert(1, "number")
+        caption = "Worst recall first; the numbers are those of the matrix."
+    if len(rows) > _SHOWN_CLASSES:
+        caption += f" Only {_SHOWN_CLASSES:,} of {len(rows):,} classes; metrics.json has all."
+    cells = [_class_row(row, [str(number)] if numbered else []) for number, row in rows[:_SHOWN_CLASSES]]
+    return page.table(headings, cells, caption=caption)
+
+
+def _class_row(row: ClassScores, number: list[str]) -> list[str]:
+    name = f'<span title="{esc(row.label)}">{esc(row.label)}</span>'
+    recall = (percent(row.recall), METRICS["accuracy"].show_interval(row.recall_ci95), _recall_bar(row))
+    return [name, *number, f"{row.n:,}", f"{row.predicted:,}", percent(row.precision), *recall, percent(row.f1)]
+
+
+def _recall_bar(row: ClassScores) -> str:
+    """The recall as a dot on its interval, from 0 to 100 %."""
+    if row.recall is None or row.recall_ci95 is None:
+        return ""
+    low, high = (2 + 116 * bound for bound in row.recall_ci95)
+    return (
+        '<svg width="120" height="12" aria-hidden="true"><path d="M2 6H118" stroke="#e3e7ec" stroke-width="2"/>'
+        f'<path d="M{low:.1f} 6H{high:.1f}" stroke="#9dbfe3" stroke-width="4"/>'
+        f'<circle cx="{2 + 116 * row.recall:.1f}" cy="6" r="3.2" fill="#2563a8"/></svg>'
+    )
+
+
+# -- plots ----------------------------------------------------------------------------------------------------------
+
+
+def training(content: Content) -> str:
+    """Losses and accuracies by epoch."""
+    pictures = "".join(f"<figure>{picture}</figure>" for picture in history_plots(content.metrics.history))
+    return f'<div class="plots">{pictures}</div>' if pictures else ""
+
+
+def learning_curve(content: Content) -> str:
+    """Accuracy by the number of training images."""
+    if len(content.metrics.curve) < 2:
+        return ""
+    caption = "Accuracy against the number of training images, with a 95 % band; where it still climbs, labels help."
+    return page.figure(curve_plot(content.metrics.curve), caption)
+
+
+def calibration(content: Content) -> str:
+    """Accuracy by confidence."""
+    if not content.metrics.reliability:
+        return ""
+    caption = "Bars below the dashed line: the classifier is surer than it is right."
+    return page.figure(reliability_plot(content.metrics.reliability), caption)
+
+
+# -- how it was made ------------------------------------------------------------------------------------------------
+
+
+def making(content: Content) -> str:
+    """What was selected, the data, the backbone, the versions and the params."""
+    model, data, parameters = content.model, content.model.data, content.model.parameters
+    counts = ", ".join(f"{split} {count:,}" for split, count in data.images.items())
+    values: dict[str, object] = {
+        "Data": f"{data.root} ({counts}), digest {data.digest}",
+        "Backbone": f"{model.backbone.name}, weights {model.backbone.weights}, {model.feature_dim:,} features",
+        "Weights digest": model.backbone.digest,
+        "Layer, pooling": f"{model.backbone.layer or 'default'}, {model.backbone.pooling}",
+        "Transform": ", ".join(f"{key} {_value(value)}" for key, value in model.transform.items()),
+        "Precision": f"{model.precision}, features stored as {model.storage_dtype}",
+        "Feature key": model.feature_key or "–",
+        "Parameters": _parameters(parameters.trainable, parameters.total),
+        "Time": duration(model.seconds),
+        "Started from": model.parent or "–",
+        "Versions": ", ".join(f"{package} {version}" for package, version in model.versions.items()),
+    }
+    chosen = {key: _value(value) for key, value in content.metrics.selected.items()}
+    selected = page.paragraph("Selected", soft=True) + page.facts(chosen) + "<br>" if chosen else ""
+    lines = "\n".join(esc(line) for line in content.params_text.splitlines())
+    params = page.folded("params.yaml", f"<pre>{lines}</pre>") if content.params_text else ""
+    return selected + page.facts(values) + params
+
+
+def _parameters(trainable: int | None, total: int | None) -> str:
+    if trainable is None or total is None:
+        return "not countable for this head"
+    return f"Trainable: {trainable:,} / {total:,} ({100 * trainable / max(total, 1):.1f} %)"
+
+
+Section = Callable[[Content], str]
+SECTIONS: Final[dict[str, Section]] = {
+    "Heads": leaderboard,
+    "Confusion matrix": confusion_matrix,
+    "Classes": classes,
+    "Training": training,
+    "Learning curve": learning_curve,
+    "Calibration": calibration,
+    "How it was made": making,
+}
