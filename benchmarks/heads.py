@@ -39,11 +39,9 @@ from sklearn.model_selection import GridSearchCV
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from pipeline.heads import stratified_group_folds
-from pipeline.heads.design import Design
 from pipeline.heads.layers import standardisation
-from pipeline.heads.lbfgs import Problems
 from pipeline.heads.logistic import LogisticHead
-from pipeline.heads.solver import certify, solve
+from pipeline.heads.solver import Design, Problems, certify, solve
 from pipeline.params import HeadParams, LogisticParams
 
 REFERENCE_TOLERANCE = 1e-9

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..errors import HeadError
 from .base import Features, Floats, Ints, log_losses, near, one_thread, softmax
 from .folds import Fold, missing_rows
-from .lbfgs import ABSENT
+from .solver import ABSENT
 
 SECONDS_FOR_WORKERS = 5.0
 

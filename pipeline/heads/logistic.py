@@ -16,12 +16,10 @@ from ..params import HeadParams
 from .base import Features, Floats, Ints, check_training_data, class_weights, few_threads, softmax
 from .calibration import calibrate
 from .crossval import OutOfFold, candidates, no_folds
-from .design import Design
 from .folds import Fold, missing_rows, stratified_group_folds
 from .layers import Layers, standardisation
-from .lbfgs import Problems
 from .path import StrengthPath
-from .solver import Solutions, solve
+from .solver import Design, Problems, Solutions, solve
 
 DEFAULT_STRENGTH = 1.0
 FEW_ROWS = 5
