@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Floats
+from .common import Floats
 from .solver import MAX_ITERATIONS, Design, Problems, Solutions, residuals_and_losses, solve
 
 COARSE_STEP = 4

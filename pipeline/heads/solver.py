@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .crossval import ABSENT
+
 RANK_TOLERANCE = 1e-13
 FEW_ROWS = 0.75
 SKETCH_WIDTH = 64
@@ -30,7 +32,6 @@ SKETCH_SPARE = 16
 HISTORY = 20
 MAX_ITERATIONS = 1000
 MAX_TRIALS = 10
-ABSENT = -1e30
 
 
 # -- the features, and what preconditions them ----------------------------------------------------------------------

@@ -19,7 +19,7 @@ from ..artifacts import (
     write_predictions,
 )
 from ..evaluate.report import render_report
-from ..heads import Head, save_head
+from ..heads import Head
 from ..params import Params, dump_params
 
 FillFolder = Callable[[Path], None]
@@ -46,7 +46,7 @@ def publish_run(
         RunError: the folder cannot be written.
     """
     with publishing_run(params.runs.dir, name) as (folder, path):
-        record = HeadRecord.model_validate({**model.head.model_dump(), **save_head(head, folder)})
+        record = HeadRecord.model_validate({**model.head.model_dump(), **head.save(folder)})
         model = model.model_copy(update={"head": record})
         (folder / PARAMS_FILE).write_text(dump_params(params), encoding="utf-8")
         (folder / MODEL_FILE).write_bytes(model.to_json())

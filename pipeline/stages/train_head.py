@@ -157,7 +157,7 @@ def _score(opened: Opened, scored: Scored, choice: Choice, reported: int, curve:
         "curve": curve,
         "warnings": [*opened.warnings, *head.warnings],
         "protocol": protocol_sentence(
-            [Selection(what, how, on) for what, how, on in choice.selections],
+            [Selection(made.what, made.how, made.on) for made in choice.selections],
             fitted=f"the {head.kind} head",
             fitted_on="train",
             n_fitted=int(train.sum()),

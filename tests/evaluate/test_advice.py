@@ -12,8 +12,8 @@ from pipeline.evaluate.advice import Advice, advise, curve_rises, judge_domain
 from pipeline.evaluate.advice_facts import Facts, Point, Probe, Tuned
 from pipeline.evaluate.advice_rules import DOMAINS, RULES, Domain, find_rule
 from pipeline.evaluate.advice_text import Given, advice_lines, advice_values, commands, shared_steps
+from pipeline.heads import kinds_of_layers
 from pipeline.params import load_params
-from pipeline.stages.probe import PROBE_KINDS
 
 RISING = (Point(40, 0.7, 0.72), Point(70, 0.75, 0.76), Point(100, 0.8, 0.8))
 FLAT = (Point(40, 0.8, 0.82), Point(70, 0.81, 0.82), Point(100, 0.8, 0.8))
@@ -147,7 +147,7 @@ def test_a_head_that_cannot_be_tuned_is_replaced_where_fine_tuning_follows() -> 
     (tune,) = advise(facts(300, 300, head_kinds=("svm",)), "different").recommendations
     assert not any(step.settings for step in probe.steps)
     assert all("head.kind=logistic" in step.settings for step in tune.steps)
-    assert {"logistic", "linear", "mlp"} == set(PROBE_KINDS)
+    assert {"logistic", "linear", "mlp"} == set(kinds_of_layers())
 
 
 def test_commands_repeat_what_the_user_typed_and_survive_the_shell() -> None:

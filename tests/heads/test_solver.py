@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.heads.layers import standardisation
+from pipeline.heads import standardisation
 from pipeline.heads.solver import Design, Problems, Solutions, solve
 
 from .conftest import make_features
