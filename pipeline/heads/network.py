@@ -99,7 +99,7 @@ class NetworkHead(LayersHead):
     def _cool(self, result: OutOfFold, index: Ints) -> None:
         super()._cool(result, index)
         self.layers = self.as_layers().fold_temperature(self.temperature)
-        self.temperature, self.out_of_fold = 1.0, result  # the leaderboard shows it as it was before the temperature
+        self.temperature = 1.0
 
 
 class _Trainer:

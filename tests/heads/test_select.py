@@ -11,7 +11,7 @@ from pipeline.errors import HeadError
 from pipeline.heads import Selection, choose_head, curve_band, learning_curve, make_head, stratified_group_folds
 from pipeline.heads.curve import nested_order
 from pipeline.heads.select import baseline_accuracies
-from pipeline.params import HeadParams, LogisticParams, SklearnParams
+from pipeline.params import HeadParams, LogisticParams, NetworkParams, SklearnParams
 
 from .conftest import make_features
 
@@ -45,6 +45,17 @@ def test_cross_validation_chooses_between_kinds() -> None:
     entry = choice.entries[0]
     assert entry.out_of_fold is not None and entry.out_of_fold.shape == (150, 3)
     assert Selection("the kind of head", "by 3-fold cross-validation", "train") in choice.selections
+
+
+@pytest.mark.parametrize("kind", ["logistic", "linear", "svm"])
+def test_the_leaderboard_shows_a_calibrated_head_as_it_is_used(kind: str) -> None:
+    X, y = make_features(120, 12, 3)
+    section = NetworkParams(epochs=5, lr=0.01)
+    choice = choose_head(params(kind, calibrate="temperature", linear=section), X, y, class_names=NAMES)
+    selected = choice.head.selected
+    expected = selected.get("cv_log_loss_calibrated", selected["cv_log_loss"])
+    assert choice.leaderboard[0]["cv_log_loss"] == expected
+    assert selected["temperature"] != 1
 
 
 def test_a_held_out_set_decides_where_it_is_given() -> None:
