@@ -51,7 +51,7 @@ class Head(ABC):
     """A classifier on features: fitted once, then the same answer for a row whatever stands beside it.
 
     A family of heads says how it learns (`learn`), what its probabilities are the softmax of (`logits`), and how it is
-    written to its ``file`` and read again (`write`, `read`); `replace` and `check` where it has parameters of its own.
+    written to its ``file`` and read again (`write`, `read`); `configure`, `check`, `replace` for parameters.
     One entry in `kinds.KINDS` makes it a kind. Heads travel to worker processes: all of their state must pickle.
 
     Attributes:
@@ -77,6 +77,7 @@ class Head(ABC):
         self._candidates = candidates(params.search, kind, params.kinds)
         self._found: dict[str, Any] = {}
         self._forget()
+        self.configure()
 
     def _forget(self) -> None:
         self.selected: dict[str, Any] = {}
@@ -87,6 +88,9 @@ class Head(ABC):
         self.temperature = 1.0
 
     # -- what a family says -----------------------------------------------------------------------------------------
+
+    def configure(self) -> None:  # noqa: B027 - a family without parameters has nothing to take over
+        """Take over from ``params`` what is the family's own; nothing may be imported for it, nor refused yet."""
 
     @abstractmethod
     def learn(self, X: Features, index: Ints, groups: Ints | None) -> None:

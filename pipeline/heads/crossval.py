@@ -225,14 +225,14 @@ def ranking(accuracy: float, log_loss: float | None) -> tuple[float, float]:
 # -- temperature ----------------------------------------------------------------------------------------------------
 
 
-def expected_calibration_error(probabilities: Floats, index: Ints, bins: int = ECE_BINS) -> float | None:
+def expected_calibration_error(probabilities: Floats, index: Ints) -> float | None:
     """Mean distance of confidence and accuracy over equal-width bins of the top probability; None without rows."""
     if not len(index):
         return None
     top = probabilities.max(axis=1)
     hit = probabilities.argmax(axis=1) == index
-    place = np.clip(np.ceil(top * bins).astype(np.int64) - 1, 0, bins - 1)
-    difference = np.bincount(place, weights=hit - top, minlength=bins)
+    place = np.clip(np.ceil(top * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
+    difference = np.bincount(place, weights=hit - top, minlength=ECE_BINS)
     return float(np.abs(difference).sum() / len(index))
 
 

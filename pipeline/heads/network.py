@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..errors import HeadError
-from ..params import HeadParams, NetworkParams
+from ..params import NetworkParams
 from ..runtime.seeds import derive_seed
 from .common import Features, Floats, Ints, near, standardisation
 from .crossval import OutOfFold, hold_out
@@ -32,11 +32,9 @@ class NetworkHead(LayersHead):
     ``seed`` through generators of the head's own: the same thread count gives the same numbers.
     """
 
-    def __init__(
-        self, kind: str, params: HeadParams, *, class_names: Sequence[str] = (), jobs: int = 1, device: str = "cpu"
-    ) -> None:
-        super().__init__(kind, params, class_names=class_names, jobs=jobs, device=device)
-        self.network: NetworkParams = params.linear if kind == "linear" else params.mlp
+    def configure(self) -> None:
+        """The section ``head.linear`` or ``head.mlp``."""
+        self.network: NetworkParams = self.params.linear if self.kind == "linear" else self.params.mlp
 
     def replace(self, values: Mapping[str, Any]) -> None:
         """Take over keys of the section ``head.linear`` or ``head.mlp``."""

@@ -83,7 +83,6 @@ def choose_head(
     held_out: HeldOut | None = None,
     jobs: int = 1,
     device: str = "cpu",
-    baselines: bool = True,
 ) -> Choice:
     """Fit every kind of ``params.kinds`` and choose the most accurate, by log loss among equals.
 
@@ -103,8 +102,7 @@ def choose_head(
     entries[best] = replace(entries[best], chosen=True)
     entries.sort(key=lambda entry: (not entry.chosen, _rank(entry, on_val)))
     head = heads[best]
-    if baselines:
-        entries += _baselines(params, X, y, groups, held_out)
+    entries += _baselines(params, X, y, groups, held_out)
     selections = head.selections
     if len(kinds) > 1:
         how, on = ("by accuracy", "val") if on_val else (f"by {params.folds}-fold cross-validation", "train")

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from ..errors import HeadError
 from ..files import read_regular_file
-from ..params import HeadParams
 from ..runtime.seeds import derive_seed
 from .base import Head
 from .common import CHUNK_ROWS, LOG_FLOOR, Features, Floats, Ints, near, one_library_thread
@@ -66,13 +65,11 @@ class SklearnHead(Head):
 
     file = "head.skops"
 
-    def __init__(
-        self, kind: str, params: HeadParams, *, class_names: Sequence[str] = (), jobs: int = 1, device: str = "cpu"
-    ) -> None:
-        super().__init__(kind, params, class_names=class_names, jobs=jobs, device=device)
-        named = kind == "sklearn"
-        self.estimator = params.sklearn.estimator if named else kind
-        self.estimator_params = dict(params.sklearn.params) if named else {}
+    def configure(self) -> None:
+        """An estimator and its parameters from ``head.sklearn``, or the one that the kind names."""
+        named = self.kind == "sklearn"
+        self.estimator = self.params.sklearn.estimator if named else self.kind
+        self.estimator_params = dict(self.params.sklearn.params) if named else {}
         self.pipeline: Pipeline | None = None
         self.source: str | None = None
 

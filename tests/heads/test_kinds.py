@@ -25,7 +25,9 @@ class NearestMean(Head):
     """The class of the nearest mean; ``shrink`` pulls the means towards that of all rows."""
 
     file = "head.json"
-    shrink = 0.0
+
+    def configure(self) -> None:
+        self.shrink = 0.0
 
     def replace(self, values: Mapping[str, Any]) -> None:
         if set(values) - {"shrink"}:
@@ -62,7 +64,7 @@ def saved(head: Head, folder: Path) -> tuple[Head, dict[str, Any]]:
 
 def test_it_stands_on_the_leaderboard_and_is_saved_and_loaded(tmp_path: Path) -> None:
     X, y = make_features(120, 12, 3, spread=2.0)
-    choice = choose_head(HeadParams(kind=["toy", "logistic"], folds=3), X, y, class_names=NAMES, baselines=False)
+    choice = choose_head(HeadParams(kind=["toy", "logistic"], folds=3), X, y, class_names=NAMES)
     rows = {row["kind"]: row for row in choice.leaderboard}
     assert rows["toy"]["cv_accuracy"] > 0.5 and rows["toy"]["cv_log_loss"] > 0
     toy = next(entry.head for entry in choice.entries if entry.kind == "toy")

@@ -40,7 +40,7 @@ def test_a_single_kind_is_fitted_with_cheap_baselines_beside_it() -> None:
 def test_cross_validation_chooses_between_kinds() -> None:
     X, y = make_features(150, 24, 3)
     bad = SklearnParams(estimator="sklearn.dummy.DummyClassifier", params={})
-    choice = choose_head(params(["sklearn", "logistic"], sklearn=bad), X, y, class_names=NAMES, baselines=False)
+    choice = choose_head(params(["sklearn", "logistic"], sklearn=bad), X, y, class_names=NAMES)
     assert choice.head.kind == "logistic"
     entry = choice.entries[0]
     assert entry.out_of_fold is not None and entry.out_of_fold.shape == (150, 3)
@@ -67,7 +67,6 @@ def test_a_held_out_set_decides_where_it_is_given() -> None:
         y,
         class_names=NAMES,
         held_out=(X, flipped),
-        baselines=False,
     )
     assert choice.head.kind == "sklearn"
     assert Selection("the kind of head", "by accuracy", "val") in choice.selections
