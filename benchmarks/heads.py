@@ -38,12 +38,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from pipeline.heads import stratified_group_folds
-from pipeline.heads.design import Design
-from pipeline.heads.layers import standardisation
-from pipeline.heads.lbfgs import Problems
-from pipeline.heads.logistic import LogisticHead
-from pipeline.heads.solver import certify, solve
+from pipeline.heads import make_head, standardisation, stratified_group_folds
+from pipeline.heads.solver import Design, Problems, certify, solve
 from pipeline.params import HeadParams, LogisticParams
 
 REFERENCE_TOLERANCE = 1e-9
@@ -152,7 +148,7 @@ def _ours(task: Task, path: str) -> Run:
     params = task.params.model_copy(update={"logistic": logistic})
     names = [str(number) for number in range(int(task.y.max()) + 1)]
     wall, cpu = time.perf_counter(), _cpu()
-    head = LogisticHead(params, class_names=names, device=task.device).fit(task.X, task.y)
+    head = make_head("logistic", params, class_names=names, device=task.device).fit(task.X, task.y)
     wall, cpu = time.perf_counter() - wall, _cpu() - cpu
     certified = head.selected["loosest_gap" if path == "full" else "largest_gap"]
     return Run(wall, cpu, max(certified, head.selected["certificate"]["gap"]), head.selected["C"])

@@ -10,17 +10,16 @@ from .compare import (
 )
 from .intervals import wilson
 from .metrics import METRICS, Metric, ScoredImages, Weighted
-from .protocol import Making, Selection
+from .protocol import Provenance
 from .score import Classified, classify, metric_lines, score
 
 __all__ = [
     "METRICS",
     "Classified",
     "Comparison",
-    "Making",
     "Metric",
+    "Provenance",
     "ScoredImages",
-    "Selection",
     "Weighted",
     "classify",
     "compare_runs",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,21 +14,12 @@ from .intervals import wilson
 from .metrics import METRICS, Ints
 from .text import images
 
-
-@dataclass(frozen=True)
-class Selection:
-    """One choice: ``what`` was chosen, ``how``, ``on`` which split.
-
-    ``Selection("the strength C", "by 5-fold cross-validation", "train")``
-    """
-
-    what: str
-    how: str
-    on: str
+if TYPE_CHECKING:  # a comparison of finished runs needs no torch
+    from ..heads import Selection
 
 
 @dataclass(frozen=True)
-class Making:
+class Provenance:
     """How a classifier was made, as far as its score and its report tell.
 
     Attributes:
@@ -50,11 +41,11 @@ class Making:
     warnings: Sequence[str] = ()
 
 
-def protocol_sentence(making: Making, *, reported_on: str, n: int) -> str:
+def protocol_sentence(provenance: Provenance, *, reported_on: str, n: int) -> str:
     """The protocol of a score on ``n`` images; it admits it when a choice was made on the reported set."""
-    parts = [f"{choice.what} was chosen {choice.how} on {choice.on}" for choice in making.selections]
-    parts.append(f"{making.fitted} was fitted on {images(int(making.train_counts.sum()))} of train")
-    biased = [choice.what for choice in making.selections if choice.on == reported_on]
+    parts = [f"{choice.what} was chosen {choice.how} on {choice.on}" for choice in provenance.selections]
+    parts.append(f"{provenance.fitted} was fitted on {images(int(provenance.train_counts.sum()))} of train")
+    biased = [choice.what for choice in provenance.selections if choice.on == reported_on]
     verdict = (
         f"which also chose {_listed(biased)}, so the score is too good" if biased else "on which nothing was chosen"
     )

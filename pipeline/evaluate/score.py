@@ -13,7 +13,7 @@ from ..artifacts import ClassScores, ConfusedPair, Predictions, ReliabilityBin, 
 from ..data.source import SPLITS
 from .intervals import wilson
 from .metrics import BINS, METRICS, Floats, Ints, ScoredImages, measure
-from .protocol import Making, find_leak, leak_sentence, protocol_sentence
+from .protocol import Provenance, find_leak, leak_sentence, protocol_sentence
 from .text import percent
 
 if TYPE_CHECKING:  # a comparison of finished runs needs no torch
@@ -51,12 +51,12 @@ def classify(head: Head, features: NDArray[np.float32], classes: int) -> Classif
 
 
 def score(
-    head: Head, table: FeatureTable, rows: NDArray[np.bool_], making: Making, *, split: str, where: str = ""
+    head: Head, table: FeatureTable, rows: NDArray[np.bool_], provenance: Provenance, *, split: str, where: str = ""
 ) -> tuple[RunMetrics, Predictions]:
     """The metrics of the labelled images at ``rows`` (bool (n,)), and the predictions of all images of the table.
 
     Args:
-        making: how the head came about.
+        provenance: how the head came about.
         split: what the scored set is called.
         where: the same in the protocol's sentence, should that say more.
     """
@@ -68,7 +68,7 @@ def score(
         answers.why_none,
     )
     metrics = score_images(
-        table.targets[rows], scored, table.digests[rows], table.class_names, making, split=split, where=where
+        table.targets[rows], scored, table.digests[rows], table.class_names, provenance, split=split, where=where
     )
     return metrics, _predictions(table, answers)
 
@@ -78,7 +78,7 @@ def score_images(
     answers: Classified,
     digests: NDArray[np.uint8],
     class_names: Sequence[str],
-    making: Making,
+    provenance: Provenance,
     *,
     split: str,
     where: str = "",
@@ -90,7 +90,7 @@ def score_images(
     """
     _check(y, answers, class_names)
     images = ScoredImages(y, answers.predicted, answers.probabilities)
-    n, majority = len(images), int(making.train_counts.argmax())
+    n, majority = len(images), int(provenance.train_counts.argmax())
     values, reasons = measure(images, len(class_names), answers.why_none)
     if not n:
         reasons["baseline_accuracy"] = _NO_IMAGES
@@ -109,13 +109,13 @@ def score_images(
         confused=pairs,
         per_class=_per_class(images, class_names),
         reliability=_reliability(images) if images.has_probabilities and n else None,
-        protocol=protocol_sentence(making, reported_on=where or split, n=n),
-        leak=find_leak(making.train_digests, digests, images.right),
-        warnings=[*making.warnings, *_warnings(images, class_names)],
-        selected=making.selected,
-        leaderboard=list(making.leaderboard),
-        history=list(making.history),
-        curve=list(making.curve),
+        protocol=protocol_sentence(provenance, reported_on=where or split, n=n),
+        leak=find_leak(provenance.train_digests, digests, images.right),
+        warnings=[*provenance.warnings, *_warnings(images, class_names)],
+        selected=provenance.selected,
+        leaderboard=list(provenance.leaderboard),
+        history=list(provenance.history),
+        curve=list(provenance.curve),
     )
 
 

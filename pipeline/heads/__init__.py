@@ -1,29 +1,31 @@
-"""Heads on cached features: one contract, several kinds, chosen and calibrated on train alone."""
+"""Heads on cached features: one class, a table of kinds, chosen and calibrated on train alone."""
 
-from .base import Head
-from .crossval import OutOfFold
+from .base import Head, Selection
+from .common import log_losses, standardisation
+from .crossval import OutOfFold, hold_out, stratified_group_folds
 from .curve import curve_band, learning_curve
-from .folds import hold_out, stratified_group_folds
-from .layers import Layers, standardisation
-from .make import known_kinds, make_head
-from .persist import head_of_layers, load_head, save_head
+from .kinds import KINDS, head_of_layers, kinds_of_layers, load_head, make_head
+from .layers import Layers, LayersHead
 from .select import Choice, Entry, choose_head
 
 __all__ = [
+    "KINDS",
     "Choice",
     "Entry",
     "Head",
     "Layers",
+    "LayersHead",
     "OutOfFold",
+    "Selection",
     "choose_head",
     "curve_band",
     "head_of_layers",
     "hold_out",
-    "known_kinds",
+    "kinds_of_layers",
     "learning_curve",
     "load_head",
+    "log_losses",
     "make_head",
-    "save_head",
     "standardisation",
     "stratified_group_folds",
 ]

@@ -1,195 +1,291 @@
-"""The contract of every head, and the checks and small sums that all of them share."""
+"""The head: a classifier on cached features that is fitted, judged out of fold, saved and loaded."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
-from typing import Any, Literal, Protocol, Self
+import time
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # scikit-learn brings it
+from safetensors import SafetensorError
 
-from ..errors import HeadError
+from ..errors import HeadError, RunError
 from ..params import HeadParams
+from .common import Features, Floats, Ints, check_training_data, class_weights, softmax
+from .crossval import (
+    Fold,
+    OutOfFold,
+    Scores,
+    align,
+    candidates,
+    choose_temperature,
+    out_of_fold,
+    ranking,
+    stratified_group_folds,
+)
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Features = NDArray[np.float32]
-ClassWeight = Literal["balanced"] | dict[str, float] | None
+if TYPE_CHECKING:
+    from .layers import Layers
 
-OWN_KINDS = ("logistic", "linear", "mlp", "sklearn")
-CHUNK_ROWS = 128
-FEW_PRODUCTS = 1e9
-LOG_FLOOR = float(np.finfo(np.float64).tiny)
+DAMAGED = (KeyError, TypeError, ValueError, OSError, SafetensorError, zipfile.BadZipFile, zlib.error)
 
 
-class Head(Protocol):
-    """A classifier on features: fitted once, then the same answer for a row whatever stands beside it.
+@dataclass(frozen=True)
+class Selection:
+    """One choice: ``what`` was chosen, ``how``, ``on`` which split.
 
-    ``classes_`` (c,) are the sorted target values seen in `fit`; the columns of `predict_proba` follow them.
-    ``selected`` says what was chosen and how, ``history`` holds one row an epoch (empty where there are none),
-    ``warnings`` are sentences for the user. ``out_of_fold`` (n, c) holds the probabilities that cross-validation
-    gave the rows of train, where fitting needed them anyway.
+    ``Selection("the strength C", "by 5-fold cross-validation", "train")``
     """
 
-    kind: str
-    params: HeadParams
-    classes_: Ints
-    selected: dict[str, Any]
-    history: list[dict[str, Any]]
-    warnings: tuple[str, ...]
-    has_probabilities: bool
-    why_no_probabilities: str | None
-    out_of_fold: Floats | None
+    what: str
+    how: str
+    on: str
+
+
+class Head(ABC):
+    """A classifier on features: fitted once, then the same answer for a row whatever stands beside it.
+
+    A family of heads says how it learns (`learn`), what its probabilities are the softmax of (`logits`), and how it is
+    written to its ``file`` and read again (`write`, `read`); `configure`, `check`, `replace` for parameters.
+    One entry in `kinds.KINDS` makes it a kind. Heads travel to worker processes: all of their state must pickle.
+
+    Attributes:
+        classes_: the sorted target values seen in `fit` (c,); the columns of `predict_proba` follow them.
+        selected: what was chosen and how well it did, as the run records it.
+        selections: the choices that were made, in their order, for the sentence on the protocol.
+        history: one row an epoch; empty where there are none.
+        warnings: sentences for the user.
+        temperature: what `predict_proba` divides logits by; 1 where a family folds it into its own state.
+        out_of_fold: what cross-validation said of train, at that temperature, where fitting needed it anyway.
+    """
+
+    file: ClassVar[str]
+
+    def __init__(
+        self, kind: str, params: HeadParams, *, class_names: Sequence[str] = (), jobs: int = 1, device: str = "cpu"
+    ) -> None:
+        self.kind, self.params, self.class_names = kind, params, tuple(class_names)
+        self.jobs, self.device = jobs, device
+        self.has_probabilities = True
+        self.why_no_probabilities: str | None = None
+        self.classes_: Ints = np.empty(0, dtype=np.int64)
+        self._candidates = candidates(params.search, kind, params.kinds)
+        self._found: dict[str, Any] = {}
+        self._forget()
+        self.configure()
+
+    def _forget(self) -> None:
+        self.selected: dict[str, Any] = {}
+        self.selections: tuple[Selection, ...] = ()
+        self.history: list[dict[str, Any]] = []
+        self.warnings: tuple[str, ...] = ()
+        self.out_of_fold: OutOfFold | None = None
+        self.temperature = 1.0
+
+    # -- what a family says -----------------------------------------------------------------------------------------
+
+    def configure(self) -> None:  # noqa: B027 - a family without parameters has nothing to take over
+        """Take over from ``params`` what is the family's own; nothing may be imported for it, nor refused yet."""
+
+    @abstractmethod
+    def learn(self, X: Features, index: Ints, groups: Ints | None) -> None:
+        """Fit to features (n, d) and class positions (n,) in ``classes_``, every one of which occurs."""
+
+    @abstractmethod
+    def logits(self, X: Features) -> Floats:
+        """What the probabilities (n, c) are the softmax of, before the temperature; a row's bits are its own."""
+
+    @abstractmethod
+    def write(self, file: Path) -> dict[str, Any]:
+        """Write what was learnt into ``file``, without pickle; what else `read` needs, as JSON."""
+
+    @abstractmethod
+    def read(self, file: Path, record: Mapping[str, Any]) -> None:
+        """Take over what `write` wrote; nothing that ``file`` or ``record`` names may be imported.
+
+        Raises:
+            one of `DAMAGED`: it is not what `write` writes.
+        """
+
+    def replace(self, values: Mapping[str, Any]) -> None:
+        """Take over parameters that a search tries.
+
+        Raises:
+            HeadError: there is no such parameter, or the value is impossible.
+        """
+        if values:
+            raise HeadError(f"{self.kind} has no parameter to search.", where=f"head.search.{next(iter(values))}")
+
+    def check(self) -> None:
+        """Refuse, before anything is fitted, what the head cannot be configured with.
+
+        Raises:
+            HeadError: see its message.
+        """
+        for values in self._candidates:
+            self._configured(values)
+
+    def as_layers(self) -> Layers | None:
+        """The fitted head as linear layers, which fine-tuning trains on; None where it is something else."""
+        return None
+
+    def parameter_count(self) -> int | None:
+        """Trained numbers, or None where that is no meaningful count."""
+        return None
+
+    # -- fit --------------------------------------------------------------------------------------------------------
 
     def fit(self, X: Features, y: Ints, groups: Ints | None = None) -> Self:
         """Learn from features (n, d) and targets (n,); rows with one id in ``groups`` stay on one side of any split.
 
+        Parameters are searched and a temperature is chosen where the params ask for it, both out of fold on train.
+
         Raises:
             HeadError: the features or targets cannot be learnt from, or the head cannot be configured so.
         """
-        ...
+        started = time.perf_counter()
+        X, self.classes_, index = check_training_data(X, y)
+        self._forget()
+        if self._candidates:
+            self._search(X, index, groups)
+        self.learn(X, index, groups)
+        self.calibrate(X, index, groups)
+        self.selected["seconds"] = time.perf_counter() - started
+        return self
 
-    def cross_validate(self, X: Features, y: Ints, groups: Ints | None = None) -> Any:
-        """Out-of-fold predictions and logits of train (`crossval.OutOfFold`), from `fit` where it made them."""
-        ...
+    def _search(self, X: Features, index: Ints, groups: Ints | None) -> None:
+        fits = [self._configured(values).fit_fold for values in self._candidates]
+        results = out_of_fold(fits, X, index, groups, self._folds(index, groups), jobs=self.jobs)
+        scores = [(result.accuracy(index), result.log_loss(index)) for result in results]
+        best = min(range(len(scores)), key=lambda number: ranking(*scores[number]))
+        self._found = self._candidates[best]
+        self.replace(self._found)
+        self.selected["search"] = [
+            {"params": dict(values), "cv_accuracy": accuracy, "cv_log_loss": log_loss}
+            for values, (accuracy, log_loss) in zip(self._candidates, scores, strict=True)
+        ]
+        self._select(f"the parameters of {self.kind}", f"by {self.params.folds}-fold cross-validation")
+
+    def calibrate(self, X: Features, index: Ints, groups: Ints | None) -> None:
+        """Choose a temperature out of fold, where ``head.calibrate`` asks for one."""
+        if self.params.calibrate == "temperature" and self.has_probabilities:
+            self._cool(self._across_folds(X, index, groups), index)
+
+    def _cool(self, result: OutOfFold, index: Ints) -> None:
+        self.temperature = self._choose_temperature(result, index)
+        assert self.out_of_fold is not None
+        self.selected |= {"cv_accuracy": result.accuracy(index), "cv_log_loss": self.out_of_fold.log_loss(index)}
+
+    def _choose_temperature(self, result: OutOfFold, index: Ints) -> float:
+        temperature, record = choose_temperature(result, index)
+        self.selected |= record
+        self._select("the temperature", "out of fold")
+        self.out_of_fold = result.cooled(temperature)
+        return temperature
+
+    def _select(self, what: str, how: str) -> None:
+        self.selections += (Selection(what, how, "train"),)
+
+    def _class_weights(self, index: Ints) -> Floats:
+        return class_weights(self.params.class_weight, self.classes_, index, self.class_names)
+
+    # -- out of fold ------------------------------------------------------------------------------------------------
+
+    def cross_validate(self, X: Features, y: Ints, groups: Ints | None = None) -> OutOfFold:
+        """Out-of-fold predictions and logits of train at the present parameters, from `fit` where it made them."""
+        if self.out_of_fold is None:
+            X, self.classes_, index = check_training_data(X, y)
+            return self._across_folds(X, index, groups)
+        return self.out_of_fold
+
+    def _across_folds(self, X: Features, index: Ints, groups: Ints | None) -> OutOfFold:
+        folds = self._folds(index, groups)
+        return out_of_fold([self._configured({}).fit_fold], X, index, groups, folds, jobs=self.jobs)[0]
+
+    def _folds(self, index: Ints, groups: Ints | None) -> list[Fold]:
+        return stratified_group_folds(index, groups, self.params.folds, self.params.seed)
+
+    def _configured(self, values: Mapping[str, Any]) -> Self:
+        """An unfitted head with some parameters replaced and nothing left to search, for one job."""
+        params = self.params.model_copy(update={"search": {}})
+        head = type(self)(self.kind, params, class_names=self.class_names, device=self.device)
+        head.classes_, head._found = self.classes_, {**self._found, **values}
+        head.replace(head._found)
+        return head
+
+    def fit_fold(self, X: Features, index: Ints, groups: Ints | None, fold: Fold) -> Scores:
+        """Class positions (m,) and logits (m, c) of a fold's held-out rows; only its train part is learnt from."""
+        train, test = fold
+        seen, own = np.unique(index[train], return_inverse=True)
+        if len(seen) < 2:
+            return np.full(len(test), seen[0]), align(np.zeros((len(test), 1)), seen, len(self.classes_))
+        head = self._configured({})
+        head.classes_ = self.classes_[seen]
+        head.learn(X[train], own, None if groups is None else groups[train])
+        predicted = np.searchsorted(self.classes_, head.predict(X[test]))
+        return predicted, align(head.logits(X[test]), seen, len(self.classes_)) if head.has_probabilities else None
+
+    # -- predict ----------------------------------------------------------------------------------------------------
 
     def predict(self, X: Features) -> Ints:
-        """Targets (n,) for features (n, d)."""
-        ...
+        """Targets (n,) for features (n, d): the class of the largest logit."""
+        return np.asarray(self.classes_[self.logits(X).argmax(axis=1)])
 
     def predict_proba(self, X: Features) -> Floats:
-        """Probabilities (n, c); only where ``has_probabilities``."""
-        ...
+        """Probabilities (n, c).
 
-    def parameter_count(self) -> int | None:
-        """Trained numbers, or None where that is no meaningful count."""
-        ...
+        Raises:
+            HeadError: the head gives none, see ``has_probabilities`` and ``why_no_probabilities``.
+        """
+        if not self.has_probabilities:
+            raise HeadError("This head gives no probabilities.", why=self.why_no_probabilities)
+        return softmax(self.logits(X) / self.temperature)
 
+    # -- save and load ----------------------------------------------------------------------------------------------
 
-def check_training_data(X: NDArray[Any], y: NDArray[Any]) -> tuple[Features, Ints, Ints]:
-    """Features as float32 (n, d), the sorted classes (c,), and each row's position among them (n,).
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the fitted head's file into ``folder``; the JSON object that `load` needs beside it.
 
-    Raises:
-        HeadError: shapes that do not fit, values that are not finite, or fewer than two classes.
-    """
-    X = np.ascontiguousarray(X, dtype=np.float32)
-    y = np.asarray(y)
-    if X.ndim != 2 or y.shape != X.shape[:1] or not X.size:
-        raise HeadError(
-            "Features and targets do not fit together.",
-            why=f"features have shape {X.shape}, targets {y.shape}",
-            remedy="give one row of features and one target per image",
-        )
-    if not np.isfinite(X).all():
-        rows = np.flatnonzero(~np.isfinite(X).all(axis=1))
-        raise HeadError(
-            f"{len(rows)} rows of features hold NaN or infinity.",
-            where=f"first at row {rows[0]}",
-            remedy="extract again with cache.dtype=float32 or extract.precision=float32",
-        )
-    classes, index = np.unique(y.astype(np.int64), return_inverse=True)
-    if len(classes) < 2:
-        raise HeadError(
-            "A head needs at least two classes.",
-            why=f"all {len(y)} rows of train have the same class",
-            remedy="check that the folder has one folder per class and that train holds several of them",
-        )
-    return X, classes, index.astype(np.int64)
+        Raises:
+            HeadError: the head holds a type that could not be loaded again (some meta-estimators).
+        """
+        record: dict[str, Any] = {
+            "kind": self.kind,
+            "classes": self.classes_.tolist(),
+            "parameters": self.parameter_count(),
+            "selected": self.selected,
+            **self.write(folder / self.file),
+        }
+        if self.temperature != 1:
+            record["temperature"] = self.temperature
+        return {**record, "file": self.file}
 
+    @classmethod
+    def load(cls, folder: Path, record: Mapping[str, Any]) -> Self:
+        """The fitted head of this family that `save` wrote, predicting the same to the byte.
 
-def class_weights(setting: ClassWeight, classes: Ints, index: Ints, class_names: Sequence[str]) -> Floats:
-    """The weight (c,) of each class's rows: 1, ``n / (c * count)`` for "balanced", or as given by name (others 1).
-
-    Raises:
-        HeadError: a name that is not a class.
-    """
-    counts = np.bincount(index, minlength=len(classes)).astype(np.float64)
-    if setting is None:
-        return np.ones(len(classes))
-    if setting == "balanced":
-        return np.asarray(counts.sum() / (len(classes) * counts))
-    for name in setting:
-        if name not in class_names:
-            raise HeadError(
-                f"There is no class called {name!r}.",
-                where="head.class_weight",
-                remedy=near(name, class_names) + "use the names of the class folders",
-            )
-    return np.array([setting.get(class_names[target], 1.0) for target in classes])
-
-
-def near(name: str, valid: Sequence[str], limit: int = 5) -> str:
-    """``did you mean a, b? `` or nothing, for the remedy of an unknown name."""
-    close = difflib.get_close_matches(name, valid, n=limit, cutoff=0.5)
-    return f"did you mean {', '.join(close)}? " if close else ""
-
-
-def in_chunks(function: Callable[[NDArray[Any]], NDArray[Any]], X: NDArray[Any], rows: int) -> NDArray[Any]:
-    """``function`` over ``X`` in chunks of exactly ``rows`` rows, the last one padded with copies of its last row.
-
-    Libraries pick their arithmetic by the shape of a call; one shape for all calls keeps a row's result free of
-    how many rows stand beside it.
-    """
-    if not len(X):
-        return np.asarray(function(np.zeros((rows, X.shape[1]), dtype=X.dtype))[:0])
-    results = []
-    for start in range(0, len(X), rows):
-        chunk = X[start : start + rows]
-        if len(chunk) < rows:
-            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], rows - len(chunk), axis=0)])
-        results.append(function(np.ascontiguousarray(chunk))[: len(X) - start])
-    return np.concatenate(results)
-
-
-@cache
-def _libraries() -> ThreadpoolController:
-    """The thread pools of this process; looking for them takes longer than predicting a row."""
-    return ThreadpoolController()
-
-
-@contextmanager
-def one_library_thread() -> Iterator[None]:
-    """Predict with one BLAS and OpenMP thread: a row's bits must not depend on how many cores there are.
-
-    Calls for single rows are also faster so, as there is too little in them to share.
-    """
-    with _libraries().limit(limits=1):
-        yield
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for BLAS, OpenMP and torch, so that a fold's numbers do not depend on how many run beside it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with _libraries().limit(limits=1):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def few_threads(X: NDArray[Any]) -> AbstractContextManager[None]:
-    """One thread for sums over features (n, d) so few that a second one saves next to nothing.
-
-    Threads that share a matrix product wait for each other in a loop. On a machine that is busy with something else,
-    one waits for the other to be scheduled at every product: small heads were measured to take forty times as long.
-    """
-    return one_thread() if len(X) * X.shape[1] * min(X.shape) < FEW_PRODUCTS else nullcontext()
-
-
-def softmax(logits: Floats) -> Floats:
-    """Probabilities (n, c) of logits (n, c), row by row."""
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
-
-
-def log_losses(probabilities: Floats, index: Ints) -> Floats:
-    """Minus the logarithm of each row's probability of its own class (n,); a zero counts as the smallest normal."""
-    own = probabilities[np.arange(len(index)), index]
-    return np.asarray(-np.log(np.maximum(own, LOG_FLOOR)))
+        Raises:
+            RunError: the file is missing, damaged, or names a type that is not allowed, which is then neither imported
+                nor constructed.
+        """
+        try:
+            if record["file"] != cls.file:
+                raise ValueError(f"{record['file']!r} does not hold a head of kind {record['kind']}")
+            head = cls(str(record["kind"]), HeadParams())
+            head.classes_ = np.array([int(target) for target in record["classes"]], dtype=np.int64)
+            head.selected = dict(record.get("selected") or {})
+            head.temperature = float(record.get("temperature", 1.0))
+            head.read(folder / cls.file, record)
+        except DAMAGED as error:
+            raise RunError(
+                "The head of this run cannot be loaded.",
+                where=folder,
+                why=f"{type(error).__name__}: {error}",
+                remedy="train it again with `pipeline train-head`",
+            ) from error
+        return head

@@ -1,32 +1,105 @@
-"""Out-of-fold predictions, and the search of a head's parameters on the same folds."""
+"""What train says of rows that a head did not see: folds, predictions out of fold, and what is chosen by them."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import HeadError
-from .base import Features, Floats, Ints, log_losses, near, one_thread, softmax
-from .folds import Fold, missing_rows
-from .lbfgs import ABSENT
+from ..runtime.seeds import make_generator
+from .common import Features, Floats, Ints, log_losses, near, one_thread, softmax
 
+ABSENT = -1e30
 SECONDS_FOR_WORKERS = 5.0
+ECE_BINS = 15
+SMALLEST_BETA, LARGEST_BETA = 1e-3, 1e3
 
+Fold = tuple[Ints, Ints]
 Scores = tuple[Ints, Floats | None]
+FitFold = Callable[[Features, Ints, Ints | None, Fold], Scores]
 
 
-class FoldModel(Protocol):
-    """What is fitted on one fold: class positions and, where it has them, logits (m, c) of the held-out rows."""
+# -- folds ----------------------------------------------------------------------------------------------------------
 
-    def fit_fold(self, X: Features, index: Ints, groups: Ints | None, fold: Fold) -> Scores:
-        """Fit on the fold's train positions, score its test positions; an absent class has the logit `ABSENT`."""
-        ...
+
+def stratified_group_folds(y: Ints, groups: Ints | None, folds: int, seed: int) -> list[Fold]:
+    """Train and test positions of each fold; the test parts are disjoint and cover all rows.
+
+    Rows with one group id share a fold. The groups of a class are dealt out so that each fold gets its share, so a
+    class with two groups or more is never missing from a fold's train part (a group with several classes counts for
+    its most frequent one). There are fewer folds where no class has that many groups, and none at all where every
+    class has one group only, since nothing can then be held out and still be learnt. Deterministic in ``seed``.
+    """
+    y = np.asarray(y)
+    group, group_class, sizes = _groups(y, groups)
+    per_class = np.bincount(group_class) if len(group_class) else np.zeros(1, dtype=np.int64)
+    folds = min(folds, int(per_class.max()))
+    if folds < 2:
+        return []
+    fold_of_group = _deal(group_class, sizes, folds, seed)
+    fold = fold_of_group[group]
+    return [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in range(folds)]
+
+
+def hold_out(y: Ints, groups: Ints | None, fraction: float, seed: int) -> Fold:
+    """Positions of a stratified, group-wise train part and of a held-out part of about ``fraction`` of the rows.
+
+    A class with a single group stays in the train part. The held-out part is empty where every class has one group.
+    """
+    y = np.asarray(y)
+    group, group_class, sizes = _groups(y, groups)
+    order = make_generator("hold out", seed).permutation(len(group_class))
+    held = np.zeros(len(group_class), dtype=bool)
+    for target in np.unique(group_class):
+        members = order[group_class[order] == target]
+        taken = np.cumsum(sizes[members]) <= max(fraction * sizes[members].sum(), sizes[members[0]])
+        held[members[taken & (np.arange(len(members)) < len(members) - 1)]] = True
+    return np.flatnonzero(~held[group]), np.flatnonzero(held[group])
+
+
+def missing_rows(y: Ints, folds: list[Fold]) -> np.ndarray:
+    """True (n,) for rows whose class has no row in the train part of their fold: nobody could have known them."""
+    missing = np.zeros(len(y), dtype=bool)
+    for train, test in folds:
+        missing[test] = ~np.isin(y[test], y[train])
+    return missing
+
+
+def _groups(y: Ints, groups: Ints | None) -> tuple[Ints, Ints, Ints]:
+    """Each row's group position (n,), and each group's class position and size (g,)."""
+    _, target = np.unique(y, return_inverse=True)
+    if groups is None:
+        return np.arange(len(y)), target, np.ones(len(y), dtype=np.int64)
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    pairs, counts = np.unique(np.stack([group, target], axis=1), axis=0, return_counts=True)
+    by_frequency = np.lexsort((pairs[:, 1], -counts, pairs[:, 0]))
+    first = by_frequency[np.r_[True, np.diff(pairs[by_frequency, 0]) > 0]]
+    return group, pairs[first, 1], np.bincount(group)
+
+
+def _deal(group_class: Ints, sizes: Ints, folds: int, seed: int) -> Ints:
+    """A fold for each group: large groups first, each to the fold with fewest rows of its class, then of all."""
+    shuffled = make_generator("folds", seed).permutation(len(sizes))
+    order = shuffled[np.lexsort((group_class[shuffled], -sizes[shuffled]))]
+    of_class = [[0] * folds for _ in range(int(group_class.max()) + 1)]
+    total = [0] * folds
+    fold = np.empty(len(sizes), dtype=np.int64)
+    for group in order.tolist():
+        counts, size = of_class[group_class[group]], int(sizes[group])
+        best = min(range(folds), key=lambda number: (counts[number], total[number], number))
+        counts[best] += size
+        total[best] += size
+        fold[group] = best
+    return fold
+
+
+# -- out of fold ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -45,27 +118,30 @@ class OutOfFold:
         """Share of rows predicted right."""
         return float((self.predicted == index).mean())
 
-    def log_loss(self, index: Ints, temperature: float = 1.0) -> float | None:
+    def log_loss(self, index: Ints) -> float | None:
         """Mean log loss of the known rows; None without probabilities or known rows."""
         if self.logits is None or not self.known.any():
             return None
-        probabilities = softmax(self.logits[self.known] / temperature)
-        return float(log_losses(probabilities, index[self.known]).mean())
+        return float(log_losses(softmax(self.logits[self.known]), index[self.known]).mean())
 
-    def probabilities(self, temperature: float = 1.0) -> Floats | None:
+    def probabilities(self) -> Floats | None:
         """Softmax of the logits (n, c)."""
-        return None if self.logits is None else softmax(self.logits / temperature)
+        return None if self.logits is None else softmax(self.logits)
+
+    def cooled(self, temperature: float) -> OutOfFold:
+        """The same with its logits divided by ``temperature``."""
+        return self if self.logits is None else replace(self, logits=self.logits / temperature)
 
 
-def _fit_fold(model: FoldModel, X: Features, index: Ints, groups: Ints | None, fold: Fold) -> Scores:
+def _fit_fold(fit: FitFold, X: Features, index: Ints, groups: Ints | None, fold: Fold) -> Scores:
     with one_thread():
-        return model.fit_fold(X, index, groups, fold)
+        return fit(X, index, groups, fold)
 
 
 def out_of_fold(
-    models: Sequence[FoldModel], X: Features, index: Ints, groups: Ints | None, folds: list[Fold], *, jobs: int
+    fits: Sequence[FitFold], X: Features, index: Ints, groups: Ints | None, folds: list[Fold], *, jobs: int
 ) -> list[OutOfFold]:
-    """One `OutOfFold` a model, all models and folds in parallel, one BLAS thread each.
+    """One `OutOfFold` for each of ``fits`` (`Head.fit_fold`), all of them and all folds in parallel, one thread each.
 
     Worker processes take seconds to start: they are used where the first fit says that the others will take longer.
 
@@ -74,22 +150,22 @@ def out_of_fold(
     """
     if not folds:
         raise no_folds()
-    tasks = [(model, fold) for model in models for fold in folds]
+    tasks = [(fit, fold) for fit in fits for fold in folds]
     started = time.perf_counter()
     scores = [_fit_fold(tasks[0][0], X, index, groups, tasks[0][1])]
     left = (time.perf_counter() - started) * (len(tasks) - 1)
     if jobs == 1 or left < SECONDS_FOR_WORKERS:
-        scores += [_fit_fold(model, X, index, groups, fold) for model, fold in tasks[1:]]
+        scores += [_fit_fold(fit, X, index, groups, fold) for fit, fold in tasks[1:]]
     else:
         import joblib  # here, as few runs come by
 
         with joblib.parallel_config("loky", inner_max_num_threads=1):
             scores += joblib.Parallel(n_jobs=min(jobs, len(tasks)))(
-                joblib.delayed(_fit_fold)(model, X, index, groups, fold) for model, fold in tasks[1:]
+                joblib.delayed(_fit_fold)(fit, X, index, groups, fold) for fit, fold in tasks[1:]
             )
     known = ~missing_rows(index, folds)
     count = len(folds)
-    return [_gather(scores[i * count : (i + 1) * count], folds, known) for i in range(len(models))]
+    return [_gather(scores[i * count : (i + 1) * count], folds, known) for i in range(len(fits))]
 
 
 def no_folds() -> HeadError:
@@ -146,20 +222,52 @@ def ranking(accuracy: float, log_loss: float | None) -> tuple[float, float]:
     return -accuracy, float("inf") if log_loss is None else log_loss
 
 
-def best_candidate(
-    models: Sequence[FoldModel],
-    values: Sequence[dict[str, Any]],
-    X: Features,
-    index: Ints,
-    groups: Ints | None,
-    folds: list[Fold],
-    *,
-    jobs: int,
-) -> tuple[int, list[dict[str, Any]]]:
-    """The position of the best candidate and a row for each: its parameters, accuracy and log loss out of fold."""
-    rows, keys = [], []
-    for result, chosen in zip(out_of_fold(models, X, index, groups, folds, jobs=jobs), values, strict=True):
-        accuracy, log_loss = result.accuracy(index), result.log_loss(index)
-        rows.append({"params": dict(chosen), "cv_accuracy": accuracy, "cv_log_loss": log_loss})
-        keys.append(ranking(accuracy, log_loss))
-    return min(range(len(keys)), key=lambda number: (keys[number], number)), rows
+# -- temperature ----------------------------------------------------------------------------------------------------
+
+
+def expected_calibration_error(probabilities: Floats, index: Ints) -> float | None:
+    """Mean distance of confidence and accuracy over equal-width bins of the top probability; None without rows."""
+    if not len(index):
+        return None
+    top = probabilities.max(axis=1)
+    hit = probabilities.argmax(axis=1) == index
+    place = np.clip(np.ceil(top * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
+    difference = np.bincount(place, weights=hit - top, minlength=ECE_BINS)
+    return float(np.abs(difference).sum() / len(index))
+
+
+def fit_temperature(logits: Floats, index: Ints) -> float:
+    """The temperature that minimises the mean log loss of ``logits / temperature`` (n, c): Guo et al. 2017.
+
+    The loss is convex in the inverse temperature, so that its minimum is found by halving an interval of the sign of
+    its slope. Data that is perfectly separated would ask for 0: the result stays between 1e-3 and 1e3.
+    """
+    low, high = np.log(SMALLEST_BETA), np.log(LARGEST_BETA)
+    own = logits[np.arange(len(index)), index]
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        expected = (softmax(np.exp(middle) * logits) * logits).sum(axis=1)
+        if (expected - own).mean() < 0:
+            low = middle
+        else:
+            high = middle
+    return float(np.exp(-0.5 * (low + high)))
+
+
+def choose_temperature(result: OutOfFold, index: Ints) -> tuple[float, dict[str, Any]]:
+    """A temperature from what was seen out of fold, and the record of it for ``selected``.
+
+    Rows that nobody could know are left out. Where no row is left, or the fit would not lower the log loss, the
+    temperature is 1.
+    """
+    assert result.logits is not None
+    logits, index = result.logits[result.known], index[result.known]
+    temperature = fit_temperature(logits, index) if len(index) else 1.0
+    before, after = softmax(logits), softmax(logits / temperature)
+    if len(index) and log_losses(after, index).mean() >= log_losses(before, index).mean():
+        temperature, after = 1.0, before
+    return temperature, {
+        "temperature": temperature,
+        "ece_before": expected_calibration_error(before, index),
+        "ece_after": expected_calibration_error(after, index),
+    }

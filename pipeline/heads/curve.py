@@ -10,7 +10,8 @@ import numpy as np
 
 from ..errors import HeadError
 from ..runtime.seeds import make_generator
-from .base import Features, Head, Ints
+from .base import Head
+from .common import Features, Ints
 
 FRACTIONS = (0.1, 0.2, 0.4, 0.7, 1.0)
 

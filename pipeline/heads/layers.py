@@ -1,4 +1,4 @@
-"""A stack of linear layers with ReLU between them, in float64: what every torch head becomes once it is fitted.
+"""Linear layers with ReLU between them, in float64: what every torch head becomes once it is fitted.
 
 A row's logits are computed by one matrix product per row. Libraries choose their summation order by the shape of
 a product, so a product over a whole batch would let a row's last bits depend on how many rows stand beside it.
@@ -6,20 +6,25 @@ a product, so a product over a whole batch would let a row's last bits depend on
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
-from .base import CHUNK_ROWS, Floats, one_library_thread, softmax
+from ..files import read_regular_file
+from .base import Head
+from .common import CHUNK_ROWS, Features, Floats, one_library_thread
 
 
 @dataclass(frozen=True)
 class Layers:
-    """``weights[i]`` is (out, in) and ``biases[i]`` (out,), float64; ``dropout`` only matters for `to_module`."""
+    """``weights[i]`` is (out, in) and ``biases[i]`` (out,), float64; ``dropout`` is what they were trained with."""
 
     weights: tuple[Floats, ...]
     biases: tuple[Floats, ...]
@@ -45,50 +50,78 @@ class Layers:
             rows = np.matmul(np.ascontiguousarray(rows)[:, None, :], columns)[:, 0, :] + bias
         return rows
 
-    def probabilities(self, X: NDArray[Any]) -> Floats:
-        """Softmax (n, c) of `logits`."""
-        return softmax(self.logits(X))
-
     def fold_standardisation(self, mean: Floats, scale: Floats) -> Layers:
         """The same function of raw features, where this one takes ``(x - mean) / scale``; an infinite scale gives 0."""
         first = self.weights[0] / scale
-        return Layers(
-            (first, *self.weights[1:]), (self.biases[0] - first @ mean, *self.biases[1:]), dropout=self.dropout
-        )
+        biases = (self.biases[0] - first @ mean, *self.biases[1:])
+        return replace(self, weights=(first, *self.weights[1:]), biases=biases)
 
     def fold_temperature(self, temperature: float) -> Layers:
         """The same function with its logits divided by ``temperature``."""
-        return Layers(
-            (*self.weights[:-1], self.weights[-1] / temperature),
-            (*self.biases[:-1], self.biases[-1] / temperature),
-            dropout=self.dropout,
-        )
+        weights = (*self.weights[:-1], self.weights[-1] / temperature)
+        return replace(self, weights=weights, biases=(*self.biases[:-1], self.biases[-1] / temperature))
 
     def parameter_count(self) -> int:
         """Numbers in all weights and biases."""
         return sum(array.size for array in (*self.weights, *self.biases))
 
-    def to_module(self) -> nn.Sequential:
-        """A trainable float32 module with these values, dropout before each layer, as fine-tuning starts from."""
-        modules: list[nn.Module] = []
+    def to_bytes(self) -> bytes:
+        """A safetensors file of ``layers.0.weight``, ``layers.0.bias`` and so on."""
+        tensors = {}
         for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            modules += [nn.ReLU()] if number else []
-            modules += [nn.Dropout(self.dropout)] if self.dropout else []
-            layer = nn.Linear(weight.shape[1], weight.shape[0])
-            with torch.no_grad():
-                layer.weight.copy_(torch.from_numpy(weight))
-                layer.bias.copy_(torch.from_numpy(bias))
-            modules.append(layer)
-        return nn.Sequential(*modules)
+            tensors[f"layers.{number}.weight"] = np.ascontiguousarray(weight)
+            tensors[f"layers.{number}.bias"] = np.ascontiguousarray(bias)
+        return save_tensors(tensors)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, classes: int, dropout: float) -> Layers:
+        """What `to_bytes` wrote, for so many classes.
+
+        Raises:
+            SafetensorError, KeyError, ValueError: it is damaged, or its shapes do not fit together.
+        """
+        tensors = load_tensors(data)
+        count = len(tensors) // 2
+        weights = tuple(np.asarray(tensors[f"layers.{number}.weight"], dtype=np.float64) for number in range(count))
+        biases = tuple(np.asarray(tensors[f"layers.{number}.bias"], dtype=np.float64) for number in range(count))
+        widths = [weights[0].shape[1], *(weight.shape[0] for weight in weights)] if count else []
+        shapes = [(outputs, inputs) for inputs, outputs in pairwise(widths)]
+        fits = [weight.shape for weight in weights] == shapes and [len(bias) for bias in biases] == widths[1:]
+        if not count or not fits or widths[-1] != classes:
+            raise ValueError("the shapes of its layers do not fit together")
+        return cls(weights, biases, dropout=dropout)
 
 
-def standardisation(X: NDArray[np.float32], enabled: bool) -> tuple[Floats, Floats]:
-    """Mean and scale (d,) in float64; a constant feature has infinite scale, so that its weight folds to 0.
+class LayersHead(Head):
+    """A head that is a stack of linear layers once it is fitted; its families say how these are learnt."""
 
-    When not ``enabled`` the scale of the other features is 1: centring alone does not change a model with an
-    unpenalised intercept.
-    """
-    mean = X.mean(axis=0, dtype=np.float64)
-    constant = X.min(axis=0) == X.max(axis=0)
-    scale = X.std(axis=0, dtype=np.float64, mean=mean[None]) if enabled else np.ones(X.shape[1])
-    return mean, np.where(constant | (scale == 0), np.inf, scale)
+    file = "head.safetensors"
+    layers: Layers | None = None
+
+    def as_layers(self) -> Layers:
+        """The fitted layers, on raw features.
+
+        Raises:
+            RuntimeError: the head is not fitted.
+        """
+        if self.layers is None:
+            raise RuntimeError("the head is not fitted")
+        return self.layers
+
+    def logits(self, X: Features) -> Floats:
+        """Logits (n, c)."""
+        return self.as_layers().logits(X)
+
+    def parameter_count(self) -> int:
+        """Numbers in all layers."""
+        return self.as_layers().parameter_count()
+
+    def write(self, file: Path) -> dict[str, Any]:
+        """Weights and biases in float64, as safetensors."""
+        file.write_bytes(self.as_layers().to_bytes())
+        return {"dropout": self.as_layers().dropout}
+
+    def read(self, file: Path, record: Mapping[str, Any]) -> None:
+        """Layers for the head's classes."""
+        data = read_regular_file(file)
+        self.layers = Layers.from_bytes(data, classes=len(self.classes_), dropout=float(record["dropout"]))

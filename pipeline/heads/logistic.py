@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,22 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import HeadError
-from ..params import HeadParams
-from .base import Features, Floats, Ints, check_training_data, class_weights, few_threads, softmax
-from .calibration import calibrate
-from .crossval import OutOfFold, candidates, no_folds
-from .design import Design
-from .folds import Fold, missing_rows, stratified_group_folds
-from .layers import Layers, standardisation
-from .lbfgs import Problems
+from .common import Features, Floats, Ints, few_threads, standardisation
+from .crossval import Fold, OutOfFold, missing_rows, no_folds
+from .layers import Layers, LayersHead
 from .path import StrengthPath
-from .solver import Solutions, solve
+from .solver import Design, Problems, Solutions, solve
 
 DEFAULT_STRENGTH = 1.0
 FEW_ROWS = 5
 
 
-class LogisticHead:
+class LogisticHead(LayersHead):
     """Logistic regression with L2, the whole path of strengths solved together.
 
     The strength is the one of lowest mean log loss over all held-out rows of stratified, group-wise folds of train
@@ -36,48 +30,37 @@ class LogisticHead:
     standardised once, on train; nothing but train is looked at.
     """
 
-    kind = "logistic"
-    has_probabilities = True
-    why_no_probabilities: str | None = None
-
-    def __init__(self, params: HeadParams, *, class_names: Sequence[str], device: str = "cpu") -> None:
-        self.params, self.class_names, self.device = params, tuple(class_names), device
-        self.classes_: Ints = np.empty(0, dtype=np.int64)
-        self.layers: Layers | None = None
-        self.selected: dict[str, Any] = {}
-        self.history: list[dict[str, Any]] = []
-        self.warnings: tuple[str, ...] = ()
-        self.out_of_fold: Floats | None = None
-        self._result: OutOfFold | None = None
-        if values := candidates(params.search, self.kind, params.kinds):
+    def replace(self, values: Mapping[str, Any]) -> None:
+        """Nothing can be searched: the strength is chosen anyway."""
+        if values:
             raise HeadError(
                 "logistic has no parameter to search: it chooses its strength itself.",
-                where=f"head.search.{next(iter(values[0]))}",
+                where=f"head.search.{next(iter(values))}",
                 remedy="remove the key; head.logistic.strengths, c_min and c_max set the strengths that are tried",
             )
 
-    def fit(self, X: Features, y: Ints, groups: Ints | None = None) -> Self:
+    def learn(self, X: Features, index: Ints, groups: Ints | None) -> None:
         """Choose the strength by cross-validation, refit on all rows, and fold the standardisation in."""
-        started = time.perf_counter()
-        X, self.classes_, index = check_training_data(X, y)
         with few_threads(X):
-            self._fit(X, index, groups)
-        self.selected["seconds"] = time.perf_counter() - started
-        return self
+            self._learn(X, index, groups)
 
-    def _fit(self, X: Features, index: Ints, groups: Ints | None) -> None:
-        weights = class_weights(self.params.class_weight, self.classes_, index, self.class_names)
+    def calibrate(self, X: Features, index: Ints, groups: Ints | None) -> None:
+        """Nothing is left to do: `learn` has chosen the temperature on the folds that it had at hand."""
+
+    def _learn(self, X: Features, index: Ints, groups: Ints | None) -> None:
+        weights = self._class_weights(index)
         mean, scale = standardisation(X, self.params.standardize)
         scaled = torch.from_numpy((X - mean) / scale).to(self.device)
         target = torch.from_numpy(index).to(self.device)
         design = Design.build(scaled, target, len(self.classes_), rotate=self.params.logistic.path == "full")
         del scaled
         row_weight = torch.from_numpy(weights[index]).to(self.device)
-        folds = stratified_group_folds(index, groups, self.params.folds, self.params.seed)
+        folds = self._folds(index, groups)
         strength, start = self._choose(design, row_weight, index, folds)
         solution = self._refit(design, row_weight, strength, start)
         layer = linear_layer(design, solution.weights[0])
-        self.layers = layer.fold_standardisation(mean, scale).fold_temperature(self.selected.get("temperature", 1.0))
+        self.layers = layer.fold_standardisation(mean, scale).fold_temperature(self.temperature)
+        self.temperature = 1.0
 
     def _choose(self, design: Design, row_weight: Tensor, index: Ints, folds: list[Fold]) -> tuple[float, Tensor]:
         """The strength, and weights (1, k, r + 1) to start the refit from."""
@@ -87,7 +70,7 @@ class LogisticHead:
         self.warnings = self._data_warnings(index, folds, known)
         zero = torch.zeros(1, design.outputs, design.exact.shape[1], dtype=torch.float64, device=row_weight.device)
         if not folds or not any(known[test].any() for _, test in folds):
-            self.selected = {"C": float(DEFAULT_STRENGTH if len(strengths) > 1 else strengths[0]), "folds": 0}
+            self.selected |= {"C": float(DEFAULT_STRENGTH if len(strengths) > 1 else strengths[0]), "folds": 0}
             return self.selected["C"], zero
         train, held = masks(folds, known, row_weight.device)
         scored, tolerance = held * row_weight, logistic.tolerance**2
@@ -100,12 +83,12 @@ class LogisticHead:
         best = path.best()
         self._record(path, found, best)
         logits = self._out_of_fold_logits(design, path.points[best].weights, row_weight, train, folds)
-        self._score(logits, index, known)
+        self._score(OutOfFold(logits.argmax(axis=1), logits, known), index)
         return float(strengths[best]), path.refit_start(best)
 
     def _record(self, path: StrengthPath, found: str, best: int) -> None:
         strengths, points = path.strengths, path.points
-        self.selected = {
+        self.selected |= {
             "C": float(strengths[best]),
             "path": found,
             "folds": len(path.scored),
@@ -116,6 +99,7 @@ class LogisticHead:
             "largest_gap": max(p.gap for p in points.values() if p.tolerance <= path.tolerance),
             "loosest_gap": max(p.gap for p in points.values()),
         }
+        self._select("the strength C", f"by {len(path.scored)}-fold cross-validation")
         if len(strengths) > 1 and best in (0, len(strengths) - 1):
             side, key = ("smallest", "c_min") if best == 0 else ("largest", "c_max")
             self.warnings += (
@@ -134,17 +118,13 @@ class LogisticHead:
             result[test] = two_sided(logits[number][:, test].T)
         return result
 
-    def _score(self, logits: Floats, index: Ints, known: NDArray[np.bool_]) -> None:
+    def _score(self, result: OutOfFold, index: Ints) -> None:
         """Record what cross-validation says about the chosen strength, and the temperature where one is asked for."""
-        temperature = 1.0
-        self.selected["cv_accuracy"] = float((logits.argmax(axis=1) == index).mean())
+        self.out_of_fold = result
+        self.selected["cv_accuracy"] = result.accuracy(index)
         if self.params.calibrate == "temperature":
-            temperature, record = calibrate(logits, index, known)
-            self.selected |= record
-        self._result = OutOfFold(logits.argmax(axis=1), logits / temperature, known)
-        if self.params.calibrate == "temperature":
-            self.selected["cv_log_loss_calibrated"] = self._result.log_loss(index)
-        self.out_of_fold = softmax(logits / temperature)
+            self.temperature = self._choose_temperature(result, index)
+            self.selected["cv_log_loss_calibrated"] = self.out_of_fold.log_loss(index)
 
     def _refit(self, design: Design, row_weight: Tensor, strength: float, start: Tensor) -> Solutions:
         chosen = torch.tensor([strength], dtype=torch.float64, device=row_weight.device)
@@ -169,9 +149,9 @@ class LogisticHead:
         """What `fit` saw out of fold at the strength that it chose; fits first where that has not happened."""
         if self.layers is None:
             self.fit(X, y, groups)
-        if self._result is None:
+        if self.out_of_fold is None:
             raise no_folds()
-        return self._result
+        return self.out_of_fold
 
     def _data_warnings(self, index: Ints, folds: list[Fold], known: NDArray[np.bool_]) -> tuple[str, ...]:
         counts = np.bincount(index)
@@ -195,23 +175,6 @@ class LogisticHead:
         if len(folds) < self.params.folds:
             warnings += (f"the classes are so small that only {len(folds)} folds were made",)
         return warnings
-
-    def predict(self, X: Features) -> Ints:
-        """The class (n,) of the largest logit."""
-        return np.asarray(self.classes_[self._fitted().logits(X).argmax(axis=1)])
-
-    def predict_proba(self, X: Features) -> Floats:
-        """Softmax of the logits (n, c)."""
-        return self._fitted().probabilities(X)
-
-    def parameter_count(self) -> int | None:
-        """Numbers of the linear layer, one output a class."""
-        return self._fitted().parameter_count()
-
-    def _fitted(self) -> Layers:
-        if self.layers is None:
-            raise RuntimeError("the head is not fitted")
-        return self.layers
 
 
 def masks(folds: list[Fold], known: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:

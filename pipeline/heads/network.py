@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,19 +13,18 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..errors import HeadError
-from ..params import HeadParams, NetworkParams
+from ..params import NetworkParams
 from ..runtime.seeds import derive_seed
-from .base import Features, Floats, Ints, check_training_data, class_weights, near, softmax
-from .calibration import calibrate
-from .crossval import OutOfFold, Scores, align, best_candidate, candidates, out_of_fold
-from .folds import Fold, hold_out, stratified_group_folds
-from .layers import Layers, standardisation
-from .optimizer import Optimizer
+from .common import Features, Floats, Ints, near, standardisation
+from .crossval import OutOfFold, hold_out
+from .layers import Layers, LayersHead
 
 BATCH_OF_EVALUATION = 8192
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
 
 
-class NetworkHead:
+class NetworkHead(LayersHead):
     """``linear`` or ``mlp``: early stopping on a held-out part of train, then a refit on all of it.
 
     The number of epochs is the one of lowest loss on the held-out part (stratified, groups kept together); the refit
@@ -34,32 +32,12 @@ class NetworkHead:
     ``seed`` through generators of the head's own: the same thread count gives the same numbers.
     """
 
-    has_probabilities = True
-    why_no_probabilities: str | None = None
+    def configure(self) -> None:
+        """The section ``head.linear`` or ``head.mlp``."""
+        self.network: NetworkParams = self.params.linear if self.kind == "linear" else self.params.mlp
 
-    def __init__(
-        self,
-        kind: str,
-        network: NetworkParams,
-        params: HeadParams,
-        *,
-        class_names: Sequence[str],
-        device: str = "cpu",
-        jobs: int = 1,
-    ) -> None:
-        self.kind, self.network, self.params, self.jobs = kind, network, params, jobs
-        self.class_names, self.device = tuple(class_names), torch.device(device)
-        self.classes_: Ints = np.empty(0, dtype=np.int64)
-        self.layers: Layers | None = None
-        self.selected: dict[str, Any] = {}
-        self.history: list[dict[str, Any]] = []
-        self.warnings: tuple[str, ...] = ()
-        self.out_of_fold: Floats | None = None
-        self._candidates = candidates(params.search, kind, params.kinds)
-        for values in self._candidates:
-            self._replaced(values)
-
-    def _replaced(self, values: dict[str, Any]) -> NetworkParams:
+    def replace(self, values: Mapping[str, Any]) -> None:
+        """Take over keys of the section ``head.linear`` or ``head.mlp``."""
         valid = [name for name in NetworkParams.model_fields if name != "hidden" or self.kind == "mlp"]
         for name in values:
             if name not in valid:
@@ -69,7 +47,7 @@ class NetworkHead:
                     remedy=f"{near(name, valid)}valid: {', '.join(valid)}",
                 )
         try:
-            return NetworkParams.model_validate({**self.network.model_dump(), **values})
+            self.network = NetworkParams.model_validate({**self.network.model_dump(), **values})
         except ValidationError as error:
             first = error.errors()[0]
             raise HeadError(
@@ -78,34 +56,19 @@ class NetworkHead:
                 why=f"{first['msg']}; got {first['input']!r}",
             ) from error
 
-    def configured(self, values: dict[str, Any]) -> NetworkHead:
-        """An unfitted head with some parameters replaced and nothing left to search."""
-        params = self.params.model_copy(update={"search": {}})
-        head = NetworkHead(
-            self.kind, self._replaced(values), params, class_names=self.class_names, device=str(self.device)
-        )
-        head.classes_ = self.classes_
-        return head
-
-    def fit(self, X: Features, y: Ints, groups: Ints | None = None) -> Self:
+    def learn(self, X: Features, index: Ints, groups: Ints | None) -> None:
         """Find the number of epochs on a held-out part, refit on all rows, and fold the standardisation in."""
-        started = time.perf_counter()
-        X, self.classes_, index = check_training_data(X, y)
-        weights = class_weights(self.params.class_weight, self.classes_, index, self.class_names)
-        self.history, self.warnings, self.selected = [], (), {}
-        if self._candidates:
-            self._search(X, index, groups)
+        weights = self._class_weights(index)
+        if self._found:
+            self.selected = {"params": self._found, **self.selected}
         inside, held = hold_out(index, groups, self.network.val_fraction, self.params.seed)
         epochs = self._best_epoch(X[inside], index[inside], X[held], index[held], weights)
         mean, scale = standardisation(X, self.params.standardize)
         trainer = _Trainer(self, X, index, weights, (mean, scale), "refit")
         for _ in range(epochs):
             self.history.append({"phase": "refit", **trainer.epoch()})
-        self.layers = trainer.layers(self.network.dropout).fold_standardisation(mean, scale)
-        if self.params.calibrate == "temperature":
-            self._calibrate(self.cross_validate(X, self.classes_[index], groups), index)
-        self.selected |= {"epochs": epochs, "held_out": len(held), "seconds": time.perf_counter() - started}
-        return self
+        self.layers = trainer.layers().fold_standardisation(mean, scale)
+        self.selected |= {"epochs": epochs, "held_out": len(held)}
 
     def _best_epoch(self, X: Features, index: Ints, X_val: Features, index_val: Ints, weights: Floats) -> int:
         if not len(X_val):
@@ -126,62 +89,15 @@ class NetworkHead:
                 self.selected |= judged
             if epoch - best >= self.network.patience:
                 break
+        self._select("the number of epochs", "on a held-out part")
         if best == self.network.epochs:
             self.warnings += (f"{self.kind} was still improving after {best} epochs: raise head.{self.kind}.epochs",)
         return best
 
-    def _search(self, X: Features, index: Ints, groups: Ints | None) -> None:
-        models = [self.configured(values) for values in self._candidates]
-        folds = stratified_group_folds(index, groups, self.params.folds, self.params.seed)
-        best, rows = best_candidate(models, self._candidates, X, index, groups, folds, jobs=self.jobs)
-        self.network = self._replaced(self._candidates[best])
-        self.selected |= {"params": self._candidates[best], "search": rows}
-
-    def _calibrate(self, result: OutOfFold, index: Ints) -> None:
-        assert self.layers is not None and result.logits is not None
-        temperature, record = calibrate(result.logits, index, result.known)
-        self.layers = self.layers.fold_temperature(temperature)
-        self.selected |= {
-            **record,
-            "cv_accuracy": result.accuracy(index),
-            "cv_log_loss": result.log_loss(index, temperature),
-        }
-        self.out_of_fold = softmax(result.logits / temperature)
-
-    def cross_validate(self, X: Features, y: Ints, groups: Ints | None = None) -> OutOfFold:
-        """Out-of-fold predictions and logits of the present parameters, on the folds of ``head.folds``."""
-        X, self.classes_, index = check_training_data(X, y)
-        folds = stratified_group_folds(index, groups, self.params.folds, self.params.seed)
-        return out_of_fold([self.configured({})], X, index, groups, folds, jobs=self.jobs)[0]
-
-    def fit_fold(self, X: Features, index: Ints, groups: Ints | None, fold: Fold) -> Scores:
-        """Class positions and logits of a fold's held-out rows; early stopping looks at the train part only."""
-        train, test = fold
-        classes = np.unique(index[train])
-        if len(classes) < 2:
-            return np.full(len(test), classes[0]), align(np.zeros((len(test), 1)), classes, len(self.classes_))
-        head = self.configured({})
-        head.params = head.params.model_copy(update={"calibrate": "none"})
-        head.fit(X[train], self.classes_[index[train]], None if groups is None else groups[train])
-        logits = head._fitted().logits(X[test])
-        return classes[logits.argmax(axis=1)], align(logits, classes, len(self.classes_))
-
-    def predict(self, X: Features) -> Ints:
-        """The class (n,) of the largest logit."""
-        return np.asarray(self.classes_[self._fitted().logits(X).argmax(axis=1)])
-
-    def predict_proba(self, X: Features) -> Floats:
-        """Softmax of the logits (n, c)."""
-        return self._fitted().probabilities(X)
-
-    def parameter_count(self) -> int | None:
-        """Numbers in all layers."""
-        return self._fitted().parameter_count()
-
-    def _fitted(self) -> Layers:
-        if self.layers is None:
-            raise RuntimeError("the head is not fitted")
-        return self.layers
+    def _cool(self, result: OutOfFold, index: Ints) -> None:
+        super()._cool(result, index)
+        self.layers = self.as_layers().fold_temperature(self.temperature)
+        self.temperature = 1.0
 
 
 class _Trainer:
@@ -256,8 +172,56 @@ class _Trainer:
             X = layer(X)
         return X
 
-    def layers(self, dropout: float) -> Layers:
+    def layers(self) -> Layers:
         """The present values in float64."""
         values = copy.deepcopy([(layer.weight, layer.bias) for layer in self.linears])
         arrays = [tuple(value.detach().cpu().double().numpy() for value in pair) for pair in values]
-        return Layers(tuple(pair[0] for pair in arrays), tuple(pair[1] for pair in arrays), dropout=dropout)
+        weights, biases = zip(*arrays, strict=True)
+        return Layers(weights, biases, dropout=self.network.dropout)
+
+
+class Optimizer:
+    """Adam, AdamW or SGD with momentum, as torch defines them, by the rule that ``network.optimizer`` names.
+
+    The first optimiser that torch makes imports its compiler, which takes seconds: longer than these heads train.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], network: NetworkParams) -> None:
+        self.parameters, self.network = list(parameters), network
+        self.steps = 0
+        self.first = [torch.zeros_like(value) for value in self.parameters]
+        self.second = [torch.zeros_like(value) for value in self.parameters]
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for value in self.parameters:
+            value.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update."""
+        self.steps += 1
+        update = self._sgd if self.network.optimizer == "sgd" else self._adam
+        for value, first, second in zip(self.parameters, self.first, self.second, strict=True):
+            assert value.grad is not None
+            update(value, value.grad, first, second)
+
+    def _sgd(self, value: Tensor, gradient: Tensor, velocity: Tensor, _: Tensor) -> None:
+        gradient = gradient.add(value, alpha=self.network.weight_decay)
+        if self.steps == 1:
+            velocity.copy_(gradient)
+        else:
+            velocity.mul_(self.network.momentum).add_(gradient)
+        value.sub_(velocity, alpha=self.network.lr)
+
+    def _adam(self, value: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> None:
+        """Kingma and Ba 2015; AdamW decays the weights apart from the gradient (Loshchilov and Hutter 2019)."""
+        lr, decay = self.network.lr, self.network.weight_decay
+        if self.network.optimizer == "adamw":
+            value.mul_(1 - lr * decay)
+        else:
+            gradient = gradient.add(value, alpha=decay)
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        corrected = (square.sqrt() / (1 - BETAS[1] ** self.steps) ** 0.5).add_(EPSILON)
+        value.addcdiv_(mean, corrected, value=-lr / (1 - BETAS[0] ** self.steps))

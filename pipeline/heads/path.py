@@ -10,11 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Floats
-from .design import Design
-from .lbfgs import MAX_ITERATIONS, Problems
-from .losses import residuals_and_losses
-from .solver import Solutions, solve
+from .common import Floats
+from .solver import MAX_ITERATIONS, Design, Problems, Solutions, residuals_and_losses, solve
 
 COARSE_STEP = 4
 RISES_TO_STOP = 3
@@ -40,7 +37,6 @@ class Point:
     loss: float
     weights: Tensor
     gap: float
-    gradient_norm: float
     iterations: int
     tolerance: float
 
@@ -202,7 +198,6 @@ class StrengthPath:
             loss=held_out_loss(solutions.logits[rows], self.design.target, self.scored),
             weights=solutions.weights[rows],
             gap=float(solutions.gap[rows].max()),
-            gradient_norm=float(solutions.gradient_norm[rows].max()),
             iterations=int(solutions.iterations[rows].sum()),
             tolerance=tolerance,
         )

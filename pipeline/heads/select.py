@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..params import HeadParams
-from .base import Features, Floats, Head, Ints, check_training_data, few_threads, log_losses
-from .baselines import baseline_accuracies
-from .crossval import OutOfFold, ranking
-from .folds import stratified_group_folds
-from .make import make_head
+from ..runtime.seeds import make_generator
+from .base import Head, Selection
+from .common import Features, Floats, Ints, check_training_data, few_threads, log_losses, standardisation
+from .crossval import Fold, ranking, stratified_group_folds
+from .kinds import make_head
 
-BASELINES = ("nearest_centroid", "knn")
+NEIGHBOURS = 5
+KNN_QUERIES = 4_000
+KNN_REFERENCES = 20_000
+BATCH = 1024
 
 HeldOut = tuple[Features, Ints]
+Baseline = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen ``head``, the entries of the leaderboard (best first, baselines last), and what was chosen how.
-
-    ``selections`` holds (what, how, on which split) in the order in which the choices were made.
-    """
+    """The chosen ``head``, the entries of the leaderboard (best first, baselines last), and all choices in order."""
 
     head: Head
     entries: tuple[Entry, ...]
-    selections: tuple[tuple[str, str, str], ...]
+    selections: tuple[Selection, ...]
 
     @property
     def leaderboard(self) -> list[dict[str, Any]]:
@@ -80,7 +83,6 @@ def choose_head(
     held_out: HeldOut | None = None,
     jobs: int = 1,
     device: str = "cpu",
-    baselines: bool = True,
 ) -> Choice:
     """Fit every kind of ``params.kinds`` and choose the most accurate, by log loss among equals.
 
@@ -100,23 +102,12 @@ def choose_head(
     entries[best] = replace(entries[best], chosen=True)
     entries.sort(key=lambda entry: (not entry.chosen, _rank(entry, on_val)))
     head = heads[best]
-    if baselines:
-        entries += _baselines(params, X, y, groups, held_out)
-    return Choice(head, tuple(entries), tuple(_selections(head, len(kinds), on_val)))
-
-
-def _selections(head: Head, kinds: int, on_val: bool) -> Iterator[tuple[str, str, str]]:
-    folds = f"by {head.params.folds}-fold cross-validation"
-    if head.selected.get("folds"):
-        yield "the strength C", f"by {head.selected['folds']}-fold cross-validation", "train"
-    if "search" in head.selected:
-        yield f"the parameters of {head.kind}", folds, "train"
-    if "held_out" in head.selected:
-        yield "the number of epochs", "on a held-out part", "train"
-    if "temperature" in head.selected:
-        yield "the temperature", "out of fold", "train"
-    if kinds > 1:
-        yield "the kind of head", "by accuracy" if on_val else folds, "val" if on_val else "train"
+    entries += _baselines(params, X, y, groups, held_out)
+    selections = head.selections
+    if len(kinds) > 1:
+        how, on = ("by accuracy", "val") if on_val else (f"by {params.folds}-fold cross-validation", "train")
+        selections += (Selection("the kind of head", how, on),)
+    return Choice(head, tuple(entries), selections)
 
 
 def _entry(
@@ -131,29 +122,19 @@ def _entry(
     started = time.perf_counter()
     head.fit(X, y, groups)
     seconds = time.perf_counter() - started
-    result = head.cross_validate(X, y, groups) if judged or head.out_of_fold is not None else None
-    cv_accuracy, cv_log_loss, probabilities = _out_of_fold_scores(head, result, y)
+    seen = head.cross_validate(X, y, groups) if judged else head.out_of_fold
+    index = np.searchsorted(head.classes_, y)
     val_accuracy, val_log_loss = _scores(head, *held_out) if held_out else (None, None)
     return Entry(
         head.kind,
         head,
         seconds,
-        cv_accuracy,
-        cv_log_loss,
+        None if seen is None else seen.accuracy(index),
+        None if seen is None else seen.log_loss(index),
         val_accuracy,
         val_log_loss,
-        out_of_fold=probabilities,
+        out_of_fold=None if seen is None else seen.probabilities(),
     )
-
-
-def _out_of_fold_scores(
-    head: Head, result: OutOfFold | None, y: Ints
-) -> tuple[float | None, float | None, Floats | None]:
-    if result is None:
-        return None, None, None
-    index = np.searchsorted(head.classes_, y)
-    temperature = float(getattr(head, "temperature", 1.0))
-    return result.accuracy(index), result.log_loss(index, temperature), result.probabilities(temperature)
 
 
 def _scores(head: Head, X: Features, y: Ints) -> tuple[float, float | None]:
@@ -191,3 +172,76 @@ def _positions(classes: Ints, y: Ints) -> Ints:
     """Each target's position among the sorted ``classes``, -1 where it is not among them."""
     place = np.minimum(np.searchsorted(classes, y), len(classes) - 1)
     return np.where(classes[place] == y, place, -1)
+
+
+# -- baselines ------------------------------------------------------------------------------------------------------
+
+
+def nearest_centroid(queries: Tensor, rows: Tensor, target: Tensor, classes: int) -> Tensor:
+    """The class (m,) of the nearest class mean; classes without rows are never the answer."""
+    counts = torch.bincount(target, minlength=classes)
+    sums = torch.zeros(classes, rows.shape[1]).index_add_(0, target, rows)
+    distances = _distances(queries, sums / counts.clamp_min(1)[:, None])
+    return distances.masked_fill(counts == 0, torch.inf).argmin(1)
+
+
+def nearest_neighbours(queries: Tensor, rows: Tensor, target: Tensor, classes: int) -> Tensor:
+    """The commonest class (m,) among the five nearest rows; the nearer neighbours decide a tie."""
+    count = min(NEIGHBOURS, len(rows))
+    votes = 1 + 0.01 * torch.arange(count, 0, -1)
+    answers = []
+    for part in torch.split(queries, BATCH):
+        near = _distances(part, rows).topk(count, dim=1, largest=False).indices
+        ballot = torch.zeros(len(part), classes).scatter_add_(1, target[near], votes.expand(len(part), -1))
+        answers.append(ballot.argmax(1))
+    return torch.cat(answers)
+
+
+BASELINES: dict[str, Baseline] = {"nearest_centroid": nearest_centroid, "knn": nearest_neighbours}
+
+
+def baseline_accuracies(
+    kind: str, X: Features, index: Ints, folds: list[Fold], other: HeldOut | None, seed: int
+) -> tuple[float | None, float | None]:
+    """Accuracy of ``nearest_centroid`` or ``knn`` out of fold on train, and on ``other`` rows; features standardised.
+
+    Args:
+        index: class positions (n,); those of ``other`` may hold -1 for a class that train does not have.
+        folds: none where nothing can be held out; the first accuracy is then None.
+    """
+    predict = BASELINES[kind]
+    mean, scale = standardisation(X, True)
+
+    def scaled(rows: Features) -> Tensor:
+        return torch.from_numpy(((rows - mean) / scale).astype(np.float32))
+
+    rows, target = scaled(X), torch.from_numpy(index)
+    generator = make_generator("baseline", seed)
+    hits = asked = 0
+    for train, test in folds:
+        test = _part(test, KNN_QUERIES // len(folds), generator)
+        hits += int((_predicted(predict, rows, target, train, rows[test], generator) == target[test]).sum())
+        asked += len(test)
+    on_other = None
+    if other is not None and len(other[0]):
+        picked = _part(np.arange(len(other[0])), KNN_QUERIES, generator)
+        answers = _predicted(predict, rows, target, np.arange(len(X)), scaled(other[0][picked]), generator)
+        on_other = float((answers.numpy() == other[1][picked]).mean())
+    return hits / asked if asked else None, on_other
+
+
+def _distances(left: Tensor, right: Tensor) -> Tensor:
+    """Squared Euclidean distances (m, n), up to what is the same for every column."""
+    return right.square().sum(1) - 2 * left @ right.T
+
+
+def _predicted(
+    predict: Baseline, rows: Tensor, target: Tensor, train: Ints, queries: Tensor, generator: np.random.Generator
+) -> Tensor:
+    train = _part(train, KNN_REFERENCES, generator)
+    return predict(queries, rows[train], target[train], int(target.max()) + 1)
+
+
+def _part(positions: Ints, limit: int, generator: np.random.Generator) -> Ints:
+    """At most ``limit`` of the positions, by chance."""
+    return positions if len(positions) <= limit else np.sort(generator.choice(positions, limit, replace=False))

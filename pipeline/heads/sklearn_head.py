@@ -1,39 +1,43 @@
-"""Any scikit-learn classifier as a head."""
+"""Any scikit-learn classifier as a head, by alias or dotted path.
+
+scikit-learn is imported where it is used: that takes longer than to train the default head.
+"""
 
 from __future__ import annotations
 
-import time
+import importlib
+import inspect
+import re
 import warnings
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn import config_context
-from sklearn.base import BaseEstimator
-from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.utils.validation import has_fit_parameter
 
 from ..errors import HeadError
-from ..params import HeadParams
+from ..files import read_regular_file
 from ..runtime.seeds import derive_seed
-from .base import (
-    CHUNK_ROWS,
-    Features,
-    Floats,
-    Ints,
-    check_training_data,
-    class_weights,
-    in_chunks,
-    one_library_thread,
-    softmax,
-)
-from .calibration import calibrate
-from .crossval import OutOfFold, Scores, align, best_candidate, candidates, out_of_fold
-from .estimators import check_parameters, resolve_estimator
-from .folds import Fold, stratified_group_folds
+from .base import Head
+from .common import CHUNK_ROWS, LOG_FLOOR, Features, Floats, Ints, near, one_library_thread
 
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
+    from sklearn.pipeline import Pipeline
+
+ALIASES = {
+    "svm": "sklearn.svm.SVC",
+    "knn": "sklearn.neighbors.KNeighborsClassifier",
+    "nearest_centroid": "sklearn.neighbors.NearestCentroid",
+    "ridge": "sklearn.linear_model.RidgeClassifier",
+    "lda": "sklearn.discriminant_analysis.LinearDiscriminantAnalysis",
+    "random_forest": "sklearn.ensemble.RandomForestClassifier",
+    "gradient_boosting": "sklearn.ensemble.HistGradientBoostingClassifier",
+    "mlp_sklearn": "sklearn.neural_network.MLPClassifier",
+}
+DOTTED = re.compile(r"sklearn(\.[A-Za-z]\w*)+")
 INDEPENDENT = frozenset(
     {
         "DecisionTreeClassifier",
@@ -51,7 +55,7 @@ INDEPENDENT = frozenset(
 NO_PROBABILITIES = "{} has neither predict_proba nor a decision function with one value a class"
 
 
-class SklearnHead:
+class SklearnHead(Head):
     """A scikit-learn classifier behind `StandardScaler` in a `Pipeline`.
 
     `predict` is the estimator's own. Where it has no ``predict_proba``, probabilities are a softmax of its decision
@@ -59,63 +63,36 @@ class SklearnHead:
     False. Rows are predicted in chunks of one fixed size, so that a row's answer does not depend on its neighbours.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        estimator: str,
-        estimator_params: dict[str, Any],
-        params: HeadParams,
-        *,
-        class_names: Sequence[str],
-        jobs: int = 1,
-    ) -> None:
-        self.kind, self.estimator, self.estimator_params = kind, estimator, dict(estimator_params)
-        self.params, self.class_names, self.jobs = params, tuple(class_names), jobs
-        check_parameters(resolve_estimator(estimator), estimator_params, "head.sklearn.params")
-        self._candidates = candidates(params.search, kind, params.kinds)
-        for values in self._candidates:
-            check_parameters(resolve_estimator(estimator), values, "head.search")
-        self.classes_: Ints = np.empty(0, dtype=np.int64)
+    file = "head.skops"
+
+    def configure(self) -> None:
+        """An estimator and its parameters from ``head.sklearn``, or the one that the kind names."""
+        named = self.kind == "sklearn"
+        self.estimator = self.params.sklearn.estimator if named else self.kind
+        self.estimator_params = dict(self.params.sklearn.params) if named else {}
         self.pipeline: Pipeline | None = None
-        self.temperature = 1.0
         self.source: str | None = None
-        self.has_probabilities = True
-        self.why_no_probabilities: str | None = None
-        self.selected: dict[str, Any] = {}
-        self.history: list[dict[str, Any]] = []
-        self.warnings: tuple[str, ...] = ()
-        self.out_of_fold: Floats | None = None
 
-    def fit(self, X: Features, y: Ints, groups: Ints | None = None) -> Self:
-        """Search parameters where asked, fit on all rows, and calibrate on out-of-fold scores where needed."""
-        started = time.perf_counter()
-        X, self.classes_, index = check_training_data(X, y)
-        self.selected, self.warnings = {"estimator": self.estimator}, ()
-        if self._candidates:
-            self._search(X, index, groups)
-        self.selected["params"] = dict(self.estimator_params)
-        self.pipeline = self._fitted_pipeline(X, index, self.jobs)
-        self._find_probabilities(X, index, groups)
-        self.selected["seconds"] = time.perf_counter() - started
-        return self
+    def check(self) -> None:
+        """Refuse an estimator that does not exist, and parameters that it does not have."""
+        check_parameters(resolve_estimator(self.estimator), self.estimator_params, "head.sklearn.params")
+        super().check()
 
-    def _search(self, X: Features, index: Ints, groups: Ints | None) -> None:
-        models = [self.configured(values) for values in self._candidates]
-        folds = stratified_group_folds(index, groups, self.params.folds, self.params.seed)
-        best, rows = best_candidate(models, self._candidates, X, index, groups, folds, jobs=self.jobs)
-        self.selected["search"] = rows
-        self.estimator_params |= self._candidates[best]
+    def replace(self, values: Mapping[str, Any]) -> None:
+        """Take over parameters of the estimator."""
+        check_parameters(resolve_estimator(self.estimator), values, "head.search")
+        self.estimator_params |= values
 
-    def configured(self, values: dict[str, Any]) -> SklearnHead:
-        """An unfitted head with some parameters replaced and nothing left to search."""
-        params = self.params.model_copy(update={"search": {}})
-        merged = {**self.estimator_params, **values}
-        head = SklearnHead(self.kind, self.estimator, merged, params, class_names=self.class_names)
-        head.classes_ = self.classes_
-        return head
+    def learn(self, X: Features, index: Ints, groups: Ints | None) -> None:
+        """Fit scaler and estimator, and find where probabilities come from."""
+        self.selected = {"estimator": self.estimator, **self.selected, "params": dict(self.estimator_params)}
+        self.pipeline = self._fitted_pipeline(X, index)
+        self.source = _source(self.pipeline, X, len(self.classes_))
+        self.has_probabilities = self.source is not None
+        self.why_no_probabilities = None if self.source else NO_PROBABILITIES.format(self.estimator)
 
-    def _fitted_pipeline(self, X: Features, index: Ints, jobs: int) -> Pipeline:
-        pipeline, arguments = self._make_pipeline(index, jobs)
+    def _fitted_pipeline(self, X: Features, index: Ints) -> Pipeline:
+        pipeline, arguments = self._make_pipeline(index)
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -133,15 +110,18 @@ class SklearnHead:
             pipeline[-1].set_params(n_jobs=1)
         return pipeline
 
-    def _make_pipeline(self, index: Ints, jobs: int) -> tuple[Pipeline, dict[str, Any]]:
+    def _make_pipeline(self, index: Ints) -> tuple[Pipeline, dict[str, Any]]:
         """An unfitted pipeline, and the arguments for its `fit`."""
+        from sklearn.pipeline import Pipeline
+        from sklearn.preprocessing import StandardScaler
+
         kind = resolve_estimator(self.estimator)
         names = kind._get_param_names()
         values = dict(self.estimator_params)
         if "random_state" in names:
             values.setdefault("random_state", derive_seed("sklearn", self.estimator, self.params.seed) % 2**31)
         if "n_jobs" in names:
-            values.setdefault("n_jobs", jobs)
+            values.setdefault("n_jobs", self.jobs)
         if self.estimator in ("knn", "sklearn.neighbors.KNeighborsClassifier"):
             values.setdefault("n_neighbors", min(5, len(index)))
         arguments = self._class_weight(kind, values, index)
@@ -153,82 +133,52 @@ class SklearnHead:
         return Pipeline([*steps, ("classify", estimator)]), arguments
 
     def _class_weight(self, kind: type[BaseEstimator], values: dict[str, Any], index: Ints) -> dict[str, Any]:
-        setting = self.params.class_weight
-        if setting is None:
+        from sklearn.utils.validation import has_fit_parameter
+
+        if self.params.class_weight is None:
             return {}
-        weights = class_weights(setting, self.classes_[np.unique(index)], _compact(index), self.class_names)
+        weights = self._class_weights(index)
         if "class_weight" in kind._get_param_names():
-            values.setdefault("class_weight", dict(zip(np.unique(index).tolist(), weights.tolist(), strict=True)))
+            values.setdefault("class_weight", dict(enumerate(weights.tolist())))
             return {}
         if has_fit_parameter(kind, "sample_weight"):
-            return {"classify__sample_weight": weights[_compact(index)]}
+            return {"classify__sample_weight": weights[index]}
         raise HeadError(
             f"{self.estimator} cannot weight classes.",
             where="head.class_weight",
             remedy="remove head.class_weight, or choose logistic, linear, mlp, svm, ridge or random_forest",
         )
 
-    def _find_probabilities(self, X: Features, index: Ints, groups: Ints | None) -> None:
-        """Where probabilities come from, and their temperature."""
-        assert self.pipeline is not None
-        self.source = _source(self.pipeline, X, len(self.classes_))
-        self.has_probabilities = self.source is not None
-        self.why_no_probabilities = None if self.source else NO_PROBABILITIES.format(self.estimator)
-        wanted = self.params.calibrate == "temperature" and self.source is not None
-        if self.source == "decision_function" or wanted:
-            self._calibrate(self.cross_validate(X, self.classes_[index], groups), index)
-
-    def _calibrate(self, result: OutOfFold, index: Ints) -> None:
+    def calibrate(self, X: Features, index: Ints, groups: Ints | None) -> None:
+        """Choose a temperature out of fold for a decision function, and where the params ask for one."""
+        if self.source is None or (self.source == "predict_proba" and self.params.calibrate != "temperature"):
+            return
+        result = self._across_folds(X, index, groups)
         if result.logits is None or not result.known.any():
             self.has_probabilities = self.source == "predict_proba"
             self.why_no_probabilities = "too few images to calibrate the decision function out of fold"
-            return
-        self.temperature, record = calibrate(result.logits, index, result.known)
-        self.selected |= record
-        self.selected |= {
-            "cv_accuracy": result.accuracy(index),
-            "cv_log_loss": result.log_loss(index, self.temperature),
-        }
-        self.out_of_fold = softmax(result.logits / self.temperature)
+        else:
+            self._cool(result, index)
 
-    def cross_validate(self, X: Features, y: Ints, groups: Ints | None = None) -> OutOfFold:
-        """Out-of-fold predictions and logits of the present parameters, on the folds of ``head.folds``."""
-        X, self.classes_, index = check_training_data(X, y)
-        folds = stratified_group_folds(index, groups, self.params.folds, self.params.seed)
-        return out_of_fold([self.configured({})], X, index, groups, folds, jobs=self.jobs)[0]
-
-    def fit_fold(self, X: Features, index: Ints, groups: Ints | None, fold: Fold) -> Scores:
-        """Class positions and logits of a fold's held-out rows."""
-        train, test = fold
-        classes = len(self.classes_)
-        if len(np.unique(index[train])) < 2:
-            only = index[train][0]
-            return np.full(len(test), only), align(np.zeros((len(test), 1)), np.array([only]), classes)
-        pipeline = self._fitted_pipeline(X[train], index[train], 1)
-        predicted = by_rows(pipeline, "predict", X[test]).astype(np.int64)
-        source = _source(pipeline, X, len(pipeline.classes_))
-        if source is None:
-            return predicted, None
-        return predicted, align(_logits(pipeline, source, X[test]), pipeline.classes_, classes)
+    def logits(self, X: Features) -> Floats:
+        """Logarithms of probabilities, or decision values; one value becomes minus and plus its half."""
+        assert self.source is not None
+        values = by_rows(self._fitted(), self.source, X).astype(np.float64)
+        if self.source == "predict_proba":
+            return np.asarray(np.log(np.maximum(values, LOG_FLOOR)))
+        return np.stack([-0.5 * values, 0.5 * values], axis=1) if values.ndim == 1 else values
 
     def predict(self, X: Features) -> Ints:
         """The estimator's own prediction (n,)."""
-        with one_library_thread(), config_context(assume_finite=True):
+        with _predicting():
             return np.asarray(self.classes_[by_rows(self._fitted(), "predict", X).astype(np.int64)])
 
     def predict_proba(self, X: Features) -> Floats:
-        """The estimator's own probabilities (n, c), or those calibrated from its decision function.
-
-        Raises:
-            HeadError: the estimator has neither.
-        """
-        if self.source is None or not self.has_probabilities:
-            raise HeadError("This head gives no probabilities.", why=self.why_no_probabilities)
-        pipeline, source = self._fitted(), self.source
-        with one_library_thread(), config_context(assume_finite=True):
-            if source == "predict_proba" and self.temperature == 1.0:
-                return by_rows(pipeline, source, X).astype(np.float64)
-            return softmax(_logits(pipeline, source, X) / self.temperature)
+        """The estimator's own probabilities (n, c), or those calibrated from its decision function."""
+        with _predicting():
+            if self.has_probabilities and self.source == "predict_proba" and self.temperature == 1:
+                return by_rows(self._fitted(), self.source, X).astype(np.float64)
+            return super().predict_proba(X)
 
     def parameter_count(self) -> int | None:
         """Size of the linear layer, or of the layers of an MLP; None for other estimators."""
@@ -244,9 +194,49 @@ class SklearnHead:
             raise RuntimeError("the head is not fitted")
         return self.pipeline
 
+    def write(self, file: Path) -> dict[str, Any]:
+        """A skops file, in which every name is on the allow-list.
 
-def _compact(index: Ints) -> Ints:
-    return np.asarray(np.unique(index, return_inverse=True)[1], dtype=np.int64)
+        Raises:
+            HeadError: the estimator holds a type that could not be loaded again (some meta-estimators).
+        """
+        from .sklearn_file import pipeline_bytes
+
+        file.write_bytes(pipeline_bytes(self._fitted(), self.estimator))
+        return {
+            "estimator": self.estimator,
+            "temperature": self.temperature,
+            "source": self.source,
+            "has_probabilities": self.has_probabilities,
+            "why_no_probabilities": self.why_no_probabilities,
+        }
+
+    def read(self, file: Path, record: Mapping[str, Any]) -> None:
+        """A pipeline whose every type is on the allow-list; the names in ``record`` are kept as text.
+
+        Raises:
+            RunError: the file names another type, which is neither imported nor constructed.
+        """
+        from .sklearn_file import load_pipeline
+
+        self.pipeline = load_pipeline(read_regular_file(file), file)
+        self.estimator, self.temperature = str(record["estimator"]), float(record["temperature"])
+        self.source, self.has_probabilities = record["source"], bool(record["has_probabilities"])
+        self.why_no_probabilities = record["why_no_probabilities"]
+        if self.source not in (None, "predict_proba", "decision_function"):
+            raise ValueError(f"probabilities cannot come from {self.source!r}")
+
+
+# -- rows -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _predicting() -> Iterator[None]:
+    """One thread, and no check of values that extraction has checked."""
+    from sklearn import config_context
+
+    with one_library_thread(), config_context(assume_finite=True):
+        yield
 
 
 def by_rows(pipeline: Pipeline, method: str, X: NDArray[Any]) -> NDArray[Any]:
@@ -264,6 +254,23 @@ def by_rows(pipeline: Pipeline, method: str, X: NDArray[Any]) -> NDArray[Any]:
     return in_chunks(call, X, CHUNK_ROWS if independent else 1)
 
 
+def in_chunks(function: Callable[[NDArray[Any]], NDArray[Any]], X: NDArray[Any], rows: int) -> NDArray[Any]:
+    """``function`` over ``X`` in chunks of exactly ``rows`` rows, the last one padded with copies of its last row.
+
+    Libraries pick their arithmetic by the shape of a call; one shape for all calls keeps a row's result free of
+    how many rows stand beside it.
+    """
+    if not len(X):
+        return np.asarray(function(np.zeros((rows, X.shape[1]), dtype=X.dtype))[:0])
+    results = []
+    for start in range(0, len(X), rows):
+        chunk = X[start : start + rows]
+        if len(chunk) < rows:
+            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], rows - len(chunk), axis=0)])
+        results.append(function(np.ascontiguousarray(chunk))[: len(X) - start])
+    return np.concatenate(results)
+
+
 def _source(pipeline: Pipeline, X: Features, classes: int) -> str | None:
     """The method that probabilities can be made of, if there is one."""
     if hasattr(pipeline, "predict_proba"):
@@ -274,9 +281,73 @@ def _source(pipeline: Pipeline, X: Features, classes: int) -> str | None:
     return "decision_function" if shape == ((1,) if classes == 2 else (1, classes)) else None
 
 
-def _logits(pipeline: Pipeline, source: str, X: Features) -> Floats:
-    """Logits (n, c): logarithms of probabilities, or decision values; one value becomes minus and plus its half."""
-    values = by_rows(pipeline, source, X).astype(np.float64)
-    if source == "predict_proba":
-        return np.asarray(np.log(np.maximum(values, np.finfo(np.float64).tiny)))
-    return np.stack([-0.5 * values, 0.5 * values], axis=1) if values.ndim == 1 else values
+# -- names and parameters of estimators -----------------------------------------------------------------------------
+
+
+def resolve_estimator(name: str) -> type[BaseEstimator]:
+    """The classifier class that an alias or a dotted path below ``sklearn.`` names; nothing else is imported.
+
+    Raises:
+        HeadError: there is no such name, or it is no classifier.
+    """
+    from sklearn.base import BaseEstimator, ClassifierMixin
+
+    path = ALIASES.get(name, name)
+    if not DOTTED.fullmatch(path):
+        raise _unknown(name, "it is neither an alias nor a dotted path below sklearn.")
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute, None)
+    except ImportError as error:
+        raise _unknown(name, str(error)) from error
+    if found is None:
+        raise _unknown(name, f"{module_name} has no {attribute}")
+    if not (inspect.isclass(found) and found.__module__.startswith("sklearn.") and issubclass(found, BaseEstimator)):
+        raise _unknown(name, f"{path} is no estimator")
+    if not issubclass(found, ClassifierMixin):
+        raise _unknown(name, f"{path} is no classifier")
+    return found
+
+
+def check_parameters(estimator: type[BaseEstimator], params: Mapping[str, Any], where: str) -> None:
+    """Refuse parameters that the estimator's signature does not have.
+
+    Raises:
+        HeadError: names the parameter, near ones, and all valid ones.
+    """
+    valid = parameter_names(estimator)
+    for name in params:
+        if name not in valid:
+            raise HeadError(
+                f"{estimator.__name__} has no parameter {name!r}.",
+                where=where,
+                remedy=f"{near(str(name), valid)}valid: {', '.join(valid)}",
+            )
+
+
+def parameter_names(estimator: type[BaseEstimator]) -> list[str]:
+    """The names in the estimator's signature, sorted."""
+    return list(estimator._get_param_names())
+
+
+def _unknown(name: str, why: str) -> HeadError:
+    from sklearn.utils import all_estimators
+
+    from .kinds import KINDS  # here, as the table names this family
+
+    paths = {estimator.__name__: _public_path(estimator) for _, estimator in all_estimators("classifier")}
+    known = {**{kind: kind for kind in KINDS}, **paths, **{path: path for path in paths.values()}}
+    close = near(name.rpartition(".")[2], list(known)) or near(name, list(known))
+    for short in sorted(paths, key=len, reverse=True):
+        close = re.sub(rf"(?<![\w.]){short}\b", paths[short], close)
+    return HeadError(
+        f"There is no classifier {name!r}.",
+        where="head.kind or head.sklearn.estimator",
+        why=why,
+        remedy=f"{close}aliases: {', '.join(ALIASES)}; or any scikit-learn classifier by its dotted path",
+    )
+
+
+def _public_path(estimator: type[BaseEstimator]) -> str:
+    module = ".".join(part for part in estimator.__module__.split(".") if not part.startswith("_"))
+    return f"{module}.{estimator.__name__}"

@@ -5,10 +5,10 @@ unpenalised intercept; with two classes over one weight vector (logistic loss), 
 
 What makes it fast:
 
-- All problems of a batch share the two matrix products of an iteration (`lbfgs`), which run several times faster with
+- All problems of a batch share the two matrix products of an iteration (`Search`), which run several times faster with
   fifty columns than with five. A problem that has converged drops out.
 - The Hessian ``C X'DX + I`` is bounded by a multiple of the Gram matrix (Böhning 1992), at every strength and fold:
-  its eigenvectors, found once, precondition them all (`design`).
+  its eigenvectors, found once, precondition them all (`Design`).
 - A step along a direction needs no further product, since the logits along it are known: the line search is free.
 
 What makes it exact: iterations run in float32, and each solution is then measured in float64. The penalty makes the
@@ -23,9 +23,356 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .design import Design
-from .lbfgs import MAX_ITERATIONS, Problems, Search
-from .losses import gap_norm, residuals_and_losses, spreads
+from .crossval import ABSENT
+
+RANK_TOLERANCE = 1e-13
+FEW_ROWS = 0.75
+SKETCH_WIDTH = 64
+SKETCH_SPARE = 16
+HISTORY = 20
+MAX_ITERATIONS = 1000
+MAX_TRIALS = 10
+
+
+# -- the features, and what preconditions them ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Design:
+    """Centred and scaled features, a column of ones last, and what is known of their Gram matrix.
+
+    ``exact`` (n, r + 1) float64 and ``fast`` its float32 copy, ``curvature`` (r + 1,) the mean square of each column,
+    ``basis`` (d, r) the rotation that the columns went through (None: they are the features themselves), ``leading``
+    (m, r + 1) orthonormal directions along which the mean square is ``leading_curvature`` (m,) instead, ``target`` (n,)
+    class positions, ``outputs`` weight vectors a problem (1 for two classes).
+    """
+
+    exact: Tensor
+    fast: Tensor
+    curvature: Tensor
+    basis: Tensor | None
+    leading: Tensor
+    leading_curvature: Tensor
+    target: Tensor
+    outputs: int
+
+    @classmethod
+    def build(cls, X: Tensor, target: Tensor, classes: int, *, rotate: bool = True) -> Design:
+        """From centred and scaled features (n, d) float64 and class positions (n,), on the device of ``X``.
+
+        With ``rotate`` the columns become the eigenvectors of the Gram matrix: the fewest iterations, worth its
+        seconds where many problems follow. Without, only the leading eigenvectors are found, roughly. Few rows are
+        rotated always, since that is quick and leaves clearly fewer columns: one less than there are rows.
+        """
+        n, d = X.shape
+        outputs = 1 if classes == 2 else classes
+        if not (rotate or n <= FEW_ROWS * d or min(n, d) <= 4 * SKETCH_WIDTH):
+            return cls._sketched(X, target, outputs)
+        rotated, values, basis = _eigenbasis(X)
+        exact = _with_ones(rotated)
+        curvature = torch.cat([values / n, values.new_ones(1)])
+        none = exact.new_zeros(0, exact.shape[1])
+        return cls(exact, exact.float(), curvature, basis, none, none[:, 0], target, outputs)
+
+    @classmethod
+    def _sketched(cls, X: Tensor, target: Tensor, outputs: int) -> Design:
+        n, d = X.shape
+        exact = _with_ones(X)
+        fast = exact.float()
+        values, vectors = _leading_eigenvectors(fast[:, :-1])
+        rest = (X.square().sum() - values.sum()).clamp_min(0) / (d - len(values))
+        curvature = torch.cat([(rest / n).expand(d), X.new_ones(1)])
+        leading = torch.cat([vectors.T, vectors.new_zeros(len(values), 1)], dim=1)
+        return cls(exact, fast, curvature, None, leading, values / n, target, outputs)
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        """The features (n, r + 1) in float32 or float64."""
+        return self.fast if dtype == torch.float32 else self.exact
+
+    def logits(self, weights: Tensor) -> Tensor:
+        """Logits (p, k, n) for weights (p, k, r + 1), in the precision of the weights."""
+        problems, outputs, width = weights.shape
+        product = weights.reshape(problems * outputs, width) @ self.rows(weights.dtype).T
+        return product.view(problems, outputs, -1)
+
+    def backward(self, residuals: Tensor) -> Tensor:
+        """Sums (p, k, r + 1) over rows of features times residuals (p, k, n)."""
+        problems, outputs, n = residuals.shape
+        return (residuals.reshape(problems * outputs, n) @ self.rows(residuals.dtype)).view(problems, outputs, -1)
+
+    def feature_weights(self, weights: Tensor) -> Tensor:
+        """Weights (..., d) of the features, without intercepts, from weights (..., r + 1) of the columns."""
+        return weights[..., :-1] if self.basis is None else weights[..., :-1] @ self.basis.T
+
+
+class Preconditioner:
+    """The inverse of the mean Hessian ``spread * gram / n + penalty`` of each class, for weights (p, k, r + 1).
+
+    The Hessian of a softmax has no data term along weights that are equal in all classes, so their mean is taken
+    out: without that, steps leave the plane in which the weights of the classes sum to zero, where the optimum lies.
+
+    Args:
+        spread: what the mean squares of the features are to be multiplied by (p, k).
+        present: 1 for classes that take part, else 0 (p, k).
+    """
+
+    def __init__(self, design: Design, spread: Tensor, penalty: Tensor, present: Tensor) -> None:
+        self.present = present[:, :, None]
+        self.share = self.present / self.present.sum(1, keepdim=True)
+        diagonal = spread[:, :, None] * design.curvature.to(spread.dtype) + penalty
+        self.inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
+        self.leading = design.leading.to(spread.dtype)
+        if len(self.leading):
+            leading = 1 / (spread[:, :, None] * design.leading_curvature.to(spread.dtype) + 1)
+            self.correction = leading - self.inverse[:, :, :1]
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """The product with ``vector`` (p, k, r + 1), whose classes sum to zero; so do those of the result."""
+        result = self.inverse * vector
+        if len(self.leading):
+            along = (vector.flatten(0, 1) @ self.leading.T).view_as(self.correction)
+            result.flatten(0, 1).addmm_((along * self.correction).flatten(0, 1), self.leading)
+        if vector.shape[1] == 1:
+            return result
+        return centred(result, self.present, self.share)
+
+
+def centred(weights: Tensor, present: Tensor, share: Tensor) -> Tensor:
+    """Weights (p, k, r + 1) less their mean over the classes that are ``present`` (p, k, 1)."""
+    return weights - present * (share * weights).sum(1, keepdim=True)
+
+
+def _with_ones(columns: Tensor) -> Tensor:
+    return torch.cat([columns, columns.new_ones(len(columns), 1)], dim=1)
+
+
+def _eigenbasis(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns of X (n, d) rotated (n, r), their squared norms (r,), and the rotation (d, r)."""
+    n, d = X.shape
+    values, vectors = torch.linalg.eigh(X.T @ X if n > d else X @ X.T)
+    kept = values > RANK_TOLERANCE * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
+    values, vectors = values[kept], vectors[:, kept]
+    if n > d:
+        return X @ vectors, values, vectors
+    return vectors * values.sqrt(), values, X.T @ (vectors / values.sqrt())
+
+
+def _leading_eigenvectors(X: Tensor) -> tuple[Tensor, Tensor]:
+    """About the largest eigenvalues (m,) of X'X for X (n, d), and eigenvectors (d, m): Halko et al. 2011, 4.4."""
+    generator = torch.Generator().manual_seed(0)  # a fixed start: the same features give the same bits
+    sample = torch.randn(X.shape[1], SKETCH_WIDTH + SKETCH_SPARE, generator=generator).to(X.device)
+    for _ in range(2):
+        sample = torch.linalg.qr(X.T @ (X @ sample)).Q
+    image = X @ sample
+    values, vectors = torch.linalg.eigh(image.T @ image)
+    return values[-SKETCH_WIDTH:].clamp_min(0), sample @ vectors[:, -SKETCH_WIDTH:]
+
+
+# -- losses ---------------------------------------------------------------------------------------------------------
+
+
+def residuals_and_losses(logits: Tensor, target: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted derivatives of the loss (p, k, n), and the weighted sum of losses (p,) in float64.
+
+    The derivative at a row's own class is minus the sum of the other probabilities, never ``probability - 1``: far
+    down a path all but a rounding error of that difference cancels.
+    """
+    if logits.shape[1] == 1:
+        sign = (2 * target - 1).to(logits.dtype)
+        margin = logits[:, 0] * sign
+        residuals = -sign * torch.sigmoid(-margin) * row_weight
+        losses = torch.nn.functional.softplus(-margin) * row_weight
+        return residuals[:, None], losses.sum(1, dtype=torch.float64)
+    own = target.expand(len(logits), 1, -1)
+    peak = logits.amax(1, keepdim=True)
+    powers = (logits - peak).exp_()
+    own_power = powers.gather(1, own)
+    powers.scatter_(1, own, 0.0)
+    others = powers.sum(1, keepdim=True)
+    total = others + own_power
+    scale = row_weight[:, None] / total
+    residuals = powers.mul_(scale).scatter_(1, own, -others * scale)
+    margin = torch.where(own_power == 1, torch.log1p(others), peak - logits.gather(1, own) + total.log())
+    return residuals, (margin[:, 0] * row_weight).sum(1, dtype=torch.float64)
+
+
+def spreads(residuals: Tensor, row_weight: Tensor) -> Tensor:
+    """Weighted sums (p, k) of ``probability * (1 - probability)``, the intercepts' own curvature."""
+    inverse = torch.where(row_weight > 0, 1 / row_weight, 0.0)
+    squares = torch.bmm(residuals.square(), inverse[:, :, None])[:, :, 0]
+    return (residuals.abs().sum(2) - squares).clamp_min_(0)
+
+
+def gap_norm(gradient: Tensor, intercept_curvature: Tensor) -> Tensor:
+    """Squared norm (p,) of gradients in which twice the gap to the optimum is at most 1."""
+    smallest = torch.finfo(gradient.dtype).tiny
+    intercept = gradient[..., -1].square() / intercept_curvature.clamp_min(smallest)
+    intercept = torch.where(gradient[..., -1] == 0, 0.0, intercept)
+    return gradient[..., :-1].square().sum((1, 2)) + intercept.sum(1)
+
+
+# -- the iterations -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problems:
+    """A batch: inverse regularisation ``strength`` (p,), ``row_weight`` (p, n), ``offset`` (p, k, 1).
+
+    A row of weight 0 does not take part. The offset is 0, or `ABSENT` for a class without any row that does, which
+    takes the class out of the softmax (its intercept would otherwise run away to minus infinity).
+    """
+
+    strength: Tensor
+    row_weight: Tensor
+    offset: Tensor
+
+    @classmethod
+    def build(cls, design: Design, strength: Tensor, row_weight: Tensor) -> Problems:
+        """Offsets from the rows that take part; ``strength`` (p,) and ``row_weight`` (p, n) are float64."""
+        offset = torch.zeros(len(strength), design.outputs, 1, dtype=torch.float64, device=strength.device)
+        if design.outputs > 1:
+            one_hot = torch.nn.functional.one_hot(design.target, design.outputs).to(row_weight.dtype)
+            offset[(row_weight @ one_hot) <= 0] = ABSENT
+        return cls(strength, row_weight, offset)
+
+    @property
+    def present(self) -> Tensor:
+        """1 for the classes that take part, else 0 (p, k)."""
+        return (self.offset[:, :, 0] == 0).to(self.offset.dtype)
+
+    def centred(self, weights: Tensor) -> Tensor:
+        """Weights (p, k, r + 1) less their mean over classes, which no probability feels but the penalty does."""
+        if weights.shape[1] == 1:
+            return weights
+        present = self.present[:, :, None]
+        return centred(weights, present, present / present.sum(1, keepdim=True))
+
+    def take(self, index: Tensor) -> Problems:
+        """The problems at ``index``."""
+        return Problems(self.strength[index], self.row_weight[index], self.offset[index])
+
+    def to(self, dtype: torch.dtype) -> Problems:
+        """The same in another precision."""
+        return Problems(self.strength.to(dtype), self.row_weight.to(dtype), self.offset.to(dtype))
+
+
+class Search:
+    """L-BFGS over a batch; problems that are done leave the batch when that makes it clearly smaller."""
+
+    def __init__(self, design: Design, problems: Problems, start: Tensor) -> None:
+        self.design, self.problems = design, problems
+        self.penalty = torch.ones_like(start[0, 0])
+        self.penalty[-1] = 0
+        start = problems.centred(start)
+        self.result = start.clone()
+        self.iterations = torch.zeros(len(start), dtype=torch.long, device=start.device)
+        self.place = torch.arange(len(start), device=start.device)
+        self.weights = start.clone()
+        self.logits = design.logits(start) + problems.offset
+        self.history: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.residuals, self.losses = residuals_and_losses(self.logits, design.target, problems.row_weight)
+        self.gradient = self._gradient(self.residuals, self.weights)
+
+    def _gradient(self, residuals: Tensor, weights: Tensor) -> Tensor:
+        gradient = self.design.backward(residuals).mul_(self.problems.strength[:, None, None])
+        return gradient.addcmul_(self.penalty, weights)
+
+    def run(self, tolerance: float, limit: int = MAX_ITERATIONS) -> tuple[Tensor, Tensor]:
+        """Weights (p, k, r + 1) and iterations (p,), after at most ``limit`` of them."""
+        for _ in range(limit):
+            spread = self.problems.strength[:, None] * spreads(self.residuals, self.problems.row_weight)
+            active = torch.nonzero(self._open(spread, tolerance)).squeeze(1)
+            if len(active) <= 0.75 * len(self.place):
+                self._retire(active)
+                spread = spread[active]
+            if not len(active):
+                return self.result, self.iterations
+            self._step(spread)
+            self.iterations[self.place] += 1
+        self._retire(torch.empty(0, dtype=torch.long, device=self.place.device))
+        return self.result, self.iterations
+
+    def _open(self, spread: Tensor, tolerance: float) -> Tensor:
+        penalty = 0.5 * self.weights[..., :-1].square().sum((1, 2))
+        objective = self.problems.strength * self.losses + penalty
+        return 0.5 * gap_norm(self.gradient, spread) > tolerance * objective
+
+    def _retire(self, active: Tensor) -> None:
+        self.result[self.place] = self.weights
+        self.place, self.problems = self.place[active], self.problems.take(active)
+        for name in ("weights", "logits", "residuals", "losses", "gradient"):
+            setattr(self, name, getattr(self, name)[active])
+        self.history = [(step[active], change[active], scale[active]) for step, change, scale in self.history]
+
+    def _step(self, spread: Tensor) -> None:
+        direction = self._direction(spread)
+        along = self.design.logits(direction)
+        length, logits, residuals, losses = self._line_search(direction, along)
+        step = length[:, None, None] * direction
+        weights = self.weights + step
+        gradient = self._gradient(residuals, weights)
+        change = gradient - self.gradient
+        product = _dot(step, change)
+        scale = torch.where(product > 0, 1 / product, 0.0)
+        self.history = [*self.history[-(HISTORY - 1) :], (step, change, scale)]
+        self.weights, self.logits, self.residuals, self.losses = weights, logits, residuals, losses
+        self.gradient = gradient
+
+    def _direction(self, spread: Tensor) -> Tensor:
+        """Minus the two-loop estimate of inverse Hessian times gradient, on top of the preconditioner."""
+        precondition = Preconditioner(self.design, spread, self.penalty, self.problems.present)
+        vector, factors = self.gradient.clone(), []
+        for step, change, scale in reversed(self.history):
+            factor = (scale * _dot(step, vector))[:, None, None]
+            vector.addcmul_(factor, change, value=-1)
+            factors.append(factor)
+        vector = precondition(vector)
+        if self.history:
+            _, change, scale = self.history[-1]
+            length = 1 / (scale * _dot(change, precondition(change)))
+            vector *= torch.where(torch.isfinite(length) & (length > 0), length, 1.0)[:, None, None]
+        for (step, change, scale), factor in zip(self.history, reversed(factors), strict=True):
+            vector.addcmul_(factor - (scale * _dot(change, vector))[:, None, None], step)
+        downhill = _dot(self.gradient, vector) > 0
+        if not downhill.all():
+            vector = torch.where(downhill[:, None, None], vector, precondition(self.gradient))
+        return vector.neg_()
+
+    def _line_search(self, direction: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Step lengths (p,) where the slope has fallen enough, with logits, residuals and losses there.
+
+        The objective is convex along a line, so its slope alone tells where the minimum lies; slopes stay accurate
+        where differences of objectives have drowned in rounding.
+        """
+        problems, target = self.problems, self.design.target
+        linear = _dot(self.weights * self.penalty, direction)
+        quadratic = _dot(direction * self.penalty, direction)
+        first = _dot(self.gradient, direction)
+        length, low, high = torch.ones_like(first), torch.zeros_like(first), torch.full_like(first, torch.inf)
+        slope_low = first.clone()
+        for trial in range(MAX_TRIALS):
+            logits = torch.addcmul(self.logits, along, length[:, None, None])
+            residuals, losses = residuals_and_losses(logits, target, problems.row_weight)
+            slope = problems.strength * _dot(residuals, along) + linear + length * quadratic
+            over, under = slope > -0.5 * first, slope < 0.9 * first
+            if trial == MAX_TRIALS - 1 or not (over | under).any():
+                break
+            inside = low + (length - low) * (slope_low / (slope_low - slope)).clamp(0.05, 0.95)
+            outside = torch.where(
+                torch.isinf(high), length * (first / (first - slope)).clamp(1.5, 10), (length + high) / 2
+            )
+            high = torch.where(over, length, high)
+            low, slope_low = torch.where(under, length, low), torch.where(under, slope, slope_low)
+            length = torch.where(over, inside, torch.where(under, outside, length))
+        return length, logits, residuals, losses
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    product: Tensor = torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+    return product
+
+
+# -- solve and prove ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

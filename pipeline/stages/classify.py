@@ -15,7 +15,7 @@ from ..evaluate import Classified
 from ..features.extractor import extract_features
 from ..features.prepare import Preparation
 from ..features.quarantine import Quarantine, decoding_rule
-from ..heads.base import softmax
+from ..heads.common import softmax
 from ..params import Params
 from ..runtime.cores import worker_count
 from ..runtime.device import resolve_device

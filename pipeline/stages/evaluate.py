@@ -13,7 +13,7 @@ from ..artifacts import RunMetrics, read_metrics, read_predictions
 from ..data.images import open_images
 from ..data.source import SPLITS
 from ..errors import DataError
-from ..evaluate import Making, score
+from ..evaluate import Provenance, score
 from ..features.cache import FeatureTable
 from .run import Run
 
@@ -72,11 +72,11 @@ def _score(run: Run, table: FeatureTable, split: str, chosen: NDArray[np.bool_])
     train = np.array([name == "train" for name in recorded.splits])
     labels = [label for label, is_train in zip(recorded.labels, train, strict=True) if is_train]
     counts = np.bincount([run.class_names.index(label) for label in labels], minlength=len(run.class_names))
-    making = Making(
+    provenance = Provenance(
         fitted=f"the {run.model.head.kind} head",
         train_digests=recorded.digests[train],
         train_counts=counts,
         selected=read_metrics(run.folder).selected,
     )
-    metrics, _ = score(run.head, table, chosen, making, split=split, where=f"{split} under {table.root}")
+    metrics, _ = score(run.head, table, chosen, provenance, split=split, where=f"{split} under {table.root}")
     return metrics

@@ -16,16 +16,12 @@ from ..features.rounding import Features
 from ..features.table import FeatureTable
 from ..finetune import make_head_module, make_random_head
 from ..finetune.history import Score
-from ..heads import Head, hold_out, make_head, standardisation
-from ..heads.base import log_losses
-from ..heads.logistic import LogisticHead
-from ..heads.network import NetworkHead
+from ..heads import Head, hold_out, kinds_of_layers, log_losses, make_head, standardisation
 from ..params import FinetuneParams, HeadParams, Params, load_params
 from ..runtime.cores import usable_cores
 from .load import Opened
 from .records import backbone_record
 
-PROBE_KINDS = ("logistic", "linear", "mlp")
 TRAIN, VAL, TEST = range(len(SPLITS))
 
 
@@ -44,7 +40,7 @@ class Start:
     """The head that training begins with.
 
     Attributes:
-        kind: ``logistic``, ``linear`` or ``mlp``: what the fine-tuned head is saved as.
+        kind: the kind of head that the fine-tuned one is saved as.
         expected: the refitted probe's score on the selection set from cached features; None for a random head.
         run: folder of the stage-two run; None for a random head.
     """
@@ -94,10 +90,11 @@ def probe_start(params: Params, opened: Opened, parts: Parts, run: Path) -> Star
 
 def _as_module(head: Head, X: Features, section: HeadParams, dropout: float) -> nn.Sequential:
     """The head with its standardisation unfolded into a fixed layer, which conditions the training of its weights."""
-    assert isinstance(head, LogisticHead | NetworkHead) and head.layers is not None
+    fitted = head.as_layers()
+    assert fitted is not None
     mean, scale = standardisation(X, section.standardize)
     scale = np.where(np.isfinite(scale), scale, 1.0)
-    weights, biases = list(head.layers.weights), list(head.layers.biases)
+    weights, biases = list(fitted.weights), list(fitted.biases)
     biases[0] = biases[0] + weights[0] @ mean
     weights[0] = weights[0] * scale
     layers = list(zip(weights, biases, strict=True))
@@ -137,15 +134,15 @@ def find_probe(params: Params, opened: Opened, wanted: str | None) -> Path:
     raise FinetuneError(
         "No stage-two run fits these params.",
         where=params.runs.dir,
-        why=f"it must have the same images, backbone and transform, and a head of kind {', '.join(PROBE_KINDS)}",
+        why=f"it must have the same images, backbone and transform, and a head of kind {', '.join(kinds_of_layers())}",
         remedy="run `pipeline train-head` first (make finetune does), or set finetune.start=random",
     )
 
 
 def _misfit(model: RunModel, opened: Opened, *, same_data: bool = False) -> str | None:
     """Why a run cannot be the start, or None."""
-    if model.head.kind not in PROBE_KINDS:
-        return f"its head is of kind {model.head.kind}; fine-tuning takes {', '.join(PROBE_KINDS)}"
+    if model.head.kind not in kinds_of_layers():
+        return f"its head is of kind {model.head.kind}; fine-tuning takes {', '.join(kinds_of_layers())}"
     if model.backbone != backbone_record(opened.origin.identity):
         return f"it was made with the backbone {model.backbone.name} with other weights, layer or pooling"
     if tuple(model.class_names) != opened.table.class_names:

@@ -37,7 +37,7 @@ from ..data.source import SPLITS
 from ..errors import RunError
 from ..evaluate import Classified, classify
 from ..features.cache import FeatureCache, FeatureTable
-from ..heads import Head, load_head, save_head
+from ..heads import Head, load_head
 from ..params import Params, dump_params, load_params
 from ..report import Content, render_report
 from ..runtime.device import resolve_device
@@ -265,7 +265,7 @@ def publish_run(
         RunError: the folder cannot be written.
     """
     with publishing_run(params.runs.dir, name) as (folder, path):
-        record = HeadRecord.model_validate({**model.head.model_dump(), **save_head(head, folder)})
+        record = HeadRecord.model_validate({**model.head.model_dump(), **head.save(folder)})
         model = model.model_copy(update={"head": record})
         (folder / PARAMS_FILE).write_text(dump_params(params), encoding="utf-8")
         (folder / MODEL_FILE).write_bytes(model.to_json())

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..artifacts import CurvePoint, ParameterCounts, Predictions, RunMetrics, check_run_name, default_run_name
 from ..data.source import SPLITS, TEST, VAL
-from ..evaluate import Making, Selection, metric_lines, score
+from ..evaluate import Provenance, metric_lines, score
 from ..features.cache import FeatureTable
 from ..heads import Choice, choose_head, curve_band, learning_curve, make_head
 from ..params import HeadParams, Params
@@ -102,18 +102,18 @@ def _score(
     table: FeatureTable, choice: Choice, reported: int, curve: list[CurvePoint], warnings: list[str]
 ) -> tuple[RunMetrics, Predictions]:
     head = choice.head
-    making = Making(
+    provenance = Provenance(
         fitted=f"the {head.kind} head",
         train_digests=table.digests[table.train],
         train_counts=table.class_counts(table.train),
-        selections=[Selection(what, how, on) for what, how, on in choice.selections],
+        selections=choice.selections,
         selected=head.selected,
         leaderboard=[{**row, "selected": row["chosen"]} for row in choice.leaderboard],
         history=head.history,
         curve=curve,
         warnings=[*warnings, *head.warnings],
     )
-    return score(head, table, table.labelled(reported), making, split=SPLITS[reported])
+    return score(head, table, table.labelled(reported), provenance, split=SPLITS[reported])
 
 
 def _leaderboard_lines(choice: Choice) -> list[str]:

@@ -16,7 +16,7 @@ from ..artifacts import HeadRecord, ParameterCounts, RunMetrics, RunModel, read_
 from ..backbones import FeatureNetwork, backbone_bytes
 from ..data.scan import SPLITS
 from ..errors import RunError
-from ..evaluate import Making, Selection, mcnemar_exact, metric_lines, score
+from ..evaluate import Provenance, Selection, mcnemar_exact, metric_lines, score
 from ..features.table import FeatureTable
 from ..files import publish_file
 from ..finetune import Outcome, fold_head, history_csv, history_plot
@@ -140,10 +140,10 @@ def _counts(job: Job, outcome: Outcome) -> ParameterCounts:
 # -- its score, and the probe's -------------------------------------------------------------------------------------
 
 
-def _making(job: Job, tuned: FeatureTable, head: Head, outcome: Outcome) -> Making:
+def _making(job: Job, tuned: FeatureTable, head: Head, outcome: Outcome) -> Provenance:
     train = np.zeros(len(tuned), bool)
     train[job.parts.train] = True
-    return Making(
+    return Provenance(
         fitted=f"the backbone with its {head.kind} head",
         # All of train counts as seen for the leak check: the selection part chose the epoch.
         train_digests=tuned.digests[tuned.splits == TRAIN],

@@ -21,7 +21,7 @@ from pipeline.artifacts import (
     write_predictions,
 )
 from pipeline.data.digests import data_digest as digest_of
-from pipeline.evaluate import Classified, Making
+from pipeline.evaluate import Classified, Provenance
 from pipeline.evaluate.score import score_images
 
 NAMES = ("ant", "bee")
@@ -75,8 +75,8 @@ def score_of(
     chances = None if probabilities is None else np.asarray(probabilities, np.float64)
     digests = np.zeros((len(y), 16), np.uint8)
     counts = np.ones(len(names), np.int64) if train_counts is None else np.asarray(train_counts)
-    making = Making("the head", digests[:0], counts)
-    return score_images(y, Classified(predicted, chances, why_none), digests, names, making, split="val")
+    provenance = Provenance("the head", digests[:0], counts)
+    return score_images(y, Classified(predicted, chances, why_none), digests, names, provenance, split="val")
 
 
 def predictions(y: list[int], predicted: list[int], names: tuple[str, ...] = NAMES, first: int = 0) -> Predictions:

@@ -24,8 +24,8 @@ from pipeline.evaluate.advice import (
     find_rule,
 )
 from pipeline.evaluate.advice import advise as advise_typed
+from pipeline.heads import kinds_of_layers
 from pipeline.params import load_params
-from pipeline.stages.probe import PROBE_KINDS
 
 
 def curve(*points: tuple[int, float, float]) -> tuple[CurvePoint, ...]:
@@ -174,7 +174,7 @@ def test_a_head_that_cannot_be_tuned_is_replaced_where_fine_tuning_follows() -> 
     probe, tune = (advise(facts(300, 300, tunable=False), domain) for domain in DOMAINS)
     assert not any(settings(probe))
     assert all("head.kind=logistic" in each for each in settings(tune))
-    assert set(PROBE_KINDS) == TUNABLE_HEADS
+    assert set(kinds_of_layers()) == TUNABLE_HEADS
 
 
 def test_commands_repeat_what_the_user_typed_and_survive_the_shell() -> None:

@@ -21,9 +21,8 @@ from sklearn.metrics import (
 from pipeline.artifacts import Leak, RunMetrics, read_metrics, read_model
 from pipeline.evaluate import (
     METRICS,
-    Making,
     Metric,
-    Selection,
+    Provenance,
     Weighted,
     compare_runs,
     comparison_markdown,
@@ -32,6 +31,7 @@ from pipeline.evaluate import (
 )
 from pipeline.evaluate.intervals import resample_weights
 from pipeline.evaluate.protocol import find_leak, leak_sentence, protocol_sentence
+from pipeline.heads import Selection
 from pipeline.report import Content, render_report
 
 from ..artifacts.examples import make_run, score_of
@@ -232,8 +232,8 @@ def test_protocol_in_a_sentence() -> None:
     chosen = Selection("the strength C", "by 5-fold cross-validation", "train")
 
     def sentence(*selections: Selection) -> str:
-        making = Making("the logistic head", np.zeros((0, 16), np.uint8), np.array([200, 44]), selections)
-        return protocol_sentence(making, reported_on="val", n=1)
+        provenance = Provenance("the logistic head", np.zeros((0, 16), np.uint8), np.array([200, 44]), selections)
+        return protocol_sentence(provenance, reported_on="val", n=1)
 
     assert sentence(chosen) == (
         "The strength C was chosen by 5-fold cross-validation on train and the logistic head was fitted on 244 images "

@@ -7,8 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from pipeline.errors import HeadError
-from pipeline.heads import path
-from pipeline.heads.folds import stratified_group_folds
+from pipeline.heads import make_head, path, stratified_group_folds
 from pipeline.heads.logistic import LogisticHead
 from pipeline.heads.path import StrengthPath, is_valley
 from pipeline.params import HeadParams, LogisticParams
@@ -17,7 +16,9 @@ from .conftest import make_features
 
 
 def head(classes: int = 3, **params: object) -> LogisticHead:
-    return LogisticHead(HeadParams(**params), class_names=[f"c{i}" for i in range(classes)])  # type: ignore[arg-type]
+    made = make_head("logistic", HeadParams(**params), class_names=[f"c{i}" for i in range(classes)])  # type: ignore[arg-type]
+    assert isinstance(made, LogisticHead)
+    return made
 
 
 def sklearn_curve(X: np.ndarray, y: np.ndarray, strengths: np.ndarray, folds: int) -> np.ndarray:

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from pipeline.errors import HeadError
-from pipeline.heads import make_head
-from pipeline.heads.network import NetworkHead
-from pipeline.heads.optimizer import Optimizer
+from pipeline.heads import Selection, make_head, standardisation
+from pipeline.heads.network import NetworkHead, Optimizer, _Trainer
 from pipeline.params import HeadParams, NetworkParams
 
 from .conftest import make_features
@@ -35,6 +34,7 @@ def test_it_learns_and_says_how(kind: str, optimizer: str) -> None:
     best = min(search, key=lambda row: row["val_loss"])
     assert len(refit) == fitted.selected["epochs"] == best["epoch"]
     assert fitted.selected["val_loss"] == best["val_loss"]
+    assert fitted.selections == (Selection("the number of epochs", "on a held-out part", "train"),)
 
 
 def test_patience_stops_the_search() -> None:
@@ -50,24 +50,23 @@ def test_one_seed_gives_the_same_bits_and_another_does_not() -> None:
     first = network().fit(X, y).predict_proba(X)
     torch.manual_seed(2)
     assert network().fit(X, y).predict_proba(X).tobytes() == first.tobytes()
-    other = NetworkHead("mlp", network().network, HeadParams(seed=1), class_names=NAMES).fit(X, y)
+    other = NetworkHead("mlp", network().params.model_copy(update={"seed": 1}), class_names=NAMES).fit(X, y)
     assert other.predict_proba(X).tobytes() != first.tobytes()
 
 
-def test_the_folded_layers_are_the_trained_module() -> None:
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_the_layers_are_what_was_trained_on_raw_features(kind: str) -> None:
     X, y = make_features()
-    fitted = network("linear").fit(X, y)
-    assert fitted.layers is not None and fitted.parameter_count() == 24 * 3 + 3
-    module = fitted.layers.to_module().eval()
-    assert np.allclose(module(torch.from_numpy(X)).detach().numpy(), fitted.layers.logits(X), atol=1e-3)
-
-
-def test_dropout_and_relu_stand_in_the_module_for_finetuning() -> None:
-    X, y = make_features()
-    fitted = network(dropout=0.4, epochs=2).fit(X, y)
-    assert fitted.layers is not None
-    names = [type(part).__name__ for part in fitted.layers.to_module()]
-    assert names == ["Dropout", "Linear", "ReLU", "Dropout", "Linear"]
+    fitted = network(kind, epochs=3).fit(X, y)
+    layers = fitted.as_layers()
+    assert layers.dropout == fitted.network.dropout
+    assert fitted.parameter_count() == (24 * 3 + 3 if kind == "linear" else 24 * 16 + 16 + 16 * 3 + 3)
+    mean, scale = standardisation(X, True)
+    trainer = _Trainer(fitted, X, y, np.ones(3), (mean, scale), "refit")
+    for _ in range(fitted.selected["epochs"]):
+        trainer.epoch()
+    trained = trainer._forward(trainer.X, training=False).detach().numpy()
+    assert np.allclose(trained, layers.logits(X), atol=1e-3)
 
 
 def test_duplicates_do_not_cross_into_the_held_out_part() -> None:
@@ -83,7 +82,7 @@ def test_class_weights_move_the_prediction() -> None:
     X, y = make_features(200, 8, 2, spread=0.2)
     params = HeadParams(linear=NetworkParams(epochs=30, lr=0.01), class_weight={"b": 20.0})
     plain, weighted = (
-        NetworkHead("linear", params.linear, chosen, class_names=NAMES).fit(X, y)
+        NetworkHead("linear", chosen, class_names=NAMES).fit(X, y)
         for chosen in (params.model_copy(update={"class_weight": None}), params)
     )
     assert (weighted.predict(X) == 1).sum() > (plain.predict(X) == 1).sum()
@@ -93,6 +92,7 @@ def test_one_image_a_class_trains_without_early_stopping() -> None:
     X, y = np.eye(3, 8, dtype=np.float32), np.arange(3)
     fitted = network("linear", epochs=5).fit(X, y)
     assert fitted.selected["epochs"] == 5 and "without early stopping" in fitted.warnings[0]
+    assert fitted.selections == ()
 
 
 def test_search_takes_the_better_rate_and_refuses_unknown_names() -> None:
@@ -109,7 +109,7 @@ def test_calibration_is_recorded_and_keeps_predictions() -> None:
     X, y = make_features()
     section = NetworkParams(epochs=20, lr=0.01)
     plain, cooled = (
-        NetworkHead("linear", section, HeadParams(calibrate=mode, folds=3), class_names=NAMES).fit(X, y)
+        NetworkHead("linear", HeadParams(calibrate=mode, folds=3, linear=section), class_names=NAMES).fit(X, y)
         for mode in ("none", "temperature")
     )
     assert {"temperature", "ece_before", "ece_after"} <= set(cooled.selected)

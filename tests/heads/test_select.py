@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 
 from pipeline.errors import HeadError
-from pipeline.heads import choose_head, curve_band, known_kinds, learning_curve, make_head
-from pipeline.heads.baselines import baseline_accuracies
-from pipeline.heads.calibration import expected_calibration_error, fit_temperature
+from pipeline.heads import Selection, choose_head, curve_band, learning_curve, make_head, stratified_group_folds
 from pipeline.heads.curve import nested_order
-from pipeline.heads.folds import stratified_group_folds
-from pipeline.params import HeadParams, LogisticParams, SklearnParams
+from pipeline.heads.select import baseline_accuracies
+from pipeline.params import HeadParams, LogisticParams, NetworkParams, SklearnParams
 
 from .conftest import make_features
 
@@ -35,18 +33,29 @@ def test_a_single_kind_is_fitted_with_cheap_baselines_beside_it() -> None:
         ("knn", False, True),
     ]
     assert all(0 < row["cv_accuracy"] <= 1 for row in rows)
-    assert choice.selections == (("the strength C", "by 3-fold cross-validation", "train"),)
+    assert choice.selections == (Selection("the strength C", "by 3-fold cross-validation", "train"),)
     json.dumps(rows, allow_nan=False)
 
 
 def test_cross_validation_chooses_between_kinds() -> None:
     X, y = make_features(150, 24, 3)
     bad = SklearnParams(estimator="sklearn.dummy.DummyClassifier", params={})
-    choice = choose_head(params(["sklearn", "logistic"], sklearn=bad), X, y, class_names=NAMES, baselines=False)
+    choice = choose_head(params(["sklearn", "logistic"], sklearn=bad), X, y, class_names=NAMES)
     assert choice.head.kind == "logistic"
     entry = choice.entries[0]
     assert entry.out_of_fold is not None and entry.out_of_fold.shape == (150, 3)
-    assert ("the kind of head", "by 3-fold cross-validation", "train") in choice.selections
+    assert Selection("the kind of head", "by 3-fold cross-validation", "train") in choice.selections
+
+
+@pytest.mark.parametrize("kind", ["logistic", "linear", "svm"])
+def test_the_leaderboard_shows_a_calibrated_head_as_it_is_used(kind: str) -> None:
+    X, y = make_features(120, 12, 3)
+    section = NetworkParams(epochs=5, lr=0.01)
+    choice = choose_head(params(kind, calibrate="temperature", linear=section), X, y, class_names=NAMES)
+    selected = choice.head.selected
+    expected = selected.get("cv_log_loss_calibrated", selected["cv_log_loss"])
+    assert choice.leaderboard[0]["cv_log_loss"] == expected
+    assert selected["temperature"] != 1
 
 
 def test_a_held_out_set_decides_where_it_is_given() -> None:
@@ -58,10 +67,9 @@ def test_a_held_out_set_decides_where_it_is_given() -> None:
         y,
         class_names=NAMES,
         held_out=(X, flipped),
-        baselines=False,
     )
     assert choice.head.kind == "sklearn"
-    assert ("the kind of head", "by accuracy", "val") in choice.selections
+    assert Selection("the kind of head", "by accuracy", "val") in choice.selections
 
 
 def test_a_head_without_probabilities_has_a_row_too() -> None:
@@ -100,10 +108,6 @@ def test_the_default_head_does_without_importing_scikit_learn() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_kinds_are_listed() -> None:
-    assert {"logistic", "linear", "mlp", "sklearn", "svm", "gradient_boosting"} <= set(known_kinds())
-
-
 def test_the_curve_rises_with_images_and_parts_are_nested_and_stratified() -> None:
     X, y = make_features(300, 24, 3)
     X_val, y_val = X[200:], y[200:]
@@ -131,15 +135,3 @@ def test_every_beginning_of_the_order_is_stratified_and_keeps_groups() -> None:
     groups = np.arange(100) // 4
     ids = groups[nested_order(y, groups, seed=0)]
     assert (np.diff(ids) != 0).sum() == 24  # each group once, side by side
-
-
-def test_calibration_error_and_temperature() -> None:
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(4000, 3))
-    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    index = np.array([rng.choice(3, p=row) for row in p])
-    assert expected_calibration_error(p, index) < 0.03
-    assert fit_temperature(logits * 5, index) == pytest.approx(5, rel=0.1)
-    sure = np.eye(3)[np.zeros(10, int)]
-    assert expected_calibration_error(sure, np.r_[np.zeros(5, int), np.ones(5, int)]) == pytest.approx(0.5)
-    assert 0 < fit_temperature(np.eye(3) * 3, np.arange(3)) < 0.1

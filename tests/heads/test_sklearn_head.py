@@ -8,8 +8,7 @@ from sklearn.preprocessing import StandardScaler
 
 from pipeline.errors import HeadError
 from pipeline.heads import crossval, make_head
-from pipeline.heads.estimators import ALIASES
-from pipeline.heads.sklearn_head import SklearnHead
+from pipeline.heads.sklearn_head import ALIASES, SklearnHead
 from pipeline.params import HeadParams, SklearnParams
 
 from .conftest import make_features
@@ -53,7 +52,7 @@ def test_missing_probabilities_are_calibrated_out_of_fold(kind: str, classes: in
     # ranks follow the decision function, so that probabilities never contradict the prediction
     assert (fitted.classes_[fitted.predict_proba(X).argmax(axis=1)] == fitted.predict(X)).mean() > 0.98
     # over-fitted on its own rows, it must not claim more than it could show out of fold
-    assert fitted.out_of_fold is not None and fitted.out_of_fold.shape == (150, classes)
+    assert fitted.out_of_fold is not None and fitted.out_of_fold.probabilities().shape == (150, classes)  # type: ignore[union-attr]
 
 
 def test_an_estimator_with_neither_says_so() -> None:

@@ -5,10 +5,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.heads.design import Design
-from pipeline.heads.layers import standardisation
-from pipeline.heads.lbfgs import Problems
-from pipeline.heads.solver import Solutions, solve
+from pipeline.heads import standardisation
+from pipeline.heads.solver import Design, Problems, Solutions, solve
 
 from .conftest import make_features
 

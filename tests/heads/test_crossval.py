@@ -3,7 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.heads.folds import hold_out, missing_rows, stratified_group_folds
+from pipeline.heads.crossval import (
+    expected_calibration_error,
+    fit_temperature,
+    hold_out,
+    missing_rows,
+    stratified_group_folds,
+)
 
 
 def test_folds_are_disjoint_cover_everything_and_are_stratified() -> None:
@@ -55,3 +61,15 @@ def test_hold_out_takes_the_fraction_of_every_class_and_leaves_single_rows() -> 
     inside, held = hold_out(y, None, 0.2, seed=0)
     assert np.bincount(y[held]).tolist() == [10, 2]
     assert len(inside) + len(held) == 61 and 2 in y[inside]
+
+
+def test_calibration_error_and_temperature() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 3))
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    index = np.array([rng.choice(3, p=row) for row in p])
+    assert expected_calibration_error(p, index) < 0.03
+    assert fit_temperature(logits * 5, index) == pytest.approx(5, rel=0.1)
+    sure = np.eye(3)[np.zeros(10, int)]
+    assert expected_calibration_error(sure, np.r_[np.zeros(5, int), np.ones(5, int)]) == pytest.approx(0.5)
+    assert 0 < fit_temperature(np.eye(3) * 3, np.arange(3)) < 0.1

@@ -13,14 +13,14 @@ import skops.io
 from sklearn.neighbors import KNeighborsClassifier
 
 from pipeline.errors import HeadError, RunError
-from pipeline.heads import known_kinds, load_head, make_head, save_head
-from pipeline.heads.persist import SKLEARN_FILE
+from pipeline.heads import KINDS, load_head, make_head, sklearn_head
+from pipeline.heads.sklearn_head import SklearnHead
 from pipeline.params import HeadParams, SklearnParams
 
 from .conftest import make_features
 
 NAMES = [f"c{i}" for i in range(12)]
-KINDS = [*known_kinds(), "sklearn.naive_bayes.GaussianNB", "sklearn.linear_model.LogisticRegression"]
+EVERY_KIND = [*KINDS, "sklearn.naive_bayes.GaussianNB", "sklearn.linear_model.LogisticRegression"]
 SLOW = (
     "gradient_boosting",
     "random_forest",
@@ -35,12 +35,12 @@ def fitted(kind: str, classes: int = 3, **params: object):  # type: ignore[no-un
 
 
 def saved(head, folder: Path):  # type: ignore[no-untyped-def]
-    meta = json.loads(json.dumps(save_head(head, folder), allow_nan=False))
+    meta = json.loads(json.dumps(head.save(folder), allow_nan=False))
     return load_head(folder, meta), meta
 
 
 @pytest.mark.parametrize(
-    ("kind", "classes"), [(kind, 2) for kind in KINDS] + [(kind, 12) for kind in KINDS if kind not in SLOW]
+    ("kind", "classes"), [(kind, 2) for kind in EVERY_KIND] + [(kind, 12) for kind in EVERY_KIND if kind not in SLOW]
 )
 def test_saved_is_loaded_and_a_row_does_not_see_its_neighbours(kind: str, classes: int, tmp_path: Path) -> None:
     head, X = fitted(kind, classes)
@@ -91,8 +91,8 @@ class Evil:
 
 def test_a_file_with_another_type_is_refused_by_name_without_importing_it(tmp_path: Path) -> None:
     head, _ = fitted("knn")
-    meta = save_head(head, tmp_path)
-    source = zipfile.ZipFile(tmp_path / SKLEARN_FILE)
+    meta = head.save(tmp_path)
+    source = zipfile.ZipFile(tmp_path / SklearnHead.file)
     schema = json.loads(source.read("schema.json"))
     (tmp_path / "stranger_module.py").write_text("raise SystemExit('imported')")
     schema["content"]["content"]["steps"] = {
@@ -102,7 +102,7 @@ def test_a_file_with_another_type_is_refused_by_name_without_importing_it(tmp_pa
         "content": {},
         "__id__": 999,
     }
-    _rewrite(tmp_path / SKLEARN_FILE, source, schema)
+    _rewrite(tmp_path / SklearnHead.file, source, schema)
     sys.path.insert(0, str(tmp_path))
     try:
         with pytest.raises(RunError, match=r"stranger_module\.Bomb"):
@@ -110,6 +110,16 @@ def test_a_file_with_another_type_is_refused_by_name_without_importing_it(tmp_pa
     finally:
         sys.path.remove(str(tmp_path))
     assert "stranger_module" not in sys.modules
+
+
+def test_names_beside_the_file_are_never_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, X = fitted("svm")
+    record = {**head.save(tmp_path), "kind": "sklearn.stranger.Bomb", "estimator": "sklearn.stranger.Bomb"}
+    looked_up: list[str] = []
+    monkeypatch.setattr(sklearn_head, "resolve_estimator", looked_up.append)
+    loaded = load_head(tmp_path, record)
+    assert loaded.predict_proba(X).tobytes() == head.predict_proba(X).tobytes()
+    assert not looked_up
 
 
 @pytest.mark.parametrize(
@@ -125,11 +135,11 @@ def test_a_file_with_another_type_is_refused_by_name_without_importing_it(tmp_pa
 )
 def test_functions_methods_and_strange_nodes_are_refused(node: dict[str, object], tmp_path: Path) -> None:
     head, _ = fitted("svm")
-    meta = save_head(head, tmp_path)
-    source = zipfile.ZipFile(tmp_path / SKLEARN_FILE)
+    meta = head.save(tmp_path)
+    source = zipfile.ZipFile(tmp_path / SklearnHead.file)
     schema = json.loads(source.read("schema.json"))
     schema["content"]["content"]["verbose"] = {**node, "__id__": 999}
-    _rewrite(tmp_path / SKLEARN_FILE, source, schema)
+    _rewrite(tmp_path / SklearnHead.file, source, schema)
     with pytest.raises(RunError, match="not allowed"):
         load_head(tmp_path, meta)
 
@@ -147,7 +157,7 @@ def test_an_estimator_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> N
     head, _ = fitted("knn")
     head.pipeline.steps[-1][1].metric = os.path.join  # a function in the place of a name
     with pytest.raises(HeadError, match="cannot be saved"):
-        save_head(head, tmp_path)
+        head.save(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -157,7 +167,7 @@ def test_trees_that_point_outside_themselves_are_refused(tmp_path: Path) -> None
     state = tree.__getstate__()
     state["nodes"]["left_child"][0] = 10**6
     tree.__setstate__(state)
-    meta = save_head(head, tmp_path)
+    meta = head.save(tmp_path)
     with pytest.raises(RunError, match="outside itself"):
         load_head(tmp_path, meta)
 
@@ -165,7 +175,7 @@ def test_trees_that_point_outside_themselves_are_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", ["logistic", "knn"])
 def test_damaged_and_missing_files_are_said(kind: str, tmp_path: Path) -> None:
     head, _ = fitted(kind)
-    meta = save_head(head, tmp_path)
+    meta = head.save(tmp_path)
     file = tmp_path / meta["file"]
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(RunError):
@@ -179,9 +189,9 @@ def test_damaged_and_missing_files_are_said(kind: str, tmp_path: Path) -> None:
 
 def test_a_pickle_is_not_read(tmp_path: Path) -> None:
     head, _ = fitted("knn")
-    meta = save_head(head, tmp_path)
+    meta = head.save(tmp_path)
     buffer = io.BytesIO()
     skops.io.dump(KNeighborsClassifier(), buffer)
-    (tmp_path / SKLEARN_FILE).write_bytes(b"\x80\x04" + buffer.getvalue()[:10])
+    (tmp_path / SklearnHead.file).write_bytes(b"\x80\x04" + buffer.getvalue()[:10])
     with pytest.raises(RunError):
         load_head(tmp_path, meta)
