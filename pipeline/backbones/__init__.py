@@ -1,4 +1,4 @@
-"""Name + weights -> a frozen `backbone network`: module, transform, feature dimension, identity."""
+"""Name + weights -> a frozen network: module, transform, feature dimension, identity."""
 
 from .backbone import (
     Backbone,
@@ -11,20 +11,23 @@ from .backbone import (
 from .build import (
     BackboneIdentity,
     BuiltNetwork,
+    FrozenBackbone,
     backbone_bytes,
     build_classifier,
     build_network,
     identify_network,
+    make_module,
     trainable_module,
 )
-from .catalogue import BackboneRow, backbone_names, list_backbones
+from .catalogue import ZOOS, BackboneRow, backbone_names, list_backbones
 from .memo import WeightsMemo
-from .network import FeatureNetwork, FrozenBackbone, make_module
 from .precision import Verdict, accept_precision, reduced_precision_of, verdict_key
 from .prepare import PreparedBackbone, prepare_for_inference
 from .transform import Transform
+from .zoo import FeatureNetwork, WeightsSource, Zoo
 
 __all__ = [
+    "ZOOS",
     "Backbone",
     "BackboneIdentity",
     "BackboneRow",
@@ -38,6 +41,8 @@ __all__ = [
     "Transform",
     "Verdict",
     "WeightsMemo",
+    "WeightsSource",
+    "Zoo",
     "accept_precision",
     "backbone_bytes",
     "backbone_names",

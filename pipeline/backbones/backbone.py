@@ -20,9 +20,8 @@ from ..errors import WeightsError
 from ..params import BackboneParams, ExtractParams, TransformParams
 from ..runtime.device import resolve_device
 from ..runtime.distributed import World
-from .build import BackboneIdentity, BuiltNetwork, build_network, identify_network
+from .build import BackboneIdentity, BuiltNetwork, build_network, identify_network, make_module
 from .memo import WeightsMemo
-from .network import make_module
 from .precision import Verdict, accept_precision, reduced_precision_of, verdict_key
 from .prepare import prepare_for_inference
 from .transform import Transform

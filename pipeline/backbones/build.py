@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torchvision
-from torch import nn
-from torchvision.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from ..errors import WeightsError
 from ..params import BackboneParams, TransformParams
-from .catalogue import Architecture, find_architecture, make_classifier
-from .checkpoint import Checkpoint, checkpoint_bytes, read_checkpoint
-from .download import checkpoint_file, fetch_checkpoint
+from .catalogue import find_zoo, locate_weights
 from .memo import Stat, WeightsMemo, stat_of
-from .network import FeatureNetwork, FrozenBackbone, make_network, measure_features
-from .transform import Transform, adjust_transform, preset_transform
-from .weights import WeightsSource, check_head, image_size_in, load_tensors, locate_weights, tensors_digest
+from .transform import Transform, adjust_transform
+from .weights import Checkpoint, check_classifier, checkpoint_bytes, load_tensors, read_checkpoint, tensors_digest
+from .zoo import FeatureNetwork, WeightsSource, Zoo, measure_features
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class BackboneIdentity:
     """What determines the features besides image and transform.
 
     Attributes:
-        weights: the resolved label: an enum name, ``file`` or ``random-SEED``.
+        weights: the resolved label: a zoo's name for them (torchvision's enum name), ``file`` or ``random-SEED``.
         digest: hex of `tensors_digest` over the network's tensors.
     """
 
@@ -39,6 +35,31 @@ class BackboneIdentity:
     digest: str
     layer: str | None = None
     pooling: str = "default"
+
+
+class FrozenBackbone(nn.Module):
+    """A `FeatureNetwork` that stays as it is: eval mode whatever is asked of it, no gradients.
+
+    Even where a caller puts single submodules into training mode, they are back in eval mode before images
+    pass, so that BatchNorm buffers never move.
+    """
+
+    def __init__(self, network: FeatureNetwork) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenBackbone:
+        """Stay in eval mode."""
+        super().train(False)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        if any(module.training for module in self.network.modules()):
+            self.network.eval()
+        with torch.no_grad():
+            features: Tensor = self.network(images)
+        return features
 
 
 @dataclass(frozen=True)
@@ -66,16 +87,16 @@ def build_network(params: BackboneParams, transform: TransformParams) -> BuiltNe
         BackboneError: the name, layer, pooling or crop does not exist or does not fit.
         WeightsError: the weights cannot be found, downloaded, read or matched.
     """
-    architecture = find_architecture(params.name)
-    source = locate_weights(architecture, params.weights, seed=params.seed)
-    checkpoint = _read_source(source)
-    model, size = _make_model(architecture, source, checkpoint, params.seed)
-    chosen = adjust_transform(_preset(architecture, source, checkpoint, size), transform)
-    network = make_network(architecture, model, layer=params.layer, pooling=params.pooling)
-    feature_dim = measure_features(network, chosen.crop, params.name)
-    notes = _load(architecture, network, source, checkpoint)
+    name, zoo = params.name, find_zoo(params.name)
+    source = locate_weights(name, params.weights, seed=params.seed)
+    checkpoint = _read(source)
+    with _seeded(params.seed):
+        network = zoo.make(name, layer=params.layer, pooling=params.pooling, **_content(checkpoint))
+    chosen = adjust_transform(_preset(zoo, name, source, checkpoint, network), transform)
+    feature_dim = measure_features(network, chosen.crop, name)
+    notes = load_tensors(zoo, name, network, checkpoint.tensors, where=source.path) if checkpoint else ()
     digest = tensors_digest(network.model.state_dict())
-    identity = BackboneIdentity(params.name, source.label, digest, params.layer, params.pooling)
+    identity = BackboneIdentity(name, source.label, digest, params.layer, params.pooling)
     count = sum(parameter.numel() for parameter in network.parameters())
     return BuiltNetwork(FrozenBackbone(network), chosen, feature_dim, identity, count, notes)
 
@@ -88,41 +109,48 @@ def identify_network(
     Raises:
         BackboneError, WeightsError: as `build_network`.
     """
-    architecture = find_architecture(params.name)
-    source = locate_weights(architecture, params.weights, seed=params.seed)
+    source = locate_weights(params.name, params.weights, seed=params.seed)
     key = _memo_key(params, transform, source)
-    file = _file_of(source)
-    stat = _stat_for_memo(source, file)
+    stat = _stat_for_memo(source)
     # A download that has since been removed was of the content its name promises.
-    gone = source.kind == "enum" and stat is None
+    gone = source.fetch is not None and stat is None
     known = _from_fact(memo.get(key, stat, whatever_stat=gone), params, source)
     if known is not None:
         return known
     read_ns = time.time_ns()
     built = build_network(params, transform)
     fact = {"digest": built.identity.digest, "transform": built.transform.as_dict(), "feature_dim": built.feature_dim}
-    after = stat_of(file) if file else None
-    if file is None or (after is not None and stat in (None, after)):
+    after = stat_of(source.path) if source.path else None
+    if source.path is None or (after is not None and stat in (None, after)):
         memo.put(key, fact, stat=after, read_ns=read_ns)
     return built.identity, built.transform, built.feature_dim
 
 
-def build_classifier(name: str, weights: str = "DEFAULT") -> tuple[FrozenBackbone, Transform, tuple[str, ...]]:
-    """A whole pretrained model (images to 1000 class scores), its transform and the names of its classes.
+def make_module(name: str, *, layer: str | None = None, pooling: str = "default") -> tuple[FeatureNetwork, int]:
+    """The network of a backbone without weights (parameters on the meta device) and its feature dimension.
 
     Raises:
-        WeightsError: the weights cannot be had, or have no head of 1000 classes.
+        BackboneError: no such name or layer, or a pooling that does not fit the network.
     """
-    architecture = find_architecture(name)
-    source = locate_weights(architecture, weights)
-    checkpoint = _read_source(source)
-    model, size = _make_model(architecture, source, checkpoint, 0)
-    network = FeatureNetwork(model)
-    transform = _preset(architecture, source, checkpoint, size)
+    network = find_zoo(name).make(name, layer=layer, pooling=pooling).to("meta")
+    return network, measure_features(network, network.input_size, name)
+
+
+def build_classifier(name: str, weights: str = "DEFAULT") -> tuple[FrozenBackbone, Transform, tuple[str, ...]]:
+    """A whole pretrained model (images to class scores), its transform and the names of its classes.
+
+    Raises:
+        BackboneError: there is no classifier for this backbone.
+        WeightsError: the weights cannot be had, or have no head of its classes.
+    """
+    zoo, source = find_zoo(name), locate_weights(name, weights)
+    checkpoint = _read(source)
+    with _seeded(0):
+        network, categories = zoo.make_classifier(name, **_content(checkpoint))
+    transform = _preset(zoo, name, source, checkpoint, network)
     if checkpoint is not None:
-        check_head(model, architecture, checkpoint, where=_file_of(source))
-    _load(architecture, network, source, checkpoint)
-    categories = tuple(architecture.downloads[0].meta["categories"])
+        check_classifier(zoo, name, network, checkpoint.tensors, where=source.path)
+        load_tensors(zoo, name, network, checkpoint.tensors, where=source.path)
     return FrozenBackbone(network), transform, categories
 
 
@@ -136,69 +164,45 @@ def backbone_bytes(network: FeatureNetwork, transform: Transform, *, name: str) 
     return checkpoint_bytes(network.model.state_dict(), transform, name=name)
 
 
-def _read_source(source: WeightsSource) -> Checkpoint | None:
-    if source.kind == "random":
+def _read(source: WeightsSource) -> Checkpoint | None:
+    """What the weights' file holds, fetched where it is not there yet; ``None`` for random weights."""
+    if source.path is None:
         return None
-    return read_checkpoint(fetch_checkpoint(source.enum) if source.path is None else source.path)
+    if source.fetch is not None and not source.path.is_file():
+        source.fetch()
+    return read_checkpoint(source.path)
 
 
-def _make_model(
-    architecture: Architecture, source: WeightsSource, checkpoint: Checkpoint | None, seed: int
-) -> tuple[nn.Module, int | None]:
-    """The whole model for these weights, and the image size it was built for, where it has one."""
-    if checkpoint is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            model = make_classifier(architecture, initialise=True)
-    else:
-        model = make_classifier(architecture, image_size=image_size_in(architecture, checkpoint))
-    return model, int(model.image_size) if isinstance(model, VisionTransformer) else None
+def _content(checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """How `Zoo.make` gets what the network will hold."""
+    return {"initialise": True} if checkpoint is None else {"tensors": checkpoint.tensors}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from ``seed``, and leave the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _preset(
-    architecture: Architecture, source: WeightsSource, checkpoint: Checkpoint | None, size: int | None
+    zoo: Zoo, name: str, source: WeightsSource, checkpoint: Checkpoint | None, network: FeatureNetwork
 ) -> Transform:
-    """The transform of the weights: metadata, else their own preset, else that of the plain ImageNet weights."""
+    """The transform of the weights: the one in their file, else what the zoo knows of them."""
     if checkpoint is not None and checkpoint.transform is not None:
         return checkpoint.transform
-    if source.enum is not None:
-        return preset_transform(source.enum)
-    if architecture.packaged and architecture.packaged.is_file():
-        packaged = read_checkpoint(architecture.packaged).transform
-        if packaged is not None:
-            return packaged
-    presets = [preset_transform(item) for item in architecture.downloads]
-    fitting = [preset for preset in presets if size in (None, preset.crop)]
-    return fitting[0] if fitting else _scaled(presets[0], size or presets[0].crop)
+    return zoo.preset(name, source.tag, network.input_size if network.only_size else None)
 
 
-def _scaled(preset: Transform, crop: int) -> Transform:
-    """``preset`` at another crop, the resize in proportion."""
-    resize = None if preset.resize is None else round(preset.resize * crop / preset.crop)
-    return replace(preset, crop=crop, resize=resize)
-
-
-def _load(
-    architecture: Architecture, network: FeatureNetwork, source: WeightsSource, checkpoint: Checkpoint | None
-) -> tuple[str, ...]:
-    if checkpoint is None:
-        return ()
-    whole = make_classifier(architecture)
-    return load_tensors(architecture, network.model, checkpoint, whole=whole, where=_file_of(source))
-
-
-def _file_of(source: WeightsSource) -> Path | None:
-    return source.path if source.kind == "file" else checkpoint_file(source.enum) if source.kind == "enum" else None
-
-
-def _stat_for_memo(source: WeightsSource, file: Path | None) -> Stat | None:
-    if file is None:
+def _stat_for_memo(source: WeightsSource) -> Stat | None:
+    if source.path is None:
         return None
-    stat = stat_of(file)
-    if stat is None and source.kind == "file":
+    stat = stat_of(source.path)
+    if stat is None and source.fetch is None:
         raise WeightsError(
             "The weights file is not there.",
-            where=file,
+            where=source.path,
             remedy="check backbone.weights; a relative path is relative to params.yaml",
         )
     return stat
@@ -209,10 +213,10 @@ def _memo_key(params: BackboneParams, transform: TransformParams, source: Weight
     return {
         "about": "backbone",
         "backbone": params.model_dump(include={"name", "layer", "pooling"}),
-        "weights": [source.kind, source.label, str(_file_of(source))],
+        "weights": [source.label, None if source.path is None else str(source.path)],
         "transform": transform.model_dump(mode="json"),
-        "drawn_by": [torch.__version__, torch.backends.cpu.get_cpu_capability()] if source.kind == "random" else None,
-        "torchvision": torchvision.__version__,
+        "drawn_by": [torch.__version__, torch.backends.cpu.get_cpu_capability()] if source.path is None else None,
+        "zoo": find_zoo(params.name).version(params.name),
     }
 
 

@@ -95,19 +95,6 @@ class Transform:
             )
 
 
-def preset_transform(weights: Any) -> Transform:
-    """The transform of torchvision ``weights`` (a member of a weights enum)."""
-    preset = weights.transforms()
-    resize, crop = preset.resize_size[0], preset.crop_size[0]
-    return Transform(
-        resize=None if resize is None else int(resize),
-        crop=int(crop),
-        interpolation=str(preset.interpolation.value),
-        mean=tuple(map(float, preset.mean)),  # type: ignore[arg-type]
-        std=tuple(map(float, preset.std)),  # type: ignore[arg-type]
-    )
-
-
 def adjust_transform(preset: Transform, params: TransformParams) -> Transform:
     """``preset`` with what the params set.
 

@@ -1,155 +1,282 @@
-"""Put the tensors of a checkpoint into a network, strictly: what is missing, misshapen or left over is named."""
+"""Weights: fetch, read and write their files, and put their tensors into a network, strictly.
+
+Files are safetensors, or PyTorch's own through its weights-only loader. What is missing, misshapen or left over in
+them is named.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import http.client
+import json
+import math
+import os
+import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
+import safetensors
+import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import WeightsError
-from ..files import DIGEST_BYTES, canonical_json
-from .catalogue import (
-    AUXILIARY_PREFIXES,
-    PACKAGED,
-    Architecture,
-    backbone_names,
-    classifier_path,
-    find_architecture,
-    image_size_of_tokens,
-    make_classifier,
-)
-from .checkpoint import Checkpoint, problem_of_tensor
+from ..files import DIGEST_BYTES, canonical_json, temporary_name
+from .transform import Transform
+from .zoo import FeatureNetwork, Zoo
 
-WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+# For connecting and for each read: a machine without internet must say so at once.
+TIMEOUT_SECONDS = 15.0
+TRANSFORM_KEY, NAME_KEY = "transform", "backbone"
 COUNTER = "num_batches_tracked"
 
+# Where training programs put the state dict inside what they save; the first that holds tensors is taken.
+_NESTS = ("state_dict", "model_state_dict", "model", "backbone", "network", "net", "module")
+_MAX_NESTING = 4
 _PREFIXES = ("module.", "model.", "backbone.", "network.", "net.", "_orig_mod.")
-_POSITIONS = "encoder.pos_embedding"
-# Module names lost their dots long after these files were made; torchvision renames the keys in the same way.
-_OLD_DENSENET = re.compile(
-    r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var|num_batches_tracked))$"
-)
 _SHOWN = 4
+# The way of torch.hub: the beginning of a file's SHA-256 in its name.
+_HASH = re.compile(r"-([a-f0-9]{8,})\.[^.]+$")
+# Looking for the network that a file would fit is only help with an error.
+_SEARCH_SECONDS = 20.0
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class WeightsSource:
-    """Where weights come from. ``label`` goes into the identity: the enum name, ``file`` or ``random-SEED``."""
-
-    kind: Literal["enum", "file", "random"]
-    label: str
-    path: Path | None = None
-    enum: Any = None
-
-
-def locate_weights(architecture: Architecture, weights: str, *, seed: int = 0) -> WeightsSource:
-    """Resolve ``backbone.weights`` (aliases included) without opening or downloading anything.
-
-    Raises:
-        WeightsError: neither ``DEFAULT``, ``random``, a path, nor a name of this model's weights.
-    """
-    if weights == "random":
-        return WeightsSource("random", f"random-{seed}")
-    if "/" in weights or "\\" in weights or weights.endswith(WEIGHTS_SUFFIXES):
-        return WeightsSource("file", "file", Path(weights).expanduser().absolute())
-    if weights == "DEFAULT" and architecture.packaged:
-        return WeightsSource("file", "DEFAULT", architecture.packaged)
-    name = architecture.default_weights if weights == "DEFAULT" else weights.rpartition(".")[2]
-    if name in architecture.weights:
-        return WeightsSource("enum", name, enum=architecture.weights[name])
-    raise WeightsError(
-        f"{architecture.name} has no weights {weights!r}.",
-        where="backbone.weights",
-        remedy=f"use DEFAULT, {', '.join([*architecture.weights, 'random'])} or the path of a weights file",
-    )
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """The tensors of a checkpoint under a model's own names, and what else there was.
-
-    Attributes:
-        tensors: by the names of the whole torchvision model, prefixes stripped.
-        prefix: what was stripped from the names.
-    """
+class Checkpoint:
+    """The tensors of a file by name, as stored, and the transform that its metadata names."""
 
     tensors: dict[str, Tensor]
-    prefix: str
+    transform: Transform | None = None
 
 
-def fit_names(architecture: Architecture, checkpoint: Checkpoint, expected: Iterable[str]) -> Fitted:
-    """Strip the prefixes of training programs and bring old names to today's."""
-    wanted = set(expected)
-    names = {_modern_name(architecture, name): name for name in checkpoint.tensors}
-    prefix = max(_prefixes_of(names), key=lambda item: (sum(item + name in names for name in wanted), -len(item)))
-    tensors = {
-        name.removeprefix(prefix): checkpoint.tensors[stored]
-        for name, stored in names.items()
-        if name.startswith(prefix) or not prefix
-    }
-    rest = {name: checkpoint.tensors[stored] for name, stored in names.items() if not name.startswith(prefix)}
-    return Fitted({**{name: tensor for name, tensor in rest.items() if name not in wanted}, **tensors}, prefix)
+def checkpoint_file(url: str) -> Path:
+    """Where torch keeps, or would keep, the file behind ``url`` (TORCH_HOME moves it)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(urlsplit(url).path)
 
 
-def image_size_in(architecture: Architecture, checkpoint: Checkpoint) -> int | None:
-    """The image size that the position embeddings in a file were made for; ``None`` where there are none."""
-    if not architecture.has_image_size:
+def download(url: str, path: Path, *, what: str) -> None:
+    """Fetch the weights ``what`` to ``path``, where they are not there yet: whole and checked, or not at all.
+
+    Raises:
+        WeightsError: the download failed; the message names the ways out.
+    """
+    if path.is_file():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _socket_timeout(TIMEOUT_SECONDS):
+            _download(url, path)
+    except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
+        raise WeightsError(
+            f"The weights {what} could not be downloaded.",
+            where=f"{url} -> {path}",
+            why=str(getattr(error, "reason", None) or error) or type(error).__name__,
+            remedy="without internet, either set backbone.weights to a weights file (.safetensors, .pth), "
+            f"or put {path.name} into the folder checkpoints of another torch cache and set TORCH_HOME "
+            "(TORCH_HOME/hub/checkpoints)",
+        ) from error
+
+
+def _download(url: str, path: Path) -> None:
+    """By torch.hub, which checks the digest that a name promises, but not that all bytes came."""
+    print(f"Downloading {url}", file=sys.stderr)
+    promised = _HASH.search(path.name)
+    if promised:
+        torch.hub.download_url_to_file(url, str(path), promised.group(1), progress=sys.stderr.isatty())
+        return
+    with urlopen(Request(url, method="HEAD", headers={"User-Agent": "torch.hub"})) as answer:
+        expected = answer.headers["Content-Length"]
+    unchecked = temporary_name(path)
+    try:
+        torch.hub.download_url_to_file(url, str(unchecked), progress=sys.stderr.isatty())
+        received = unchecked.stat().st_size
+        if expected is not None and received != int(expected):
+            raise OSError(f"the connection ended after {received} of {expected} bytes")
+        os.rename(unchecked, path)
+    finally:
+        unchecked.unlink(missing_ok=True)
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """A limit for connecting and for each read of whatever is opened meanwhile: torch.hub sets none."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The tensors of a weights file; its format is told from its first bytes, not from its name.
+
+    Raises:
+        WeightsError: the file is missing, unreadable, damaged, would run code, or holds no tensors.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            _fail(path, "it is not a regular file", "name the file itself in backbone.weights")
+        with open(path, "rb") as file:
+            head = file.read(200)
+    except OSError as error:
+        _fail(path, error.strerror or str(error), "check backbone.weights; a relative path is relative to params.yaml")
+    if head.startswith(b"version ") and b"git-lfs" in head:
+        _fail(path, "it is a git-LFS pointer, not the file itself", "run `git lfs pull`")
+    if head.lstrip()[:1] == b"<":
+        _fail(path, "it is a web page, not weights", "download the file again")
+    return _read_safetensors(path) if head[8:9] == b"{" and head[:2] != b"PK" else _read_torch(path)
+
+
+def checkpoint_bytes(tensors: Mapping[str, Tensor], transform: Transform, *, name: str) -> bytes:
+    """A safetensors file of ``tensors`` that carries its transform and the backbone's name in its metadata."""
+    whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    return safetensors.torch.save(whole, {TRANSFORM_KEY: json.dumps(transform.as_dict()), NAME_KEY: name})
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (
+        safetensors.SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
+        _fail(path, f"it is no valid safetensors file ({error})", "make or download it again")
+    if not tensors:
+        _fail(path, "it holds no tensors", "save the model's state_dict()")
+    return Checkpoint(tensors, _stored_transform(path, metadata.get(TRANSFORM_KEY)))
+
+
+def _stored_transform(path: Path, text: str | None) -> Transform | None:
+    if text is None:
         return None
-    for name, tensor in checkpoint.tensors.items():
-        if name.endswith(_POSITIONS) and tensor.dim() == 3:
-            return image_size_of_tokens(make_classifier(architecture), int(tensor.shape[1]))
-    return None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(
+            "The transform in the metadata of the weights file is not JSON.",
+            where=path,
+            why=str(error),
+            remedy="write the file again with a transform as JSON under the metadata key `transform`, or without it",
+        ) from error
+    return Transform.from_dict(values, where=path)
+
+
+def _read_torch(path: Path) -> Checkpoint:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about formats; whatever matters raises
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        _fail(
+            path,
+            f"torch's weights-only loader refuses it ({_first_line(error)})",
+            "save only tensors: torch.save(model.state_dict(), FILE), or convert the file to safetensors",
+        )
+    except Exception as error:  # noqa: BLE001 (damaged pickles and archives fail in every way there is)
+        _fail(path, f"it cannot be read: {type(error).__name__}: {_first_line(error)}", "make or download it again")
+    for _ in range(_MAX_NESTING):
+        if not isinstance(content, Mapping):
+            break
+        tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        inner = next((key for key in _NESTS if _holds_tensors(content.get(key))), None)
+        if inner is None:
+            if not tensors:
+                break
+            return Checkpoint(tensors)
+        content = content[inner]
+    _fail(path, f"it holds no state dict but {_describe(content)}", "save the model's state_dict()")
+
+
+def _holds_tensors(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    return any(isinstance(item, Tensor) or (key in _NESTS and _holds_tensors(item)) for key, item in value.items())
+
+
+def _describe(content: Any) -> str:
+    if isinstance(content, Mapping):
+        return "the keys " + ", ".join(str(key)[:40] for key in list(content)[:6]) if content else "nothing"
+    return f"a {type(content).__name__}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def _fail(path: Path, why: str, remedy: str) -> NoReturn:
+    raise WeightsError("The weights file cannot be used.", where=path, why=why, remedy=remedy)
+
+
+# -- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def load_tensors(
-    architecture: Architecture, network: nn.Module, checkpoint: Checkpoint, *, whole: nn.Module, where: object
+    zoo: Zoo, name: str, network: FeatureNetwork, tensors: Mapping[str, Tensor], *, where: object
 ) -> tuple[str, ...]:
-    """Replace the parameters and buffers of ``network`` (torchvision's names) by those of ``checkpoint``, as float32.
+    """Replace the parameters and buffers of the network ``name`` of ``zoo`` by ``tensors`` of a file, as float32.
+
+    All of them must be there, except BatchNorm's counters.
 
     Args:
-        network: what computes; all its tensors must be there, except BatchNorm's counters.
-        whole: the whole model with its classifier, to tell what may be left over.
         where: shown in messages.
 
     Returns:
         Notes for the user: a classifier that was dropped, tensors that belong to nothing.
 
     Raises:
-        WeightsError: missing, misshapen or unusable tensors; the first few are named, and the model they would fit.
+        WeightsError: missing, misshapen or unusable tensors; the first few are named, and the network they would fit.
     """
-    expected = network.state_dict()
-    fitted = fit_names(architecture, checkpoint, expected)
-    missing = [name for name in expected if name not in fitted.tensors and not name.endswith(COUNTER)]
-    present = [name for name in expected if name in fitted.tensors]
-    unfit = {name: problem_of_tensor(fitted.tensors[name], expected[name].shape) for name in present}
-    problems = [f"{name} {problem}" for name, problem in unfit.items() if problem]
+    expected = network.model.state_dict()
+    fitted = _fit_names(zoo, name, tensors, expected)
+    missing = [key for key in expected if key not in fitted and not key.endswith(COUNTER)]
+    present = [key for key in expected if key in fitted]
+    unfit = {key: _problem_of_tensor(fitted[key], expected[key].shape) for key in present}
+    problems = [f"{key} {problem}" for key, problem in unfit.items() if problem]
     if missing or problems:
-        needed = sum(not name.endswith(COUNTER) for name in expected)
-        raise _mismatch(architecture, fitted, missing, problems, needed, where)
+        needed = sum(not key.endswith(COUNTER) for key in expected)
+        raise _mismatch(zoo, name, fitted, missing, problems, needed, where)
     # Updated in place, because a state dict carries the versions of its modules, without which MNASNet refuses it.
-    expected.update({name: _own(fitted.tensors[name]) for name in present})
-    network.load_state_dict(expected, assign=True)
-    return tuple(_notes(fitted, set(expected), whole))
+    expected.update({key: _own(fitted[key]) for key in present})
+    network.model.load_state_dict(expected, assign=True)
+    left = {key: fitted[key] for key in sorted(set(fitted) - set(expected))}
+    return tuple(_notes(network, left))
 
 
-def check_head(model: nn.Module, architecture: Architecture, checkpoint: Checkpoint, *, where: object) -> None:
-    """Refuse weights whose classifier is absent or is not the model's own of 1000 classes.
+def check_classifier(
+    zoo: Zoo, name: str, network: FeatureNetwork, tensors: Mapping[str, Tensor], *, where: object
+) -> None:
+    """Refuse tensors of a file whose classifier is absent or has not the classes of the whole ``network``.
 
     Raises:
-        WeightsError: with the number of classes that the weights have.
+        WeightsError: with the number of classes that the tensors have.
     """
-    head = f"{classifier_path(model)}.weight"
-    tensor = fit_names(architecture, checkpoint, model.state_dict()).tensors.get(head)
-    classes = len(model.get_parameter(head))
+    head = f"{network.classifier}.weight"
+    tensor = _fit_names(zoo, name, tensors, network.model.state_dict()).get(head)
+    classes = (network.classifier_shape or [0])[0]
     if tensor is None or tensor.dim() == 0 or len(tensor) != classes:
         raise WeightsError(
-            f"These weights cannot classify into the {classes} classes of ImageNet.",
+            f"These weights hold no classifier for {classes} classes.",
             where=where,
             why="they hold no classifier" if tensor is None else f"their classifier has shape {tuple(tensor.shape)}",
             remedy=f"use weights with {classes} outputs, or train a head on them and use `pipeline predict`",
@@ -173,15 +300,15 @@ def tensors_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A float32 (or integer) copy with storage of its own: a file may hold overlapping views."""
-    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    return tensor.detach().to(dtype).clone(memory_format=torch.contiguous_format)
-
-
-def _modern_name(architecture: Architecture, name: str) -> str:
-    match = _OLD_DENSENET.match(name) if architecture.model.startswith("densenet") else None
-    return match.group(1) + match.group(2) if match else name
+def _fit_names(zoo: Zoo, name: str, tensors: Mapping[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
+    """``tensors`` by today's names, without the prefixes of training programs."""
+    wanted = set(expected)
+    renamed = ((zoo.rename(name, stored), tensor) for stored, tensor in tensors.items())
+    known = {key: tensor for key, tensor in renamed if key is not None}
+    prefix = max(_prefixes_of(known), key=lambda item: (sum(item + key in known for key in wanted), -len(item)))
+    inside = {key.removeprefix(prefix): tensor for key, tensor in known.items() if key.startswith(prefix)}
+    outside = {key: tensor for key, tensor in known.items() if not key.startswith(prefix) and key not in wanted}
+    return {**outside, **inside}
 
 
 def _prefixes_of(names: Iterable[str]) -> set[str]:
@@ -195,25 +322,41 @@ def _prefixes_of(names: Iterable[str]) -> set[str]:
     return found
 
 
-def _notes(fitted: Fitted, used: set[str], whole: nn.Module) -> Iterable[str]:
-    head = classifier_path(whole)
-    known = set(whole.state_dict())
-    left = sorted(name for name in fitted.tensors if name not in used)
-    classes = next((len(fitted.tensors[n]) for n in left if n.startswith(f"{head}.") and n.endswith("weight")), None)
-    if classes is not None and classes != len(whole.get_parameter(f"{head}.weight")):
+def _problem_of_tensor(tensor: Tensor, shape: torch.Size) -> str | None:
+    """Why a stored tensor cannot take the place of one of ``shape``; ``None`` when it can."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
+        return "is not a plain tensor of real numbers"
+    if tensor.shape != shape:
+        return f"has shape {tuple(tensor.shape)} instead of {tuple(shape)}"
+    if math.prod(shape) and not torch.isfinite(tensor.float()).all():
+        return "holds values that are not finite"
+    return None
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A float32 (or integer) copy with storage of its own: a file may hold overlapping views."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(dtype).clone(memory_format=torch.contiguous_format)
+
+
+def _notes(network: FeatureNetwork, left: Mapping[str, Tensor]) -> Iterable[str]:
+    """What the user should know about the tensors that are ``left`` over."""
+    head = "" if network.classifier is None else f"{network.classifier}."
+    of_head = [key for key in left if head and key.startswith(head)]
+    classes = next((len(left[key]) for key in of_head if key.endswith("weight")), None)
+    own = network.classifier_shape
+    if classes is not None and own is not None and classes != own[0]:
         yield f"the classifier of the weights ({classes} outputs) was dropped"
-    strange = [
-        name
-        for name in left
-        if name not in known and not name.startswith((*AUXILIARY_PREFIXES, f"{head}.")) and not name.endswith(COUNTER)
-    ]
+    known = {*network.shapes, *of_head}
+    strange = [key for key in left if key not in known and not key.endswith(COUNTER)]
     if strange:
         yield f"{len(strange)} tensors of the weights belong to no part of the backbone: {_some(strange)}"
 
 
 def _mismatch(
-    architecture: Architecture,
-    fitted: Fitted,
+    zoo: Zoo,
+    name: str,
+    tensors: Mapping[str, Tensor],
     missing: Sequence[str],
     problems: Sequence[str],
     count: int,
@@ -221,33 +364,27 @@ def _mismatch(
 ) -> WeightsError:
     lines = [f"{len(missing)} of {count} tensors are missing: {_some(missing)}"] if missing else []
     lines += [_some(problems, "; ")] if problems else []
-    others = len(missing) + len(problems) > count / 10  # else this is the right model, with something amiss
-    nearest = _nearest_architecture(fitted.tensors) if others else None
-    remedy = f"they fit {nearest}: set backbone.name={nearest}" if nearest not in (None, architecture.name) else None
+    others = len(missing) + len(problems) > count / 10  # else this is the right network, with something amiss
+    nearest = _nearest_network(zoo, tensors) if others else None
+    remedy = f"they fit {nearest}: set backbone.name={nearest}" if nearest not in (None, name) else None
     return WeightsError(
-        f"The weights do not fit {architecture.name}.",
+        f"The weights do not fit {name}.",
         where=where,
         why="; ".join(lines),
-        remedy=remedy or "use weights that were saved from this torchvision model (state_dict)",
+        remedy=remedy or f"use weights that were saved from this model (state_dict) by {zoo.version(name)} or similar",
     )
 
 
-def _nearest_architecture(tensors: Mapping[str, Tensor]) -> str | None:
-    """The backbone of which nearly all tensors are there with their shapes; looked for only to explain an error."""
-    best, best_share = None, 0.9
-    for name in backbone_names():
-        if name in PACKAGED:
-            continue  # the same model as one of torchvision's
-        model = make_classifier(find_architecture(name))
-        head = f"{classifier_path(model)}."
-        state = {key: value for key, value in model.state_dict().items() if not key.endswith(COUNTER)}
-        fitting = [
-            key in tensors and tensors[key].shape == state[key].shape for key in state if not key.startswith(head)
-        ]
-        share = sum(fitting) / len(fitting)
+def _nearest_network(zoo: Zoo, tensors: Mapping[str, Tensor]) -> str | None:
+    """The zoo's network of which nearly all tensors are there with their shapes, as far as time allows to look."""
+    best, best_share, until = None, 0.9, time.monotonic() + _SEARCH_SECONDS
+    for name in reversed(zoo.names()):  # what is packaged comes first in a list, and is the same model as a later one
+        state = zoo.make(name).model.state_dict()
+        keys = [key for key in state if not key.endswith(COUNTER)]
+        share = sum(key in tensors and tensors[key].shape == state[key].shape for key in keys) / max(len(keys), 1)
         if share > best_share:
             best, best_share = name, share
-        if share == 1:
+        if share == 1 or time.monotonic() > until:
             break
     return best
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,24 +43,15 @@ class Group:
 
 
 def find_blocks(backbone: nn.Module) -> list[Block]:
-    """The backbone's top-level blocks, the input's first.
+    """The backbone's blocks, the input's first: those it names in ``blocks``, or its top-level modules.
 
-    Containers of blocks (``features``, ``encoder.layers``) are opened. Parameters outside any child
+    Containers of blocks (``features``, ``encoder.layers``) are opened. Parameters outside any block
     (class token, position embedding) go with the first block, and bare norms go with the block before them.
     """
-    children = _open(backbone, "")
-    taken = {id(parameter) for _, module in children for parameter in module.parameters()}
+    names: Sequence[Sequence[str]] | None = getattr(backbone, "blocks", None)
+    blocks = _top_level_blocks(backbone) if names is None else _named_blocks(backbone, names)
+    taken = {id(parameter) for block in blocks for _, parameter in block.parameters}
     loose = tuple(item for item in _named(backbone, "") if id(item[1]) not in taken)
-    blocks: list[Block] = []
-    for name, module in children:
-        parameters = tuple(_named(module, name))
-        if not parameters:
-            continue
-        if blocks and _only_norms(module):
-            last = blocks[-1]
-            blocks[-1] = Block(last.name, (*last.modules, module), last.parameters + parameters)
-        else:
-            blocks.append(Block(name, (module,), parameters))
     if not blocks:
         return [Block("backbone", (backbone,), loose)] if loose else []
     first = blocks[0]
@@ -146,6 +137,32 @@ def describe_groups(groups: list[Group], total: int) -> str:
     trainable = sum(group.count for group in groups)
     share = 100 * trainable / max(total, 1)
     return "\n".join([*lines, f"trainable {trainable:,} of {total:,} parameters ({share:.1f} %)"])
+
+
+def _named_blocks(backbone: nn.Module, names: Sequence[Sequence[str]]) -> list[Block]:
+    """A block for each sequence of names of modules and parameters; what a cut backbone lacks is passed over."""
+    modules = dict(backbone.named_modules())
+    blocks = []
+    for block in names:
+        beginnings = tuple(f"{name}." for name in block)
+        parameters = tuple(item for item in _named(backbone, "") if f"{item[0]}.".startswith(beginnings))
+        if parameters:
+            blocks.append(Block(block[0], tuple(modules[name] for name in block if name in modules), parameters))
+    return blocks
+
+
+def _top_level_blocks(backbone: nn.Module) -> list[Block]:
+    blocks: list[Block] = []
+    for name, module in _open(backbone, ""):
+        parameters = tuple(_named(module, name))
+        if not parameters:
+            continue
+        if blocks and _only_norms(module):
+            last = blocks[-1]
+            blocks[-1] = Block(last.name, (*last.modules, module), last.parameters + parameters)
+        else:
+            blocks.append(Block(name, (module,), parameters))
+    return blocks
 
 
 def _open(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:

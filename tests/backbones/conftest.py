@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.backbones import BuiltNetwork, FeatureNetwork, build_network
-from pipeline.backbones.catalogue import find_architecture, make_classifier
-from pipeline.backbones.network import make_network
+from pipeline.backbones.torchvision import cut_model, make_model
 from pipeline.params import BackboneParams, TransformParams
 
 
@@ -44,7 +43,7 @@ def build(name: str, **params: object) -> BuiltNetwork:
 
 def filled_model(name: str) -> nn.Module:
     """torchvision's whole model with cheap random values that keep activations in range."""
-    model = make_classifier(find_architecture(name))
+    model = make_model(name)
     generator = torch.Generator().manual_seed(0)
     state = {}
     for key, value in model.state_dict().items():
@@ -60,9 +59,7 @@ def filled_model(name: str) -> nn.Module:
 
 def filled_network(name: str) -> FeatureNetwork:
     """A network of the architecture from `filled_model`."""
-    return make_network(find_architecture(name), filled_model(name), layer=None, pooling="default").requires_grad_(
-        False
-    )
+    return cut_model(name, filled_model(name), layer=None, pooling="default").requires_grad_(False)
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import os
+import socket
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +24,13 @@ from pipeline.backbones import (
     WeightsMemo,
     build_classifier,
     build_network,
-    catalogue,
     identify_network,
 )
-from pipeline.backbones import download as download_module
-from pipeline.backbones.catalogue import find_architecture
-from pipeline.backbones.checkpoint import checkpoint_bytes
-from pipeline.backbones.download import checkpoint_file
+from pipeline.backbones import weights as weights_module
+from pipeline.backbones.catalogue import _row, find_zoo, locate_weights
+from pipeline.backbones.torchvision import PACKAGED
 from pipeline.backbones.transform import Transform
+from pipeline.backbones.weights import checkpoint_bytes, download
 from pipeline.errors import WeightsError
 from pipeline.params import BackboneParams, TransformParams
 
@@ -138,65 +141,112 @@ def test_a_download_that_fails_says_what_was_tried_and_the_ways_out() -> None:
     assert time.monotonic() - started < 20
     assert "IMAGENET1K_V1" in caught.value.what and ".pth" in str(caught.value.where)
     assert "backbone.weights" in str(caught.value.remedy) and "TORCH_HOME" in str(caught.value.remedy)
-    folder = checkpoint_file(download_weights()).parent
+    folder = download_path().parent
     assert not folder.exists() or not list(folder.iterdir())
 
 
-def download_weights() -> Any:
-    from torchvision.models import get_weight
-
-    return get_weight("ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1")
-
-
-class _Answer:
-    def __init__(self, content: bytes) -> None:
-        self.content, self.headers = content, {"Content-Length": str(len(content))}
-
-    def read(self, count: int) -> bytes:
-        piece, self.content = self.content[:count], self.content[count:]
-        return piece
-
-    def __enter__(self) -> _Answer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
+def download_path() -> Path:
+    path = locate_weights(NAME, "DEFAULT").path
+    assert path is not None
+    return path
 
 
-def test_a_download_is_checked_and_kept(
+def test_a_download_is_fetched_once_and_its_removal_forgets_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: list[str], old_files: None
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    torch.save(filled_model(NAME).state_dict(), tmp_path / "content")
-    content = (tmp_path / "content").read_bytes()
-    monkeypatch.setattr(download_module, "urlopen", lambda *_args, **_options: _Answer(content))
-    with pytest.raises(WeightsError, match="downloaded") as caught:  # its name promises another digest
-        build_network(params("DEFAULT"), TransformParams())
-    assert "digest" in str(caught.value.why) and not checkpoint_file(download_weights()).exists()
-    monkeypatch.setattr(
-        download_module, "_HASH", download_module.re.compile(f"({hashlib.sha256(content).hexdigest()})")
-    )
+    fetched: list[str] = []
+
+    def fetch(url: str, target: str, digest: str, **_options: Any) -> None:
+        assert digest in url
+        fetched.append(url)
+        torch.save(filled_model(NAME).state_dict(), target)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     memo = WeightsMemo(tmp_path / "weights.json")
     first = identify_network(params("DEFAULT"), TransformParams(), memo)
-    assert first[0].weights == "IMAGENET1K_V1" and checkpoint_file(download_weights()).read_bytes() == content
+    assert first[0].weights == "IMAGENET1K_V1" and download_path().is_file()
     identify_network(params("DEFAULT"), TransformParams(), memo)  # remembered now that the file is there
     loads = len(built)
-    checkpoint_file(download_weights()).unlink()
+    download_path().unlink()
     assert identify_network(params("IMAGENET1K_V1"), TransformParams(), memo) == first
-    assert len(built) == loads
+    assert len(built) == loads and len(fetched) == 1
+
+
+CONTENT = bytes(range(256)) * 4096
+PROMISE = hashlib.sha256(CONTENT).hexdigest()[:8]
+
+
+class _Server(http.server.BaseHTTPRequestHandler):
+    """Sends CONTENT, less of it than it announced (``cut``), or nothing more after a while (``stall``)."""
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        kind = self.path.strip("/").partition("-")[0].partition(".")[0]
+        self.wfile.write(CONTENT if kind == "whole" else CONTENT[:-1000])
+        if kind == "stall":
+            time.sleep(2)
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        return None
+
+
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Of a server on this machine."""
+    monkeypatch.setattr(weights_module, "TIMEOUT_SECONDS", 0.5)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", [f"whole-{PROMISE}.pth", "whole.pth"])
+def test_a_download_arrives_whole(tmp_path: Path, address: str, name: str) -> None:
+    path = tmp_path / "checkpoints" / name
+    download(f"{address}/{name}", path, what="test")
+    assert path.read_bytes() == CONTENT and list(path.parent.iterdir()) == [path]
+    assert socket.getdefaulttimeout() is None
+    download("http://127.0.0.1:9/never-asked", path, what="test")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("whole-01234567.pth", "hash"),
+        (f"cut-{PROMISE}.pth", "hash"),
+        ("cut.pth", f"{len(CONTENT) - 1000} of {len(CONTENT)} bytes"),
+        (f"stall-{PROMISE}.pth", "timed out"),
+        ("stall.pth", "timed out"),
+    ],
+)
+def test_a_download_that_is_not_what_was_promised_leaves_nothing(
+    tmp_path: Path, address: str, name: str, why: str
+) -> None:
+    path = tmp_path / "checkpoints" / name
+    with pytest.raises(WeightsError, match="downloaded") as caught:
+        download(f"{address}/{name}", path, what="test")
+    assert why in str(caught.value.why) and list(path.parent.iterdir()) == []
 
 
 def test_packaged_weights_are_a_backbone_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, path = Transform(resize=72, crop=64), tmp_path / "small.safetensors"
     half = {key: value.half() for key, value in filled_model(NAME).state_dict().items() if not key.startswith("fc.")}
     path.write_bytes(checkpoint_bytes(half, own, name="small"))
-    monkeypatch.setitem(catalogue.PACKAGED, "small", (NAME, path))
+    monkeypatch.setitem(PACKAGED, "small", (NAME, path))
     backbone = build_network(BackboneParams(name="small"), TransformParams())
     assert (backbone.transform, backbone.identity.name, backbone.identity.weights) == (own, "small", "DEFAULT")
     assert backbone.feature_dim == 1024 and backbone.module(torch.zeros(1, 3, 64, 64)).dtype == torch.float32
     random = build_network(BackboneParams(name="small", weights="random"), TransformParams())
     assert random.transform == own and random.identity.digest != backbone.identity.digest
-    row = catalogue._row(find_architecture("small"))
+    row = _row(find_zoo("small"), "small")
     assert (row.weights, row.input_size) == (("DEFAULT",), 64)
     with pytest.raises(WeightsError, match="IMAGENET1K_V1"):
         build_network(BackboneParams(name="small", weights="IMAGENET1K_V1"), TransformParams())

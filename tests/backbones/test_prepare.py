@@ -25,7 +25,7 @@ from pipeline.backbones.prepare import diffuse_rounding, fold_batchnorm
 from pipeline.backbones.weights import tensors_digest
 
 from .conftest import build, filled_network
-from .test_network import FAMILIES, images
+from .test_torchvision import FAMILIES, images
 
 CPU = torch.device("cpu")
 WITHOUT_BATCHNORM = {"alexnet", "convnext_tiny", "squeezenet1_0", "swin_t", "swin_v2_t", "vgg11"}

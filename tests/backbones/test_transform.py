@@ -9,7 +9,8 @@ from PIL import Image
 from torchvision.models import get_weight
 from torchvision.transforms import functional as F
 
-from pipeline.backbones.transform import Transform, adjust_transform, preset_transform
+from pipeline.backbones.torchvision import preset_transform
+from pipeline.backbones.transform import Transform, adjust_transform
 from pipeline.data.decode import BadImage, Reason
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.params import TransformParams

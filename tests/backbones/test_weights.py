@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbones import BuiltNetwork, backbone_bytes, build_classifier, build_network, trainable_module
-from pipeline.backbones.catalogue import find_architecture, make_classifier
-from pipeline.backbones.checkpoint import read_checkpoint
+from pipeline.backbones.catalogue import locate_weights
+from pipeline.backbones.torchvision import make_model
 from pipeline.backbones.transform import Transform
-from pipeline.backbones.weights import locate_weights, tensors_digest
+from pipeline.backbones.weights import read_checkpoint, tensors_digest
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.params import BackboneParams, TransformParams
 
@@ -263,7 +263,7 @@ def test_every_mnasnet_loads_from_a_file_without_module_versions(tmp_path: Path)
 
 
 def test_position_embeddings_tell_the_image_size(tmp_path: Path) -> None:
-    whole = make_classifier(find_architecture("vit_b_32"), image_size=384).state_dict()
+    whole = make_model("vit_b_32", tensors={"encoder.pos_embedding": torch.empty(1, 145, 1)}).state_dict()
     names = ("class_token", "conv_proj.weight", "conv_proj.bias", "encoder.pos_embedding")
     path = saved(tmp_path, {name: torch.zeros(whole[name].shape) for name in names})
     backbone = load(path, "vit_b_32", layer="encoder.dropout")
@@ -276,12 +276,13 @@ def test_position_embeddings_tell_the_image_size(tmp_path: Path) -> None:
 
 
 def test_names_of_weights() -> None:
-    resnet50 = find_architecture("resnet50")
-    assert locate_weights(resnet50, "DEFAULT").label == "IMAGENET1K_V2"
-    assert locate_weights(resnet50, "ResNet50_Weights.IMAGENET1K_V1").label == "IMAGENET1K_V1"
-    assert locate_weights(resnet50, "random", seed=4).label == "random-4"
+    for alias in ("DEFAULT", "ResNet50_Weights.DEFAULT", "IMAGENET1K_V2"):
+        source = locate_weights("resnet50", alias)
+        assert source.label == source.tag == "IMAGENET1K_V2" and source.path and source.path.name.startswith("resnet50")
+    assert locate_weights("resnet50", "ResNet50_Weights.IMAGENET1K_V1").label == "IMAGENET1K_V1"
+    assert locate_weights("resnet50", "random", seed=4).label == "random-4"
     with pytest.raises(WeightsError) as caught:
-        locate_weights(resnet50, "IMAGENET1K_V3")
+        locate_weights("resnet50", "IMAGENET1K_V3")
     assert "IMAGENET1K_V2" in str(caught.value.remedy)
 
 

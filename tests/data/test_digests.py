@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.digests import Digests, empty_digests, first_occurrences, locate, stack_digests
+from pipeline.data.digests import Digests, data_digest, empty_digests, first_occurrences, locate, stack_digests
 
 # Few different halves, so that equal first halves, equal second halves and whole repeats all occur often.
 halves = st.sampled_from([bytes([value]) * 8 for value in (0, 1, 127, 128, 255)])

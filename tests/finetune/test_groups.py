@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 
-from pipeline.backbones.network import make_module
+from pipeline.backbones import make_module
 from pipeline.errors import FinetuneError
 from pipeline.finetune.groups import (
     backbone_groups,

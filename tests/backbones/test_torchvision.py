@@ -20,8 +20,8 @@ from pipeline.backbones import (
     make_module,
     trainable_module,
 )
-from pipeline.backbones.catalogue import classifier_path, find_architecture
-from pipeline.backbones.network import make_network
+from pipeline.backbones.torchvision import classifier_path, cut_model
+from pipeline.backbones.zoo import measure_features
 from pipeline.errors import BackboneError
 
 from .conftest import build, filled_model
@@ -62,7 +62,6 @@ def images(size: int, count: int = 2) -> torch.Tensor:
 
 def plain_features(name: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What goes into the classifier of torchvision's own model, and what our network says."""
-    architecture = find_architecture(name)
     model = filled_model(name)
     caught: list[torch.Tensor] = []
     handle = model.get_submodule(classifier_path(model)).register_forward_pre_hook(
@@ -71,7 +70,7 @@ def plain_features(name: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         model(images(size))
         handle.remove()
-        network = make_network(architecture, model, layer=None, pooling="default")
+        network = cut_model(name, model, layer=None, pooling="default")
         return caught[0], network(images(size))
 
 
@@ -128,10 +127,9 @@ def test_pooling_values(name: str, last: str | None) -> None:
 def test_class_token_with_the_mean_of_patches() -> None:
     torch.manual_seed(0)
     small = VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32).eval()
-    architecture = find_architecture("vit_b_16")
 
     def network(layer: str | None, pooling: str) -> nn.Module:
-        return make_network(architecture, copy.deepcopy(small), layer=layer, pooling=pooling)
+        return cut_model("vit_b_16", copy.deepcopy(small), layer=layer, pooling=pooling)
 
     tokens: list[torch.Tensor] = []
     small.encoder.register_forward_hook(lambda *call: tokens.append(call[2]))
@@ -221,8 +219,6 @@ def test_unknown_names_are_answered_with_near_ones() -> None:
 
 @pytest.mark.parametrize(("name", "size"), [("vit_b_16", 224), ("maxvit_t", 224)])
 def test_a_crop_that_a_model_cannot_take_names_the_size(name: str, size: int) -> None:
-    from pipeline.backbones.network import measure_features
-
     network, _ = make_module(name)
     with pytest.raises(BackboneError) as caught:
         measure_features(network, 160, name)
