@@ -12,8 +12,8 @@ from pipeline.evaluate.advice import Advice, advise, curve_rises, judge_domain
 from pipeline.evaluate.advice_facts import Facts, Point, Probe, Tuned
 from pipeline.evaluate.advice_rules import DOMAINS, RULES, Domain, find_rule
 from pipeline.evaluate.advice_text import Given, advice_lines, advice_values, commands, shared_steps
+from pipeline.finetune.start import PROBE_KINDS
 from pipeline.params import load_params
-from pipeline.stages.probe import PROBE_KINDS
 
 RISING = (Point(40, 0.7, 0.72), Point(70, 0.75, 0.76), Point(100, 0.8, 0.8))
 FLAT = (Point(40, 0.8, 0.82), Point(70, 0.81, 0.82), Point(100, 0.8, 0.8))
