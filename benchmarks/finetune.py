@@ -34,18 +34,16 @@ from torchvision.datasets import ImageFolder
 from pipeline.backbones import Transform, build_network, trainable_module
 from pipeline.files import digest_bytes
 from pipeline.finetune import (
+    Callbacks,
     Classifier,
     EpochRow,
     LabelledImages,
-    Setting,
-    Watch,
     make_random_head,
-    resolve_training_dtype,
+    resolve_setup,
     train_classifier,
 )
 from pipeline.finetune.batchnorm import fused
-from pipeline.finetune.network import TrainingNetwork
-from pipeline.finetune.selection import autocast
+from pipeline.finetune.step import TrainableClassifier
 from pipeline.params.sections import BackboneParams, FinetuneParams, TransformParams
 from pipeline.runtime.cores import usable_cores
 from pipeline.runtime.device import resolve_device
@@ -219,37 +217,43 @@ def _run_ours(arguments: argparse.Namespace, device: torch.device) -> None:
         next(turns, None)
 
     with tempfile.TemporaryDirectory() as scratch:
-        setting = Setting(
-            Path(scratch),
-            "benchmark",
-            device=device,
-            dtype=resolve_training_dtype("auto", device),
-            batchnorm=arguments.batchnorm,
+        params = FinetuneParams(
+            epochs=arguments.rounds + 1, batch_size=arguments.batch_size, batchnorm=arguments.batchnorm
         )
-        params = FinetuneParams(epochs=arguments.rounds + 1, batch_size=arguments.batch_size)
-        train_classifier(classifier, images, one, transform, params, setting, watch=Watch(on_epoch=wait_for_turn))
+        train_classifier(
+            classifier,
+            images,
+            one,
+            transform,
+            params,
+            resolve_setup(params, device, targets=images.targets, class_names=folder.classes),
+            folder=Path(scratch),
+            fingerprint="benchmark",
+            callbacks=Callbacks(on_epoch=wait_for_turn),
+        )
 
 
 def _run_alone(arguments: argparse.Namespace, device: torch.device) -> None:
     """The same network on one batch that lies on the device already."""
     reuse_freed_memory()
     classifier, transform = _build(arguments, 2)
-    params, dtype = FinetuneParams(batch_size=arguments.batch_size), resolve_training_dtype("auto", device)
-    network = TrainingNetwork(classifier, params, device=device, batchnorm=arguments.batchnorm)
-    network.train_mode()
+    params = FinetuneParams(batch_size=arguments.batch_size, batchnorm=arguments.batchnorm)
+    setup = resolve_setup(params, device, targets=np.arange(2), class_names=("0", "1"))
+    model = TrainableClassifier(classifier, params, setup)
+    model.train_mode()
     images = torch.randn(arguments.batch_size, 3, transform.crop, transform.crop, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(len(images), dtype=torch.long, device=device)
     repeats = max(1, arguments.images // len(images))
     wait = torch.cuda.synchronize if device.type == "cuda" else nullcontext
-    with fused(network.pairs):
+    with fused(model.pairs):
         for _ in _turns(arguments.rounds):
             wait()
             started = time.perf_counter()
             for _ in range(repeats):
-                network.optimizer.zero_grad()
-                with autocast(device, dtype):
-                    logits = network.forward(images)
+                model.optimizer.zero_grad()
+                with setup.autocast():
+                    logits = model.forward(images)
                 nn.functional.cross_entropy(logits.float(), targets).backward()
             wait()
             print(repeats * len(images) / (time.perf_counter() - started), flush=True)

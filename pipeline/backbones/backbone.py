@@ -20,11 +20,12 @@ from ..errors import WeightsError
 from ..params import BackboneParams, ExtractParams, TransformParams
 from ..runtime.device import resolve_device
 from ..runtime.distributed import World
-from .build import BackboneIdentity, BuiltNetwork, build_network, identify_network, make_module
+from .build import BackboneIdentity, BuiltNetwork, build_network, identify_network, make_module, trainable_module
 from .memo import WeightsMemo
 from .precision import Verdict, accept_precision, reduced_precision_of, verdict_key
 from .prepare import prepare_for_inference
 from .transform import Transform
+from .zoo import FeatureNetwork
 
 Pixels = NDArray[np.uint8]
 Features = NDArray[np.float32]
@@ -143,6 +144,10 @@ class Backbone:
                 remedy="run the command again",
             )
         return built
+
+    def trainable(self) -> FeatureNetwork:
+        """A network of one's own to fine-tune, all parameters trainable; in eval mode it computes the same features."""
+        return trainable_module(self.build())
 
     def release(self) -> None:
         """Forget the loaded network; the next call loads it again."""

@@ -193,13 +193,15 @@ class FeatureCache:
     @property
     def present(self) -> NDArray[np.bool_]:
         """Which images (n,) have a feature."""
-        return np.logical_and(self.images.known, self.store.contains(self.images.digests))
+        present: NDArray[np.bool_] = self.images.known & self.store.contains(self.images.digests)
+        return present
 
     @property
     def quarantined(self) -> NDArray[np.bool_]:
         """Which images (n,) are known to be unreadable."""
-        found = locate(stack_digests(self.quarantine.digests), self.images.digests) >= 0
-        return np.logical_and(self.images.known, found)
+        rows = locate(stack_digests(self.quarantine.digests), self.images.digests)
+        bad: NDArray[np.bool_] = self.images.known & (rows >= 0)
+        return bad
 
     def missing(self, among: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
         """Positions to look at: unknown images, and one image of each known content without a feature; our share.

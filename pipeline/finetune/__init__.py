@@ -1,50 +1,46 @@
-"""Backbone and head trained together: parameter groups, augmentation, the loop, checkpoints.
+"""Backbone and head trained together: where to start, parameter groups, the step, the loop, selection, checkpoints.
 
-``train_classifier`` is the way in; it takes a `Classifier`, two `LabelledImages`, and a `Setting`.
+``train_classifier`` is the way in; it takes a `Classifier`, two `LabelledImages`, and a `Setup`.
 """
 
-from .batchnorm import resolve_batchnorm
-from .classifier import Classifier, fold_head, make_head_module, make_random_head
-from .contract import Outcome, Setting, State, Watch
-from .groups import describe_groups, group_rows
-from .history import EpochRow, Score, TensorboardLog, history_csv, history_plot
+from .checkpoint import training_fingerprint
+from .classifier import Classifier, fold_head, make_random_head
+from .groups import describe_groups, first_groups
+from .history import EpochRow, SelectionScore, TensorboardLog, history_csv, history_plot
 from .images import LabelledImages
-from .lr_find import Sweep, find_learning_rates, sweeps_plot
-from .network import TrainingNetwork
-from .objective import balanced_weights
-from .parallel import process_group
-from .precision import resolve_training_dtype
-from .selection import SelectionSet
-from .training import train_classifier
-from .wiseft import Interpolation, interpolate
+from .lr_find import RateCurve, find_learning_rates, rate_curves_plot
+from .selection import Holdout, hold_out_selection
+from .start import Start, find_probe, probe_start, random_start
+from .step import Setup, resolve_setup
+from .training import Callbacks, TrainingResult, interpolate_result, process_group, train_classifier
 
 __all__ = [
+    "Callbacks",
     "Classifier",
     "EpochRow",
-    "Interpolation",
+    "Holdout",
     "LabelledImages",
-    "Outcome",
-    "Score",
-    "SelectionSet",
-    "Setting",
-    "State",
-    "Sweep",
+    "RateCurve",
+    "SelectionScore",
+    "Setup",
+    "Start",
     "TensorboardLog",
-    "TrainingNetwork",
-    "Watch",
-    "balanced_weights",
+    "TrainingResult",
     "describe_groups",
     "find_learning_rates",
+    "find_probe",
+    "first_groups",
     "fold_head",
-    "group_rows",
     "history_csv",
     "history_plot",
-    "interpolate",
-    "make_head_module",
+    "hold_out_selection",
+    "interpolate_result",
     "make_random_head",
+    "probe_start",
     "process_group",
-    "resolve_batchnorm",
-    "resolve_training_dtype",
-    "sweeps_plot",
+    "random_start",
+    "rate_curves_plot",
+    "resolve_setup",
     "train_classifier",
+    "training_fingerprint",
 ]

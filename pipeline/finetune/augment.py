@@ -1,17 +1,21 @@
-"""Random changes of training images: torchvision's v2 operations with parameters that we draw ourselves.
+"""Random changes of training images: torchvision's v2 operations with parameters that we draw ourselves, and mixing.
 
 torchvision draws from the process's random state, which threads share and workers copy. Here every draw derives
-from (seed, epoch, digest): an image is changed the same way whatever thread, process or batch it falls into.
+from (seed, epoch, digest): an image is changed the same way whatever thread, process or batch it falls into. Images
+are mixed within a batch, as (seed, epoch, batch) draws it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -178,3 +182,51 @@ def _affine(
         center=[0, 0] if shear else None,
     )
     return moved
+
+
+# -- mixing ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Images and, per image, a second target that counts ``1 - share``."""
+
+    images: Tensor
+    partners: Tensor
+    share: float
+
+
+def mix_images(
+    images: Tensor, *, mixup: float, cutmix: float, place: tuple[int, int, int], rank: int = 0
+) -> Mix | None:
+    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of a normalised batch (n, 3, h, w).
+
+    Each image is mixed with another one of the batch; None where neither is asked for.
+    ``mixup`` and ``cutmix`` are the concentrations of their Beta distributions; with both, a coin decides. ``place``
+    is (seed, epoch, batch). The share is that of all processes, so that their losses add up; partners are found
+    within one process's batch.
+    """
+    if not mixup and not cutmix:
+        return None
+    random = make_generator("mix", *place)
+    cut = bool(cutmix) and (not mixup or random.random() < 0.5)
+    share = float(random.beta(cutmix, cutmix) if cut else random.beta(mixup, mixup))
+    box = _mix_box(random, images.shape[-2], images.shape[-1], share)
+    order = make_generator("partners", *place, rank).permutation(len(images))
+    partners = torch.from_numpy(order).to(images.device)
+    if not cut:
+        return Mix(torch.lerp(images[partners], images, share), partners, share)
+    top, bottom, left, right = box
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images[partners, :, top:bottom, left:right]
+    kept = 1 - (bottom - top) * (right - left) / (images.shape[-2] * images.shape[-1])
+    return Mix(mixed, partners, kept)
+
+
+def _mix_box(random: np.random.Generator, height: int, width: int, share: float) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of a box of area ``1 - share`` around a random centre, clipped to the image."""
+    side = math.sqrt(1 - share)
+    high, wide = int(height * side), int(width * side)
+    centre_y, centre_x = int(random.integers(height)), int(random.integers(width))
+    top, left = max(centre_y - high // 2, 0), max(centre_x - wide // 2, 0)
+    return top, min(centre_y + (high + 1) // 2, height), left, min(centre_x + (wide + 1) // 2, width)

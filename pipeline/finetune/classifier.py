@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..heads import Layers
 from ..runtime.seeds import derive_seed
-
-Layer = tuple[NDArray[np.floating], NDArray[np.floating]]  # weight (outputs, inputs), bias (outputs,)
 
 
 class Standardise(nn.Module):
@@ -47,27 +46,22 @@ class Classifier(nn.Module):
 
 
 def make_head_module(
-    layers: Sequence[Layer],
-    *,
-    mean: NDArray[np.floating] | None = None,
-    scale: NDArray[np.floating] | None = None,
-    dropout: float = 0.0,
+    layers: Layers, *, moments: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None, dropout: float = 0.0
 ) -> nn.Sequential:
-    """The head of a probe as a module: standardisation, then Linear layers with ReLU and dropout between them.
+    """Layers of standardised features as a module: standardisation, Linear layers, ReLU and dropout between them.
 
     A single layer has its dropout in front, as torchvision's classifiers do.
+
+    Args:
+        moments: mean and scale (d,) of the standardisation; without them there is none.
     """
-    if not layers:
-        raise ValueError("a head has at least one layer")
     modules: OrderedDict[str, nn.Module] = OrderedDict()
-    if mean is not None or scale is not None:
-        width = layers[0][0].shape[1]
-        mean = np.zeros(width) if mean is None else mean
-        scale = np.ones(width) if scale is None else scale
+    if moments is not None:
+        mean, scale = moments
         modules["standardise"] = Standardise(_float32(mean), _float32(scale))
-    if dropout and len(layers) == 1:
+    if dropout and len(layers.weights) == 1:
         modules["dropout"] = nn.Dropout(dropout)
-    for position, (weight, bias) in enumerate(layers):
+    for position, (weight, bias) in enumerate(zip(layers.weights, layers.biases, strict=True)):
         if position:
             modules[f"relu{position}"] = nn.ReLU()
             if dropout:
@@ -84,24 +78,23 @@ def make_random_head(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "head"))
         drawn = [nn.Linear(first, second) for first, second in pairwise(sizes)]
-    layers = [(linear.weight.detach().numpy(), linear.bias.detach().numpy()) for linear in drawn]
-    return make_head_module(layers, dropout=dropout)
+    return make_head_module(_layers(drawn), dropout=dropout)
 
 
-def fold_head(head: nn.Sequential) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """The head's layers in float64 with the standardisation folded into the first: what a run stores."""
-    mean: NDArray[np.float64] | None = None
-    scale: NDArray[np.float64] | None = None
-    layers: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
-    for module in head:
-        if isinstance(module, Standardise):
-            mean, scale = _float64(module.mean), _float64(module.scale)
-        elif isinstance(module, nn.Linear):
-            layers.append((_float64(module.weight), _float64(module.bias)))
-    if mean is not None and scale is not None:
-        weight, bias = layers[0]
-        layers[0] = (weight / scale, bias - weight @ (mean / scale))
-    return layers
+def fold_head(head: nn.Sequential) -> Layers:
+    """The head's layers with the standardisation folded into the first: what a run stores."""
+    layers = _layers([module for module in head if isinstance(module, nn.Linear)])
+    if not isinstance(head[0], Standardise):
+        return layers
+    mean, scale = _float64(head[0].mean), _float64(head[0].scale)
+    weight, bias = layers.weights[0], layers.biases[0]
+    return Layers((weight / scale, *layers.weights[1:]), (bias - weight @ (mean / scale), *layers.biases[1:]))
+
+
+def _layers(linears: Sequence[nn.Linear]) -> Layers:
+    return Layers(
+        tuple(_float64(linear.weight) for linear in linears), tuple(_float64(linear.bias) for linear in linears)
+    )
 
 
 def _linear(weight: NDArray[np.floating], bias: NDArray[np.floating]) -> nn.Linear:

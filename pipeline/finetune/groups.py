@@ -1,12 +1,16 @@
-"""Which parameters train, and at which rate: blocks by depth, differential rates, no decay for norms and biases."""
+"""Which parameters train, and at which rate: blocks by depth, differential rates, an optimizer, a schedule.
+
+Norms and biases are not decayed. Schedules are functions of the step: nothing to save, nothing to restore.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import FinetuneError
@@ -15,6 +19,11 @@ from .classifier import Classifier
 
 DOMINANT = 0.9  # a child that holds this share of the parameters is opened to find the blocks inside it
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+WARMUP_SHARE = 0.3  # of a one-cycle schedule, and its first and last factor: as in torch's OneCycleLR
+FIRST_DIVISOR = 25.0
+LAST_DIVISOR = 1e4
+
+Schedule = Callable[[int], float]
 
 
 @dataclass(frozen=True)
@@ -28,13 +37,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters of one learning rate and weight decay; ``block`` is the backbone's block, None for the head."""
+    """Parameters of one learning rate and weight decay, by name."""
 
     name: str
     lr: float
     weight_decay: float
     parameters: tuple[tuple[str, nn.Parameter], ...]
-    block: int | None
 
     @property
     def count(self) -> int:
@@ -85,7 +93,7 @@ def head_groups(classifier: Classifier, params: FinetuneParams) -> list[Group]:
     """The head's parameters at ``head_lr``, its biases without decay; none at a rate of zero."""
     if not params.head_lr:
         return []
-    return _split("head", _named(classifier.head, "head"), params.head_lr, params, block=None)
+    return _split("head", _named(classifier.head, "head"), params.head_lr, params)
 
 
 def backbone_groups(blocks: list[Block], chosen: Iterable[int], params: FinetuneParams) -> list[Group]:
@@ -99,34 +107,39 @@ def backbone_groups(blocks: list[Block], chosen: Iterable[int], params: Finetune
         return []
     if params.layer_decay == 1 and params.unfreeze != "gradual":
         together = [item for index in chosen for item in blocks[index].parameters]
-        return _split("backbone", together, params.backbone_lr, params, block=chosen[0])
+        return _split("backbone", together, params.backbone_lr, params)
     groups: list[Group] = []
     for index in reversed(chosen):
         rate = params.backbone_lr * params.layer_decay ** (len(blocks) - 1 - index)
-        groups += _split(f"backbone.{blocks[index].name}", blocks[index].parameters, rate, params, block=index)
+        groups += _split(f"backbone.{blocks[index].name}", blocks[index].parameters, rate, params)
     return groups
 
 
-def group_rows(groups: list[Group]) -> list[dict[str, Any]]:
-    """The table of groups: name, tensors, parameters, lr, weight_decay."""
-    return [
-        {
-            "name": group.name,
-            "tensors": len(group.parameters),
-            "parameters": group.count,
-            "lr": group.lr,
-            "weight_decay": group.weight_decay,
-        }
-        for group in groups
-    ]
+def first_groups(classifier: Classifier, params: FinetuneParams) -> list[Group]:
+    """What trains from the first epoch on.
+
+    Raises:
+        FinetuneError: nothing would, or more blocks are to be unfrozen than there are.
+    """
+    blocks = find_blocks(classifier.backbone)
+    opened = unfrozen_blocks(params.unfreeze, len(blocks), epoch=1, epochs=params.epochs)
+    groups = head_groups(classifier, params) + backbone_groups(blocks, opened, params)
+    if not groups:
+        raise FinetuneError(
+            "Nothing is left to train.",
+            where="finetune",
+            why=f"head_lr is {params.head_lr}, backbone_lr {params.backbone_lr}, unfreeze {params.unfreeze}",
+            remedy="set finetune.head_lr above 0",
+        )
+    return groups
 
 
 def describe_groups(groups: list[Group], total: int) -> str:
-    """The table as text, with trainable and total numbers of parameters below it."""
+    """A table of the groups, with trainable and total numbers of parameters below it."""
     rows = [("group", "tensors", "parameters", "lr", "weight decay")]
-    for row in group_rows(groups):
-        numbers = (f"{row['tensors']}", f"{row['parameters']:,}", f"{row['lr']:.3g}", f"{row['weight_decay']:.3g}")
-        rows.append((row["name"], *numbers))
+    for group in groups:
+        numbers = (f"{len(group.parameters)}", f"{group.count:,}", f"{group.lr:.3g}", f"{group.weight_decay:.3g}")
+        rows.append((group.name, *numbers))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = [
         "  ".join(
@@ -193,15 +206,87 @@ def _named(module: nn.Module, prefix: str) -> list[tuple[str, nn.Parameter]]:
     return [(f"{prefix}.{name}".lstrip("."), parameter) for name, parameter in module.named_parameters()]
 
 
-def _split(
-    name: str, parameters: Iterable[tuple[str, nn.Parameter]], lr: float, params: FinetuneParams, *, block: int | None
-) -> list[Group]:
+def _split(name: str, parameters: Iterable[tuple[str, nn.Parameter]], lr: float, params: FinetuneParams) -> list[Group]:
     """Vectors (norms and biases) keep their size by themselves; only matrices and kernels are decayed."""
     parameters = list(parameters)
     matrices = tuple(item for item in parameters if item[1].ndim > 1)
     vectors = tuple(item for item in parameters if item[1].ndim <= 1)
     groups = [
-        Group(name, lr, params.weight_decay, matrices, block),
-        Group(f"{name} (norms, biases)", lr, 0.0, vectors, block),
+        Group(name, lr, params.weight_decay, matrices),
+        Group(f"{name} (norms, biases)", lr, 0.0, vectors),
     ]
     return [group for group in groups if group.parameters]
+
+
+# -- optimizer and schedule --------------------------------------------------------------------------------------------
+
+
+def make_optimizer(groups: list[Group], params: FinetuneParams, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW, Adam (decay as a penalty on the loss) or SGD with momentum; fused where the device has it."""
+    items = [as_param_group(group) for group in groups]
+    fused = device.type in ("cpu", "cuda")
+    if params.optimizer == "sgd":
+        return torch.optim.SGD(items, lr=params.head_lr, momentum=params.momentum, fused=fused)
+    kind = torch.optim.AdamW if params.optimizer == "adamw" else torch.optim.Adam
+    return kind(items, lr=params.head_lr, fused=fused)
+
+
+def as_param_group(group: Group) -> dict[str, Any]:
+    """What torch's optimizers take; ``base_lr`` is the rate that the schedule's factor multiplies."""
+    return {
+        "params": [parameter for _, parameter in group.parameters],
+        "lr": group.lr,
+        "base_lr": group.lr,
+        "weight_decay": group.weight_decay,
+        "name": group.name,
+    }
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply every group's own rate by the schedule's ``factor``."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def highest_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The highest rate at present of the ``head_lr`` and of the ``backbone_lr``, where they train."""
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        part = "head_lr" if group["name"].startswith("head") else "backbone_lr"
+        rates[part] = max(rates.get(part, 0.0), group["lr"])
+    return rates
+
+
+def make_schedule(params: FinetuneParams, steps_per_epoch: int) -> Schedule:
+    """The factor on every group's rate at optimizer step 0, 1, ... of the whole training."""
+    total = max(steps_per_epoch * params.epochs, 1)
+    match params.schedule:
+        case "one_cycle":
+            return lambda step: params.one_cycle_peak * one_cycle(step, total)
+        case "cosine":
+            warmup = round(params.warmup_epochs * steps_per_epoch)
+            return lambda step: cosine(step, total, min(warmup, total - 1))
+        case "step":
+            return lambda step: float(params.step_gamma ** (step // (params.step_epochs * steps_per_epoch)))
+        case "none":
+            return lambda step: 1.0
+
+
+def one_cycle(step: int, total: int) -> float:
+    """From 1/25 up to 1 and down to nearly 0, both along a cosine (Smith and Topin 2018)."""
+    peak = WARMUP_SHARE * total - 1
+    first, last = 1 / FIRST_DIVISOR, 1 / FIRST_DIVISOR / LAST_DIVISOR
+    if step <= peak:
+        return _along_cosine(first, 1.0, step / peak)
+    return _along_cosine(1.0, last, min((step - peak) / max(total - 1 - peak, 1e-9), 1.0))
+
+
+def cosine(step: int, total: int, warmup: int) -> float:
+    """Linear to 1 within ``warmup`` steps, then along a cosine; the step after the last would be at 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return _along_cosine(1.0, 0.0, (step - warmup) / (total - warmup))
+
+
+def _along_cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2

@@ -14,24 +14,23 @@ from ..errors import FinetuneError
 
 
 @dataclass(frozen=True)
-class Score:
-    """Mean cross-entropy and accuracy over ``n`` images."""
+class SelectionScore:
+    """Mean cross-entropy and accuracy on the selection set."""
 
     loss: float
     accuracy: float
-    n: int
 
     @property
     def key(self) -> tuple[float, float]:
         """What orders scores: higher accuracy first; at equal accuracy, lower loss. A loss that is NaN is the worst."""
         return (self.accuracy, -self.loss) if math.isfinite(self.loss) else (-1.0, 0.0)
 
-    def beats(self, other: Score) -> bool:
+    def beats(self, other: SelectionScore) -> bool:
         """Whether this is strictly the better one."""
         return self.key > other.key
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EpochRow:
     """One epoch. Epoch 0 is the start, before any step; its training columns are None.
 
@@ -42,21 +41,21 @@ class EpochRow:
     """
 
     epoch: int
-    train_loss: float | None
-    train_accuracy: float | None
+    train_loss: float | None = None
+    train_accuracy: float | None = None
     selection_loss: float
     selection_accuracy: float
     seconds: float
-    images_per_second: float | None
-    head_lr: float | None
-    backbone_lr: float | None
+    images_per_second: float | None = None
+    head_lr: float | None = None
+    backbone_lr: float | None = None
     trainable: int
     best: bool
 
     @property
-    def score(self) -> Score:
+    def score(self) -> SelectionScore:
         """The score on the selection set."""
-        return Score(self.selection_loss, self.selection_accuracy, 0)
+        return SelectionScore(self.selection_loss, self.selection_accuracy)
 
     def as_text(self) -> str:
         """One line for the terminal."""

@@ -14,20 +14,18 @@ import torch
 from ..params.sections import FinetuneParams
 from .batchnorm import fused
 from .classifier import Classifier
-from .contract import Setting
 from .images import LabelledImages, PixelTransform
-from .network import TrainingNetwork
-from .steps import Stepper
+from .step import Setup, Stepper, TrainableClassifier
 
 SPANS = {"head_lr": (1e-5, 1.0), "backbone_lr": (1e-7, 1e-1)}
 MOMENTUM = 0.9  # of the smoothed loss
-DIVERGED = 3.0  # times the lowest smoothed loss ends a sweep
+DIVERGED = 3.0  # times the lowest smoothed loss ends a curve
 TOLERANCE = 0.02
 MARGIN = 10.0  # the suggestion lies this far below the largest rate that still did well
 
 
 @dataclass(frozen=True)
-class Sweep:
+class RateCurve:
     """Smoothed training loss against the rate of one part, the other part held still."""
 
     name: str
@@ -52,13 +50,13 @@ def find_learning_rates(
     train: LabelledImages,
     transform: PixelTransform,
     params: FinetuneParams,
-    setting: Setting,
+    setup: Setup,
     *,
     steps: int = 60,
-) -> tuple[Sweep, ...]:
-    """One sweep for the head, one for the backbone (where it is to train), on copies; ``classifier`` stays as it is."""
-    sweeps: list[Sweep] = []
-    with torch.random.fork_rng(devices=[setting.device] if setting.device.type == "cuda" else []):
+) -> tuple[RateCurve, ...]:
+    """One curve for the head, one for the backbone (where it is to train), on copies; ``classifier`` stays as it is."""
+    curves: list[RateCurve] = []
+    with torch.random.fork_rng(devices=[setup.device] if setup.device.type == "cuda" else []):
         for name in SPANS:
             if name == "backbone_lr" and params.unfreeze == "none":
                 continue
@@ -68,27 +66,27 @@ def find_learning_rates(
             elif params.unfreeze == "gradual":
                 alone["unfreeze"] = "all"
             changed = params.model_copy(update={**alone, "schedule": "none", "accumulate": 1})
-            sweeps.append(_sweep(name, copy.deepcopy(classifier), train, transform, changed, setting, steps))
-    return tuple(sweeps)
+            curves.append(_curve(name, copy.deepcopy(classifier), train, transform, changed, setup, steps))
+    return tuple(curves)
 
 
-def _sweep(
+def _curve(
     name: str,
     classifier: Classifier,
     train: LabelledImages,
     transform: PixelTransform,
     params: FinetuneParams,
-    setting: Setting,
+    setup: Setup,
     steps: int,
-) -> Sweep:
-    network = TrainingNetwork(classifier, params, device=setting.device, batchnorm=setting.batchnorm)
-    stepper = Stepper(network, train, transform, class_weights=setting.class_weights, dtype=setting.dtype)
-    network.train_mode()
+) -> RateCurve:
+    model = TrainableClassifier(classifier, params, setup)
+    stepper = Stepper(model, train, transform)
+    model.train_mode()
     planned = ((epoch, batch) for epoch in itertools.count(1) for batch in stepper.plan(epoch))
     chosen = list(itertools.islice(planned, steps))
     rates, losses = np.geomspace(*SPANS[name], steps), list[float]()
     smooth = 0.0
-    with fused(network.pairs):
+    with fused(model.pairs):
         pixels = stepper.prepare([batch for _, batch in chosen], 1)
         for number, ((epoch, batch), images) in enumerate(zip(chosen, pixels, strict=True)):
             sums = stepper.add_gradients(batch, images, epoch).tolist()
@@ -98,18 +96,18 @@ def _sweep(
                 break
             losses.append(loss)
             stepper.step(float(rates[number]))
-    return Sweep(name, tuple(rates[: len(losses)].tolist()), tuple(losses))
+    return RateCurve(name, tuple(rates[: len(losses)].tolist()), tuple(losses))
 
 
-def sweeps_plot(sweeps: tuple[Sweep, ...]) -> bytes:
+def rate_curves_plot(curves: tuple[RateCurve, ...]) -> bytes:
     """The curves with their suggestions, as SVG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5 * len(sweeps), 3.5), layout="constrained")
-    for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True):
-        axes.semilogx(sweep.rates, sweep.losses)
-        axes.axvline(sweep.suggestion, color="0.7", linewidth=1)
-        axes.set(xlabel=sweep.name, ylabel="training loss (smoothed)", title=f"suggested {sweep.suggestion:.1e}")
+    figure = Figure(figsize=(4.5 * len(curves), 3.5), layout="constrained")
+    for axes, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+        axes.semilogx(curve.rates, curve.losses)
+        axes.axvline(curve.suggestion, color="0.7", linewidth=1)
+        axes.set(xlabel=curve.name, ylabel="training loss (smoothed)", title=f"suggested {curve.suggestion:.1e}")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()

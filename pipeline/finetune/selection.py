@@ -1,9 +1,9 @@
-"""The score on the selection set: evaluation pixels, prepared once and kept where they fit."""
+"""The images that select the epoch: which ones, and the score on them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,16 +11,43 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..params.sections import FinetuneParams
-from ..runtime.distributed import World
-from .batches import prepare_batches, resolve_workers
-from .history import Score
-from .images import LabelledImages, PixelTransform, cache_budget
+from ..data.source import TEST, VAL
+from ..errors import FinetuneError
+from ..features.cache import FeatureTable
+from ..heads import hold_out
+from ..params import FinetuneParams
+from .history import SelectionScore
+from .images import LabelledImages, PixelTransform, cache_budget, prepare_batches, resolve_workers
+from .step import Setup
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Mixed precision in ``dtype``; float32 means none."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+@dataclass(frozen=True)
+class Holdout:
+    """Rows of a table (int positions): what trains, what is held out to select the epoch, and the latter's name."""
+
+    train: NDArray[np.int64]
+    selection: NDArray[np.int64]
+    name: str
+
+
+def hold_out_selection(table: FeatureTable, params: FinetuneParams, *, reported: int) -> Holdout:
+    """Select on val where a test split is reported, else on a stratified part of train, duplicates on one side.
+
+    Raises:
+        FinetuneError: no image can be set aside.
+    """
+    train, val = np.flatnonzero(table.train), np.flatnonzero(table.labelled(VAL))
+    if reported == TEST and len(val):
+        return Holdout(train, val, "val")
+    kept, held = hold_out(table.targets[train], table.groups[train], params.selection_fraction, params.seed)
+    if not len(held):
+        raise FinetuneError(
+            "No image can be set aside to select the epoch.",
+            where=table.root,
+            why="every class has a single independent image in train",
+            remedy="add images, or give a test split so that val selects",
+        )
+    return Holdout(train[kept], train[held], "a held-out part of train")
 
 
 class SelectionSet:
@@ -29,43 +56,29 @@ class SelectionSet:
     Pixels stay in memory where all of them fit into ``params.image_cache_mb``.
     """
 
-    def __init__(
-        self,
-        images: LabelledImages,
-        transform: PixelTransform,
-        device: torch.device,
-        params: FinetuneParams,
-        *,
-        world: World | None = None,
-    ) -> None:
-        self.images, self.transform, self.device = images, transform, device
-        world = world or World()
-        self.rows = np.arange(world.rank, len(images), world.size)
-        self.shared = world.size > 1
-        self.workers = resolve_workers(params.workers, device)
-        size = params.batch_size
-        self._batches = [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
-        self._keeps = len(self.rows) * 3 * transform.crop**2 <= cache_budget(params.image_cache_mb)
+    def __init__(self, images: LabelledImages, transform: PixelTransform, params: FinetuneParams, setup: Setup) -> None:
+        self.images, self.transform, self.setup = images, transform, setup
+        self.workers = resolve_workers(params.workers, setup.device)
+        rows, size = np.arange(setup.world.rank, len(images), setup.world.size), params.batch_size
+        self._batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        self._keeps = len(rows) * 3 * transform.crop**2 <= cache_budget(params.image_cache_mb)
         self._kept: list[Tensor] = []
 
-    def score(self, classifier: nn.Module, dtype: torch.dtype = torch.float32) -> Score:
+    def score(self, classifier: nn.Module) -> SelectionScore:
         """The score of ``classifier``, left in evaluation mode."""
+        classifier.eval()
         sums = torch.zeros(3, dtype=torch.float64)
-        for rows, logits in zip(self._batches, self._forward(classifier, dtype), strict=True):
+        for rows, pixels in zip(self._batches, self.pixels(), strict=True):
+            logits = self._logits(pixels, classifier)
             targets = torch.from_numpy(self.images.targets[rows])
             sums[0] += F.cross_entropy(logits.double(), targets, reduction="sum")
             sums[1] += (logits.argmax(1) == targets).sum()
             sums[2] += len(rows)
-        if self.shared:
-            sums = sums.to(self.device if self.device.type == "cuda" else "cpu")
+        if self.setup.world.size > 1:
+            sums = sums.to(self.setup.device if self.setup.device.type == "cuda" else "cpu")
             torch.distributed.all_reduce(sums)
         loss, correct, count = sums.tolist()
-        return Score(loss / max(count, 1), correct / max(count, 1), int(count))
-
-    def logits(self, classifier: nn.Module, dtype: torch.dtype = torch.float32) -> NDArray[np.float32]:
-        """Logits (rows of this process, classes), in the order of ``rows``."""
-        parts = list(self._forward(classifier, dtype))
-        return np.concatenate([part.numpy() for part in parts]) if parts else np.empty((0, 0), np.float32)
+        return SelectionScore(loss / max(count, 1), correct / max(count, 1))
 
     def pixels(self) -> Iterator[Tensor]:
         """The evaluation pixels of this process's images, a batch at a time: uint8 (n, 3, crop, crop), on the CPU."""
@@ -80,15 +93,10 @@ class SelectionSet:
             yield pixels
         self._kept = kept
 
-    def _forward(self, classifier: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
-        classifier.eval()
-        for pixels in self.pixels():
-            yield self._logits_of(pixels, classifier, dtype)
-
     @torch.inference_mode()
-    def _logits_of(self, pixels: Tensor, classifier: nn.Module, dtype: torch.dtype) -> Tensor:
-        images = self.transform.normalise(pixels.to(self.device, non_blocking=True), torch.float32)
-        with autocast(self.device, dtype):
+    def _logits(self, pixels: Tensor, classifier: nn.Module) -> Tensor:
+        images = self.transform.normalise(pixels.to(self.setup.device, non_blocking=True), torch.float32)
+        with self.setup.autocast():
             logits: Tensor = classifier(images.contiguous(memory_format=torch.channels_last))
         return logits.float().cpu()
 

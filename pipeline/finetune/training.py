@@ -1,31 +1,96 @@
-"""The training loop: epochs, steps, best state, checkpoints from which a killed run goes on bit for bit."""
+"""The training loop: epochs, steps, the best epoch, checkpoints from which a killed training goes on bit for bit."""
 
 from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from ..errors import Interrupted
-from ..files import file_lock
-from ..params.sections import FinetuneParams
+from ..params import FinetuneParams
+from ..runtime.distributed import World
+from ..runtime.interrupt import Interruption
 from ..runtime.memory import reuse_freed_memory
+from .averaging import MovingAverage, StateDict, interpolate
 from .batchnorm import fused
-from .checkpoint import load_checkpoint, load_state, save_checkpoint, save_state
+from .checkpoint import Checkpoints
 from .classifier import Classifier
-from .contract import Outcome, Position, Setting, State, Watch
-from .ema import MovingAverage
-from .history import EpochRow, Score
+from .groups import highest_rates, make_schedule
+from .history import EpochRow
 from .images import LabelledImages, PixelTransform
-from .network import TrainingNetwork
-from .parallel import by_main
-from .schedule import make_schedule
 from .selection import SelectionSet
-from .steps import Stepper
+from .step import Setup, Stepper, TrainableClassifier
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Called after each epoch (row) and each batch (images done); ``interruption`` can stop the training."""
+
+    on_epoch: Callable[[EpochRow], None] = lambda row: None
+    on_batch: Callable[[int], None] = lambda count: None
+    interruption: Interruption = field(default_factory=Interruption)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training leaves behind; weights are on the CPU, by the classifier's names.
+
+    Attributes:
+        start, tuned: the weights before any step, and those of the best epoch after it.
+        best_epoch: 0 where no epoch beats the start.
+        tuned_epoch: that of ``tuned``.
+    """
+
+    start: StateDict
+    tuned: StateDict
+    best_epoch: int
+    tuned_epoch: int
+    history: tuple[EpochRow, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def best(self) -> StateDict:
+        """The better of the two on the selection set."""
+        return self.tuned if self.best_epoch else self.start
+
+
+@dataclass
+class TrainingState:
+    """How far a training is; all of it goes into the checkpoint.
+
+    Attributes:
+        sums: loss, weights, correct, images of this epoch so far.
+    """
+
+    epoch: int = 1
+    batch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
+    finished: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def process_group(world: World, device: torch.device) -> Iterator[None]:
+    """Join the other processes (NCCL between GPUs, gloo elsewhere); nothing for a single process."""
+    if world.size == 1 or torch.distributed.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def train_classifier(
@@ -34,169 +99,195 @@ def train_classifier(
     selection: LabelledImages,
     transform: PixelTransform,
     params: FinetuneParams,
-    setting: Setting,
+    setup: Setup,
     *,
-    watch: Watch | None = None,
-) -> Outcome:
-    """Train, or go on from the checkpoint in ``setting.folder``; ``classifier`` ends up holding the best state.
+    folder: Path,
+    fingerprint: str,
+    callbacks: Callbacks | None = None,
+) -> TrainingResult:
+    """Train, or go on from the checkpoint in ``folder``; ``classifier`` ends up holding the best weights.
 
     The best epoch is that of the highest accuracy on ``selection``, of equal ones that of the lower loss. The random
     state of torch is left as it was.
+
+    Args:
+        fingerprint: of all that the result depends on; a checkpoint with another one is refused.
 
     Raises:
         FinetuneError: nothing trains, or the checkpoint belongs to another run.
         Interrupted: the user stopped it; the checkpoint is up to date.
         BlockingIOError: another process trains in that folder.
     """
-    devices = [setting.device] if setting.device.type == "cuda" else []
-    alone = (
-        file_lock(setting.folder / ".lock", shared=False, blocking=False) if setting.world.is_main else nullcontext()
-    )
+    checkpoints = Checkpoints(folder, fingerprint, setup.world)
+    devices = [setup.device] if setup.device.type == "cuda" else []
     reuse_freed_memory()
-    with alone, torch.random.fork_rng(devices=devices):
-        return _Training(classifier, train, selection, transform, params, setting, watch or Watch()).run()
+    with checkpoints.lock(), torch.random.fork_rng(devices=devices):
+        model = TrainableClassifier(classifier, params, setup)
+        scorer = SelectionSet(selection, transform, params, setup)
+        return _Training(model, Stepper(model, train, transform), scorer, checkpoints, callbacks or Callbacks()).run()
+
+
+def interpolate_result(
+    result: TrainingResult,
+    classifier: Classifier,
+    train: LabelledImages,
+    selection: LabelledImages,
+    transform: PixelTransform,
+    params: FinetuneParams,
+    setup: Setup,
+) -> tuple[TrainingResult, float]:
+    """The result with the best point between its start and end as ``tuned``, and that point's share; in float32."""
+    scorer = SelectionSet(selection, transform, params, replace(setup, dtype=torch.float32))
+    everything = SelectionSet(train, transform, params, replace(setup, world=World()))
+
+    def images() -> Iterator[Tensor]:
+        for batch in everything.pixels():
+            yield transform.normalise(batch.to(setup.device), torch.float32)
+
+    share, state = interpolate(classifier, result.start, result.tuned, scorer.score, images=images)
+    return replace(result, tuned=state, best_epoch=result.tuned_epoch if share else 0), share
 
 
 class _Training:
     def __init__(
         self,
-        classifier: Classifier,
-        train: LabelledImages,
-        selection: LabelledImages,
-        transform: PixelTransform,
-        params: FinetuneParams,
-        setting: Setting,
-        watch: Watch,
+        model: TrainableClassifier,
+        stepper: Stepper,
+        selection: SelectionSet,
+        checkpoints: Checkpoints,
+        callbacks: Callbacks,
     ) -> None:
-        self.params, self.setting, self.watch, self.world = params, setting, watch, setting.world
-        self.network = TrainingNetwork(
-            classifier, params, device=setting.device, batchnorm=setting.batchnorm, world=self.world
-        )
-        self.stepper = Stepper(self.network, train, transform, class_weights=setting.class_weights, dtype=setting.dtype)
-        self.selection = SelectionSet(selection, transform, setting.device, params, world=self.world)
-        self.schedule = make_schedule(params, sum(batch.closes for batch in self.stepper.plan(1)))
-        self.average = MovingAverage(self.network.classifier, params.ema) if params.ema else None
-        self.fingerprint = f"{setting.fingerprint}/{self.world.size}"
-        self.position, self.history = Position(), list[EpochRow]()
+        self.model, self.stepper, self.selection = model, stepper, selection
+        self.checkpoints, self.callbacks = checkpoints, callbacks
+        self.params, self.setup = model.params, model.setup
+        self.schedule = make_schedule(self.params, sum(batch.closes for batch in stepper.plan(1)))
+        self.average = MovingAverage(model.classifier, self.params.ema) if self.params.ema else None
+        self.state, self.history = TrainingState(), list[EpochRow]()
         self.last_saved = time.monotonic()
 
     # -- epochs ------------------------------------------------------------------------------------------------------
 
-    def run(self) -> Outcome:
-        with fused(self.network.pairs):
+    def run(self) -> TrainingResult:
+        with fused(self.model.pairs):
             if not self._resume():
-                self._begin()
-            while not self.position.finished:
+                self._score_start()
+            while not self.state.finished:
                 self._run_epoch()
-        return self._outcome()
+        return self._result()
 
-    def _begin(self) -> None:
+    def _score_start(self) -> None:
         started = time.monotonic()
-        score = self.selection.score(self.network.classifier, self.setting.dtype)
+        score = self.selection.score(self.model.classifier)
         row = EpochRow(
             epoch=0,
-            train_loss=None,
-            train_accuracy=None,
             selection_loss=score.loss,
             selection_accuracy=score.accuracy,
             seconds=time.monotonic() - started,
-            images_per_second=None,
-            head_lr=None,
-            backbone_lr=None,
-            trainable=self.network.trainable,
+            trainable=self.model.trainable,
             best=True,
         )
-        if self.world.is_main:
-            save_state(self.setting.folder, 0, self._state())
+        self.checkpoints.save_weights(0, self.model.classifier)
         self._record(row)
         self._save()
 
     def _run_epoch(self) -> None:
-        position, network = self.position, self.network
-        network.advance(position.epoch)
-        network.train_mode()
-        batches = self.stepper.plan(position.epoch)[position.batch :]
-        started, seconds_before = time.monotonic(), position.seconds
-        sums = torch.tensor(position.sums, dtype=self.stepper.sum_dtype, device=self.setting.device)
+        state, model = self.state, self.model
+        model.advance(state.epoch)
+        model.train_mode()
+        batches = self.stepper.plan(state.epoch)[state.batch :]
+        started, seconds_before = time.monotonic(), state.seconds
+        sums = torch.tensor(state.sums, dtype=self.stepper.sum_dtype, device=self.setup.device)
         done = sum(len(batch.rows) for batch in batches if batch.counts)
         step_sums = torch.zeros_like(sums)
-        for batch, pixels in zip(batches, self.stepper.prepare(batches, position.epoch), strict=True):
-            step_sums += self.stepper.add_gradients(batch, pixels, position.epoch)
+        for batch, pixels in zip(batches, self.stepper.prepare(batches, state.epoch), strict=True):
+            step_sums += self.stepper.add_gradients(batch, pixels, state.epoch)
             if batch.closes:
-                self.stepper.step(self.schedule(position.step))
+                self.stepper.step(self.schedule(state.step))
                 if self.average:
                     self.average.update()
                 stop = self._share(step_sums)
                 sums += step_sums
                 step_sums.zero_()
-                position.batch, position.step = batch.index + 1, position.step + 1
-                position.seconds = seconds_before + time.monotonic() - started
+                state.batch, state.step = batch.index + 1, state.step + 1
+                state.seconds = seconds_before + time.monotonic() - started
                 self._save_in_epoch(sums, stop=stop)
-            self.watch.on_batch(len(batch.rows) if batch.counts else 0)
-        position.sums = sums.tolist()
-        rate = done * self.world.size / max(time.monotonic() - started, 1e-9)
-        self._finish_epoch(rate)
+            self.callbacks.on_batch(len(batch.rows) if batch.counts else 0)
+        state.sums = sums.tolist()
+        self._finish_epoch(done * self.setup.world.size / max(time.monotonic() - started, 1e-9))
 
     def _finish_epoch(self, images_per_second: float) -> None:
-        position = self.position
-        loss, weights, correct, count = position.sums
-        score = self._score()
-        rates = self._rates()
+        state = self.state
+        loss, weights, correct, count = state.sums
+        with self._averaged():
+            score = self.selection.score(self.model.classifier)
+            if state.epoch == 1 or score.beats(self._best_row(first=1).score):
+                self.checkpoints.save_weights(state.epoch, self.model.classifier)
         row = EpochRow(
-            epoch=position.epoch,
+            epoch=state.epoch,
             train_loss=loss / max(weights, 1e-12),
             train_accuracy=correct / max(count, 1),
             selection_loss=score.loss,
             selection_accuracy=score.accuracy,
-            seconds=position.seconds,
+            seconds=state.seconds,
             images_per_second=images_per_second,
-            head_lr=rates.get("head"),
-            backbone_lr=rates.get("backbone"),
-            trainable=self.network.trainable,
-            best=score.beats(self._best_score(first=0)),
+            **highest_rates(self.model.optimizer),
+            trainable=self.model.trainable,
+            best=score.beats(self._best_row(first=0).score),
         )
-        if self.world.is_main and (position.epoch == 1 or score.beats(self._best_score(first=1))):
-            with self._averaged():
-                save_state(self.setting.folder, position.epoch, self._state())
         self._record(row)
-        position.epoch, position.batch, position.seconds, position.sums = position.epoch + 1, 0, 0.0, [0.0] * 4
-        position.finished = position.epoch > self.params.epochs or self._stops_early(row)
+        state.epoch, state.batch, state.seconds, state.sums = state.epoch + 1, 0, 0.0, [0.0] * 4
+        state.finished = state.epoch > self.params.epochs or self._stops_early(row)
         self._save()
 
     def _stops_early(self, row: EpochRow) -> bool:
         if not math.isfinite(row.train_loss or 0.0) or not math.isfinite(row.selection_loss):
-            self.position.warnings.append(
+            self.state.warnings.append(
                 f"training diverged in epoch {row.epoch} (loss not finite) and was stopped; lower the learning rates"
             )
             return True
-        waited = row.epoch - self._tuned_epoch()
+        waited = row.epoch - self._tuned_epoch
         if self.params.patience and waited >= self.params.patience:
-            self.position.warnings.append(f"stopped after epoch {row.epoch}: no better for {waited} epochs")
+            self.state.warnings.append(f"stopped after epoch {row.epoch}: no better for {waited} epochs")
             return True
         return False
 
     def _share(self, sums: Tensor) -> bool:
         """Add up the sums of all processes in place; whether any of them was asked to stop."""
-        stop = bool(self.watch.interruption)
-        if self.world.size == 1:
+        stop = bool(self.callbacks.interruption)
+        if self.setup.world.size == 1:
             return stop
         message = torch.cat([sums, sums.new_tensor([float(stop)])])
         torch.distributed.all_reduce(message)
         sums.copy_(message[:4])
         return bool(message[4] > 0)
 
-    # -- states ------------------------------------------------------------------------------------------------------
+    def _averaged(self) -> AbstractContextManager[None]:
+        return self.average.applied() if self.average else nullcontext()
+
+    # -- history -----------------------------------------------------------------------------------------------------
+
+    def _record(self, row: EpochRow) -> None:
+        self.history.append(row)
+        self.callbacks.on_epoch(row)
+
+    def _best_row(self, *, first: int) -> EpochRow:
+        return max(self.history[first:], key=lambda row: row.score.key)
+
+    @property
+    def _tuned_epoch(self) -> int:
+        return self._best_row(first=1).epoch if len(self.history) > 1 else 0
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def _resume(self) -> bool:
-        folder = self.setting.folder
-        content = by_main(self.world, lambda: load_checkpoint(folder, fingerprint=self.fingerprint))
+        content = self.checkpoints.load()
         if content is None:
             return False
-        self.position = Position(**content["position"])
+        self.state = TrainingState(**content["position"])
         self.history = [EpochRow(**row) for row in content["history"]]
-        self.network.advance(content["open"])
-        self.network.classifier.load_state_dict(content["model"])
-        self.network.optimizer.load_state_dict(content["optimizer"])
+        self.model.advance(content["open"])
+        self.model.classifier.load_state_dict(content["model"])
+        self.model.optimizer.load_state_dict(content["optimizer"])
         self.stepper.scaler.load_state_dict(content["scaler"])
         if self.average:
             self.average.restore(content["average"], content["average_steps"])
@@ -205,73 +296,34 @@ class _Training:
     def _save_in_epoch(self, sums: Tensor, *, stop: bool) -> None:
         due = time.monotonic() - self.last_saved >= 60 * self.params.checkpoint_minutes
         if due or stop:
-            self.position.sums = sums.tolist()
+            self.state.sums = sums.tolist()
             self._save()
         if stop:
             raise Interrupted(
-                f"Fine-tuning was stopped in epoch {self.position.epoch} of {self.params.epochs}.",
-                where=self.setting.folder,
+                f"Fine-tuning was stopped in epoch {self.state.epoch} of {self.params.epochs}.",
+                where=self.checkpoints.folder,
                 remedy="go on with --resume",
             )
 
     def _save(self) -> None:
         self.last_saved = time.monotonic()
-        if not self.world.is_main:
-            return
         content = {
-            "fingerprint": self.fingerprint,
-            "position": asdict(self.position),
+            "position": asdict(self.state),
             "history": [asdict(row) for row in self.history],
-            "open": self.network.epoch,
-            "model": self.network.classifier.state_dict(),
-            "optimizer": self.network.optimizer.state_dict(),
+            "open": self.model.epoch,
+            "model": self.model.classifier.state_dict(),
+            "optimizer": self.model.optimizer.state_dict(),
             "scaler": self.stepper.scaler.state_dict(),
             "average": self.average.state() if self.average else {},
             "average_steps": self.average.steps if self.average else 0,
         }
-        save_checkpoint(self.setting.folder, content, states={0, self._tuned_epoch()})
+        self.checkpoints.save(content, keep={0, self._tuned_epoch})
 
-    def _state(self) -> State:
-        state = self.network.classifier.state_dict()
-        return {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()
-        }
-
-    def _outcome(self) -> Outcome:
-        folder, epoch = self.setting.folder, self._tuned_epoch()
-        start, tuned = by_main(self.world, lambda: (load_state(folder, 0), load_state(folder, epoch)))
+    def _result(self) -> TrainingResult:
+        epoch = self._tuned_epoch
+        start, tuned = self.checkpoints.load_weights(0), self.checkpoints.load_weights(epoch)
         best = max((row.epoch for row in self.history if row.best), default=0)
-        outcome = Outcome(start, tuned, best, epoch, tuple(self.history), tuple(self.position.warnings))
-        self.network.classifier.load_state_dict(outcome.best)
-        self.network.classifier.eval()
-        return outcome
-
-    # -- small things ------------------------------------------------------------------------------------------------
-
-    def _averaged(self) -> AbstractContextManager[None]:
-        return self.average.applied() if self.average else nullcontext()
-
-    def _score(self) -> Score:
-        with self._averaged():
-            return self.selection.score(self.network.classifier, self.setting.dtype)
-
-    def _rates(self) -> dict[str, float]:
-        """The highest rate of the head and of the backbone."""
-        rates: dict[str, float] = {}
-        for group in self.network.optimizer.param_groups:
-            part = "head" if group["name"].startswith("head") else "backbone"
-            rates[part] = max(rates.get(part, 0.0), group["lr"])
-        return rates
-
-    def _best_row(self, first: int) -> EpochRow:
-        return max(self.history[first:], key=lambda row: row.score.key)
-
-    def _best_score(self, first: int) -> Score:
-        return self._best_row(first).score
-
-    def _tuned_epoch(self) -> int:
-        return self._best_row(1).epoch if len(self.history) > 1 else 0
-
-    def _record(self, row: EpochRow) -> None:
-        self.history.append(row)
-        self.watch.on_epoch(row)
+        result = TrainingResult(start, tuned, best, epoch, tuple(self.history), tuple(self.state.warnings))
+        self.model.classifier.load_state_dict(result.best)
+        self.model.classifier.eval()
+        return result

@@ -16,8 +16,16 @@ from torch import nn
 
 from pipeline.backbones.transform import Transform
 from pipeline.files import digest_bytes
-from pipeline.finetune import Classifier, LabelledImages, Outcome, Setting, Watch, make_random_head, train_classifier
-from pipeline.finetune.parallel import process_group
+from pipeline.finetune import (
+    Callbacks,
+    Classifier,
+    LabelledImages,
+    Setup,
+    TrainingResult,
+    make_random_head,
+    process_group,
+    train_classifier,
+)
 from pipeline.params.sections import AugmentParams, FinetuneParams
 from pipeline.runtime.distributed import world_from_environment
 
@@ -81,13 +89,27 @@ def tiny_params(**changes: Any) -> FinetuneParams:
 
 
 def train_tiny(
-    folder: Path, params: FinetuneParams, *, count: int = 36, watch: Watch | None = None, **setting: Any
-) -> tuple[Outcome, Classifier]:
+    folder: Path,
+    params: FinetuneParams,
+    *,
+    count: int = 36,
+    fingerprint: str = "tiny",
+    callbacks: Callbacks | None = None,
+    **setup: Any,
+) -> tuple[TrainingResult, Classifier]:
     classifier = tiny_classifier(dropout=params.dropout)
-    chosen = Setting(**{"folder": folder, "fingerprint": "tiny", "world": world_from_environment(), **setting})
-    images = labelled(count), labelled(18, seed=1)
-    outcome = train_classifier(classifier, *images, TRANSFORM, params, chosen, watch=watch)
-    return outcome, classifier
+    result = train_classifier(
+        classifier,
+        labelled(count),
+        labelled(18, seed=1),
+        TRANSFORM,
+        params,
+        Setup(**{"world": world_from_environment(), **setup}),
+        folder=folder,
+        fingerprint=fingerprint,
+        callbacks=callbacks,
+    )
+    return result, classifier
 
 
 def state_digest(state: dict[str, torch.Tensor]) -> str:
@@ -117,11 +139,11 @@ def main() -> None:
 
     os.rename = rename_or_die
     params = FinetuneParams.model_validate_json(task["params"])
-    setting = {"batchnorm": task["batchnorm"], "count": task.get("count", 36)}
+    changes = {"batchnorm": task["batchnorm"], "count": task.get("count", 36)}
     with process_group(world_from_environment(), torch.device("cpu")):
-        outcome, _ = train_tiny(Path(task["folder"]), params, watch=Watch(on_batch=die_when_due), **setting)
-    rows = [[row.epoch, row.train_loss, row.selection_loss, row.selection_accuracy] for row in outcome.history]
-    print(json.dumps({"tuned": state_digest(outcome.tuned), "history": rows}))
+        result, _ = train_tiny(Path(task["folder"]), params, callbacks=Callbacks(on_batch=die_when_due), **changes)
+    rows = [[row.epoch, row.train_loss, row.selection_loss, row.selection_accuracy] for row in result.history]
+    print(json.dumps({"tuned": state_digest(result.tuned), "history": rows}))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -13,6 +14,7 @@ from pipeline.finetune.augment import (
     Augment,
     crop_box,
     erase_box,
+    mix_images,
     trivial_augment,
 )
 from pipeline.params.sections import AugmentParams
@@ -99,3 +101,26 @@ def test_trivial_augment_operations_are_those_of_torchvision(image: Image.Image,
     got = trivial_augment(image, operation, level, -1.0, fill=None)
     difference = np.abs(np.asarray(got, dtype=int) - np.asarray(expected, dtype=int))
     assert difference.max() <= 1  # torchvision's magnitudes are float32
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
+def test_mixing_is_drawn_from_its_place(mixup: float, cutmix: float) -> None:
+    images = torch.randn(5, 3, 8, 8)
+    first = mix_images(images, mixup=mixup, cutmix=cutmix, place=(0, 1, 2))
+    torch.manual_seed(99)
+    again = mix_images(images, mixup=mixup, cutmix=cutmix, place=(0, 1, 2))
+    assert first and again
+    assert torch.equal(first.images, again.images) and first.share == again.share
+    others = [mix_images(images, mixup=mixup, cutmix=cutmix, place=(0, 1, batch)) for batch in range(9)]
+    assert len({mix.share for mix in others if mix}) > 5
+    assert mix_images(images, mixup=0.0, cutmix=0.0, place=(0, 1, 2)) is None
+
+
+def test_cutmix_share_is_the_area_that_stayed() -> None:
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16)
+    mix = mix_images(images, mixup=0.0, cutmix=1.0, place=(3, 1, 0))
+    assert mix is not None
+    for own, partner, mixed in zip(range(4), mix.partners.tolist(), mix.images, strict=True):
+        if own != partner:
+            assert (mixed == own).float().mean().item() == pytest.approx(mix.share)
+            assert (mixed == partner).float().mean().item() == pytest.approx(1 - mix.share)

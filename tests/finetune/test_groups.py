@@ -1,4 +1,4 @@
-"""Parameter groups: every trainable parameter once, frozen ones nowhere, rates by depth."""
+"""Parameter groups: every trainable parameter once, frozen ones nowhere, rates by depth and along the schedule."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from pipeline.finetune.groups import (
     backbone_groups,
     describe_groups,
     find_blocks,
-    group_rows,
+    first_groups,
     head_groups,
+    make_schedule,
     unfrozen_blocks,
 )
-from pipeline.finetune.network import TrainingNetwork
+from pipeline.finetune.step import Setup, TrainableClassifier
 
 from .support import tiny_classifier, tiny_params
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -64,33 +63,32 @@ def test_layer_decay_lowers_the_rate_with_the_distance_from_the_head() -> None:
 
 @pytest.mark.parametrize("unfreeze", ["none", "last-1", "last-2", "all"])
 def test_frozen_parameters_are_in_no_optimizer(unfreeze: str) -> None:
-    network = TrainingNetwork(tiny_classifier(), tiny_params(unfreeze=unfreeze), device=CPU, batchnorm="frozen")
-    held = {id(parameter) for group in network.optimizer.param_groups for parameter in group["params"]}
-    trainable = {id(parameter) for parameter in network.classifier.parameters() if parameter.requires_grad}
+    model = TrainableClassifier(tiny_classifier(), tiny_params(unfreeze=unfreeze), Setup())
+    held = {id(parameter) for group in model.optimizer.param_groups for parameter in group["params"]}
+    trainable = {id(parameter) for parameter in model.classifier.parameters() if parameter.requires_grad}
     assert held == trainable
     opened = {"none": 0, "last-1": 1, "last-2": 2, "all": 3}[unfreeze]
-    assert len(network.open) == opened
-    modes = [block.modules[0].training for block in network.blocks]
-    network.train_mode()
-    modes = [block.modules[0].training for block in network.blocks]
+    assert len(model.open) == opened
+    model.train_mode()
+    modes = [block.modules[0].training for block in model.blocks]
     assert modes == [index >= 3 - opened for index in range(3)]
 
 
 def test_zero_rates_freeze() -> None:
-    network = TrainingNetwork(tiny_classifier(), tiny_params(backbone_lr=0.0), device=CPU, batchnorm="frozen")
-    assert network.trainable == sum(parameter.numel() for parameter in network.classifier.head.parameters())
+    model = TrainableClassifier(tiny_classifier(), tiny_params(backbone_lr=0.0), Setup())
+    assert model.trainable == sum(parameter.numel() for parameter in model.classifier.head.parameters())
     with pytest.raises(FinetuneError, match="Nothing is left to train"):
-        TrainingNetwork(tiny_classifier(), tiny_params(backbone_lr=0.0, head_lr=0.0), device=CPU, batchnorm="frozen")
+        first_groups(tiny_classifier(), tiny_params(backbone_lr=0.0, head_lr=0.0))
 
 
 def test_gradual_unfreezing_ends_with_everything_and_keeps_the_optimizer() -> None:
-    network = TrainingNetwork(tiny_classifier(), tiny_params(unfreeze="gradual"), device=CPU, batchnorm="frozen")
-    optimizer, counts = network.optimizer, [network.trainable]
+    model = TrainableClassifier(tiny_classifier(), tiny_params(unfreeze="gradual"), Setup())
+    optimizer, counts = model.optimizer, [model.trainable]
     for epoch in (2, 3):
-        network.advance(epoch)
-        counts.append(network.trainable)
-    assert counts == sorted(set(counts)) and counts[-1] == network.total
-    assert network.optimizer is optimizer
+        model.advance(epoch)
+        counts.append(model.trainable)
+    assert counts == sorted(set(counts)) and counts[-1] == sum(one.numel() for one in model.classifier.parameters())
+    assert model.optimizer is optimizer
     assert len(unfrozen_blocks("gradual", 13, epoch=1, epochs=5)) == 0
     assert len(unfrozen_blocks("gradual", 13, epoch=5, epochs=5)) == 13
 
@@ -102,10 +100,9 @@ def test_too_many_blocks_is_an_error_that_names_the_limit() -> None:
 
 def test_the_table_adds_up() -> None:
     classifier, params = tiny_classifier(), tiny_params()
-    blocks = find_blocks(classifier.backbone)
-    groups = head_groups(classifier, params) + backbone_groups(blocks, range(3), params)
+    groups = first_groups(classifier, params)
     total = sum(parameter.numel() for parameter in classifier.parameters())
-    assert sum(row["parameters"] for row in group_rows(groups)) == total
+    assert sum(group.count for group in groups) == total
     assert f"trainable {total:,} of {total:,} parameters (100.0 %)" in describe_groups(groups, total)
 
 
@@ -113,3 +110,34 @@ def test_blocks_of_a_plain_torchvision_model_cover_it() -> None:
     model = torchvision.models.squeezenet1_0(weights=None)
     named = [name for block in find_blocks(model) for name, _ in block.parameters]
     assert len(named) == len(set(named)) == len(list(model.parameters()))
+
+
+def test_one_cycle_is_that_of_torch() -> None:
+    schedule = make_schedule(tiny_params(schedule="one_cycle", one_cycle_peak=10.0, epochs=4), 5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=10.0, total_steps=20, cycle_momentum=False)
+    for step in range(20):
+        assert schedule(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+        optimizer.step()
+        if step < 19:
+            reference.step()
+
+
+def test_cosine_warms_up_then_falls_to_zero() -> None:
+    schedule = make_schedule(tiny_params(schedule="cosine", warmup_epochs=0.5, epochs=2), 10)
+    factors = [schedule(step) for step in range(20)]
+    assert factors[:5] == sorted(factors[:5]) and 0 < factors[0] < 0.2
+    assert factors[5] == 1.0
+    assert factors[5:] == sorted(factors[5:], reverse=True)
+    assert schedule(20) == pytest.approx(0.0)
+
+
+def test_step_and_none() -> None:
+    schedule = make_schedule(tiny_params(schedule="step", step_epochs=2, step_gamma=0.1, epochs=5), 3)
+    assert [schedule(epoch * 3) for epoch in range(5)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert {make_schedule(tiny_params(schedule="none"), 3)(step) for step in range(9)} == {1.0}
+
+
+def test_a_single_step_has_a_rate() -> None:
+    for name in ("one_cycle", "cosine", "step", "none"):
+        assert make_schedule(tiny_params(schedule=name, epochs=1), 1)(0) > 0

@@ -11,19 +11,19 @@ import torch
 
 from pipeline.errors import FinetuneError, Interrupted
 from pipeline.files import file_lock
-from pipeline.finetune import Setting, Watch, train_classifier
+from pipeline.finetune import Callbacks, Setup, train_classifier
 from pipeline.finetune.batchnorm import batchnorm_modules
 
 from .support import STILL, TRANSFORM, labelled, state_digest, tiny_classifier, tiny_params, train_tiny
 
 
 def test_it_learns_and_returns_the_best_epoch(tmp_path: Path) -> None:
-    outcome, classifier = train_tiny(tmp_path, tiny_params(epochs=6, backbone_lr=3e-2, head_lr=3e-2, batch_size=6))
-    scores = [(row.selection_accuracy, -row.selection_loss) for row in outcome.history]
-    assert outcome.history[0].epoch == 0 and outcome.history[0].train_loss is None
-    assert outcome.history[outcome.best_epoch].selection_accuracy > 0.8
-    assert scores[outcome.best_epoch] == max(scores)
-    assert state_digest(dict(classifier.state_dict())) == state_digest(outcome.best)
+    result, classifier = train_tiny(tmp_path, tiny_params(epochs=6, backbone_lr=3e-2, head_lr=3e-2, batch_size=6))
+    scores = [(row.selection_accuracy, -row.selection_loss) for row in result.history]
+    assert result.history[0].epoch == 0 and result.history[0].train_loss is None
+    assert result.history[result.best_epoch].selection_accuracy > 0.8
+    assert scores[result.best_epoch] == max(scores)
+    assert state_digest(dict(classifier.state_dict())) == state_digest(result.best)
     assert not classifier.training
 
 
@@ -38,19 +38,26 @@ def test_the_start_is_kept_where_no_epoch_beats_it(tmp_path: Path) -> None:
     train = dataclasses.replace(train, targets=np.ones(12, np.int64))  # teaches only the wrong class
     selection = labelled(6, seed=1)
     selection = dataclasses.replace(selection, targets=np.zeros(6, np.int64))
-    outcome = train_classifier(
-        classifier, train, selection, TRANSFORM, params.model_copy(update={"head_lr": 1.0}), Setting(tmp_path, "x")
+    result = train_classifier(
+        classifier,
+        train,
+        selection,
+        TRANSFORM,
+        params.model_copy(update={"head_lr": 1.0}),
+        Setup(),
+        folder=tmp_path,
+        fingerprint="x",
     )
-    assert outcome.best_epoch == 0 and outcome.tuned_epoch > 0
-    assert state_digest(outcome.best) == before == state_digest(dict(classifier.state_dict()))
-    assert state_digest(outcome.tuned) != before
+    assert result.best_epoch == 0 and result.tuned_epoch > 0
+    assert state_digest(result.best) == before == state_digest(dict(classifier.state_dict()))
+    assert state_digest(result.tuned) != before
 
 
 @pytest.mark.parametrize("batchnorm", ["frozen", "train"])
 def test_buffers_of_frozen_parts_are_bit_identical(tmp_path: Path, batchnorm: str) -> None:
     params = tiny_params(unfreeze="last-1", epochs=1)
-    outcome, classifier = train_tiny(tmp_path, params, batchnorm=batchnorm)
-    changed = {name for name, value in outcome.tuned.items() if not torch.equal(value, outcome.start[name])}
+    result, classifier = train_tiny(tmp_path, params, batchnorm=batchnorm)
+    changed = {name for name, value in result.tuned.items() if not torch.equal(value, result.start[name])}
     moved = {name for name in changed if "running_" in name or "num_batches" in name}
     assert {name for name in changed if name.startswith("backbone.")} - moved == {
         "backbone.2.0.weight",
@@ -62,16 +69,16 @@ def test_buffers_of_frozen_parts_are_bit_identical(tmp_path: Path, batchnorm: st
 
 
 def test_head_only(tmp_path: Path) -> None:
-    outcome, _ = train_tiny(tmp_path, tiny_params(unfreeze="none", epochs=1), batchnorm="train")
-    changed = {name for name, value in outcome.tuned.items() if not torch.equal(value, outcome.start[name])}
+    result, _ = train_tiny(tmp_path, tiny_params(unfreeze="none", epochs=1), batchnorm="train")
+    changed = {name for name, value in result.tuned.items() if not torch.equal(value, result.start[name])}
     assert changed == {"head.linear0.weight", "head.linear0.bias"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_a_batch_of_one_image_trains(tmp_path: Path, batch_size: int) -> None:
     params = tiny_params(epochs=1, batch_size=batch_size)
-    outcome, _ = train_tiny(tmp_path, params, count=batch_size + 1, batchnorm="train")
-    assert np.isfinite(outcome.history[1].train_loss)
+    result, _ = train_tiny(tmp_path, params, count=batch_size + 1, batchnorm="train")
+    assert np.isfinite(result.history[1].train_loss)
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
@@ -100,18 +107,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, name: str)
     whole, _ = train_tiny(tmp_path / "whole", params, batchnorm="train")
     seen = 0
     for stop_after in (2, 3, 4):
-        watch = Watch()
+        callbacks = Callbacks()
 
-        def count(images: int, watch: Watch = watch, stop_after: int = stop_after) -> None:
+        def count(images: int, callbacks: Callbacks = callbacks, stop_after: int = stop_after) -> None:
             nonlocal seen
             seen += 1
             if seen >= stop_after:
-                watch.interruption.request()
+                callbacks.interruption.request()
 
-        watch = dataclasses.replace(watch, on_batch=count)
+        callbacks = dataclasses.replace(callbacks, on_batch=count)
         seen = 0
         with pytest.raises(Interrupted):
-            train_tiny(tmp_path / "cut", params, watch=watch, batchnorm="train")
+            train_tiny(tmp_path / "cut", params, callbacks=callbacks, batchnorm="train")
     torch.manual_seed(123)
     resumed, _ = train_tiny(tmp_path / "cut", params, batchnorm="train")
     assert state_digest(resumed.tuned) == state_digest(whole.tuned)
@@ -143,23 +150,30 @@ def test_the_random_state_outside_is_left_alone(tmp_path: Path) -> None:
     classifier = tiny_classifier()
     torch.random.set_rng_state(state)
     train_classifier(
-        classifier, labelled(9), labelled(6), TRANSFORM, tiny_params(epochs=1, dropout=0.5), Setting(tmp_path, "x")
+        classifier,
+        labelled(9),
+        labelled(6),
+        TRANSFORM,
+        tiny_params(epochs=1, dropout=0.5),
+        Setup(),
+        folder=tmp_path,
+        fingerprint="x",
     )
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_early_stopping(tmp_path: Path) -> None:
     params = tiny_params(epochs=20, patience=2, backbone_lr=0.0, head_lr=1e-7, schedule="none")
-    outcome, _ = train_tiny(tmp_path, params, count=12)
-    waited = outcome.history[-1].epoch - outcome.tuned_epoch
-    assert outcome.history[-1].epoch == 20 or (waited == 2 and "no better for 2 epochs" in outcome.warnings[0])
+    result, _ = train_tiny(tmp_path, params, count=12)
+    waited = result.history[-1].epoch - result.tuned_epoch
+    assert result.history[-1].epoch == 20 or (waited == 2 and "no better for 2 epochs" in result.warnings[0])
 
 
 def test_divergence_stops_and_keeps_the_start(tmp_path: Path) -> None:
     params = tiny_params(epochs=5, optimizer="sgd", clip_norm=0.0, schedule="none", head_lr=1e30, backbone_lr=1e30)
-    outcome, _ = train_tiny(tmp_path, params)
-    assert len(outcome.history) < 6 and "diverged" in outcome.warnings[0]
-    assert all(torch.isfinite(value).all() for value in outcome.best.values())
+    result, _ = train_tiny(tmp_path, params)
+    assert len(result.history) < 6 and "diverged" in result.warnings[0]
+    assert all(torch.isfinite(value).all() for value in result.best.values())
 
 
 def test_other_params_or_data_cannot_go_on_from_a_checkpoint(tmp_path: Path) -> None:

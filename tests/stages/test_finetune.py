@@ -112,10 +112,18 @@ def test_without_a_fitting_probe_the_message_says_what_to_do(run_extract: Extrac
     assert "train-head" in str(caught.value)
 
 
+def test_a_run_that_does_not_fit_says_why(probe: Path, make_params: MakeParams) -> None:
+    extract(make_params("transform.crop=24"), silent, quiet=True)
+    with pytest.raises(FinetuneError, match="it was made with another transform"):
+        finetune(make_params(*QUICK, "transform.crop=24"), silent, from_run=probe.name)
+
+
 def test_the_rate_finder_suggests_both_rates(probe: Path, make_params: MakeParams) -> None:
     found = find_lr(make_params(*QUICK), silent)
     assert set(found["suggested"]) == {"head_lr", "backbone_lr"}
     assert Path(found["plot"]).read_bytes().startswith(b"<?xml")
+    with pytest.raises(FinetuneError, match="unfinished are: none"):
+        finetune(make_params(*QUICK), silent, resume="latest")
 
 
 def test_a_killed_training_resumes_to_the_same_weights(probe: Path, make_params: MakeParams, tmp_path: Path) -> None:

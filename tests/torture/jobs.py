@@ -70,8 +70,8 @@ def collect_often_job(settings: list[str], until: str) -> int:
 def finetune_job(folder: str, params: str) -> str:
     """A tiny training, continued where it was left; the digest of the weights it ends with."""
     torch.set_num_threads(1)
-    outcome, _ = train_tiny(Path(folder), FinetuneParams.model_validate_json(params), batchnorm="train")
-    return state_digest(outcome.tuned)
+    result, _ = train_tiny(Path(folder), FinetuneParams.model_validate_json(params), batchnorm="train")
+    return state_digest(result.tuned)
 
 
 def read_often_job(settings: list[str], reference: str, until: str) -> int:

@@ -1,4 +1,4 @@
-"""Batches: every image once, shared out without gaps; pixels in order, errors where they belong."""
+"""Training images: decoded once, every one in a batch once, pixels in order, errors where they belong."""
 
 from __future__ import annotations
 
@@ -9,10 +9,37 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pipeline.finetune.batches import plan_epoch, prepare_batches, resolve_workers
+from pipeline.finetune.images import (
+    CachedImages,
+    LabelledImages,
+    cache_budget,
+    plan_epoch,
+    prepare_batches,
+    resolve_workers,
+)
 from pipeline.runtime.distributed import World
 
-from .support import tiny_params
+from .support import (
+    Pictures,
+    labelled,
+    tiny_params,
+)
+
+
+def test_images_are_decoded_once_within_the_budget() -> None:
+    pictures = Pictures(4)
+    cached = CachedImages(pictures, budget=3 * 16 * 16 * 3)
+    for _ in range(3):
+        for index in range(4):
+            assert np.array_equal(np.asarray(cached.image(index)), pictures.arrays[index])
+    assert pictures.decoded == 3 + 3
+    assert cache_budget(5) == 5_000_000 and 0 < cache_budget("auto") <= 4 << 30
+
+
+def test_targets_must_fit_their_images() -> None:
+    with pytest.raises(ValueError, match="4 images but 3 targets"):
+        LabelledImages(Pictures(4), np.zeros(3, np.int64))
+    assert len(labelled(4)) == 4
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 33])

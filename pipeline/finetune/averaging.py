@@ -1,0 +1,124 @@
+"""Averages of weights: a moving one along the training, and the best one between its start and its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .batchnorm import batchnorm_modules
+from .history import SelectionScore
+
+StateDict = dict[str, Tensor]
+SHARES = tuple(step / 10 for step in range(11))
+
+
+class MovingAverage:
+    """Follows ``module``'s parameters and floating buffers: ``average += (1 - decay) * (value - average)``.
+
+    Over the first steps the decay grows from 0.1 (``(1 + n) / (10 + n)``), lest the start weighs for thousands of them.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self._live = {name: value for name, value in module.state_dict().items() if value.is_floating_point()}
+        self._average = {name: value.clone() for name, value in self._live.items()}
+
+    def update(self) -> None:
+        """Take one step towards the current values."""
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
+        torch._foreach_lerp_(list(self._average.values()), list(self._live.values()), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the block the module holds the average."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def state(self) -> dict[str, Tensor]:
+        """The averages by name; with ``steps`` all that `restore` needs."""
+        return self._average
+
+    def restore(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Continue from a saved `state`."""
+        self.steps = steps
+        for name, value in self._average.items():
+            value.copy_(state[name])
+
+    def _swap(self) -> None:
+        for name, value in self._live.items():
+            kept = value.clone()
+            value.copy_(self._average[name])
+            self._average[name].copy_(kept)
+
+
+# -- interpolation -----------------------------------------------------------------------------------------------------
+
+
+def mix_states(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], share: float) -> StateDict:
+    """``(1 - share) * start + share * tuned`` of all floating tensors; counters are those of ``tuned``."""
+    return {
+        name: torch.lerp(start[name], value, share) if value.is_floating_point() else value.clone()
+        for name, value in tuned.items()
+    }
+
+
+def interpolate(
+    classifier: nn.Module,
+    start: StateDict,
+    tuned: StateDict,
+    score: Callable[[nn.Module], SelectionScore],
+    *,
+    images: Callable[[], Iterable[Tensor]],
+) -> tuple[float, StateDict]:
+    """The best point of the line between two states by ``score`` (WiSE-FT, Wortsman et al. 2022).
+
+    The line often holds a classifier better than either end, above all away from the training data.
+
+    Args:
+        images: normalised batches of train (n, 3, h, w); where BatchNorm statistics moved, those of a mix are
+            estimated anew from them, since the mean of two statistics describes neither network.
+
+    Returns:
+        the share (0 is ``start``, 1 ``tuned``) and its state, which ``classifier`` ends up holding.
+    """
+    moved = [name for name in tuned if "running_" in name and not torch.equal(start[name], tuned[name])]
+    best: tuple[float, StateDict, SelectionScore] | None = None
+    for share in SHARES:
+        state = mix_states(start, tuned, share)
+        classifier.load_state_dict(state)
+        if moved and 0 < share < 1:
+            reestimate_statistics(classifier, images())
+            state = {name: value.detach().cpu().clone() for name, value in classifier.state_dict().items()}
+        reached = score(classifier)
+        if best is None or reached.beats(best[2]):
+            best = share, state, reached
+    assert best is not None
+    classifier.load_state_dict(best[1])
+    return best[:2]
+
+
+def reestimate_statistics(classifier: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set every BatchNorm's statistics to their mean over ``batches``; parameters stay, eval mode afterwards."""
+    norms = batchnorm_modules(classifier)
+    momenta = [norm.momentum for norm in norms]
+    classifier.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    try:
+        with torch.no_grad():
+            for images in batches:
+                if len(images) > 1:
+                    classifier(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        classifier.eval()

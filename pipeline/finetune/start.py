@@ -1,0 +1,124 @@
+"""Where a training starts: the head of a stage-two run, refitted without the images that select the epoch, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from ..artifacts import BackboneRecord, RunModel, list_runs, read_model, resolve_run
+from ..errors import FinetuneError, RunError
+from ..features.cache import FeatureTable
+from ..heads import Head, Layers, kinds_of_layers, log_losses, make_head, standardisation
+from ..params import FinetuneParams, HeadParams
+from ..runtime.cores import usable_cores
+from .classifier import make_head_module, make_random_head
+from .history import SelectionScore
+from .selection import Holdout
+
+
+@dataclass(frozen=True)
+class Start:
+    """The head that training begins with.
+
+    Attributes:
+        kind: of head that the fine-tuned one is saved as.
+        expected: the refitted probe's score on the selection set from cached features; None for a random head.
+    """
+
+    head: nn.Sequential
+    kind: str
+    expected: SelectionScore | None = None
+
+
+def random_start(table: FeatureTable, params: FinetuneParams) -> Start:
+    """A head with random weights."""
+    width, classes = table.features.shape[1], len(table.class_names)
+    head = make_random_head(width, classes, hidden=params.hidden, dropout=params.dropout, seed=params.seed)
+    return Start(head, "mlp" if params.hidden else "linear")
+
+
+def probe_start(table: FeatureTable, holdout: Holdout, section: HeadParams, kind: str, *, dropout: float) -> Start:
+    """A head of the probe's ``kind`` with the probe's ``section``, fitted to what trains alone."""
+    section = section.model_copy(update={"kind": kind, "calibrate": "none"})
+    head = make_head(kind, section, class_names=table.class_names, jobs=usable_cores())
+    X, rows = table.features[holdout.train], holdout.train
+    head.fit(X, table.targets[rows], table.groups[rows])
+    # Its standardisation becomes a fixed layer again, which conditions the training of its weights.
+    mean, scale = standardisation(X, section.standardize)
+    scale = np.where(np.isfinite(scale), scale, 1.0)
+    layers = head.as_layers()
+    assert layers is not None
+    first, bias = layers.weights[0], layers.biases[0]
+    unfolded = Layers((first * scale, *layers.weights[1:]), (bias + first @ mean, *layers.biases[1:]))
+    module = make_head_module(unfolded, moments=(mean, scale), dropout=dropout)
+    return Start(module, kind, _score(head, table, holdout.selection))
+
+
+def _score(head: Head, table: FeatureTable, rows: NDArray[np.int64]) -> SelectionScore:
+    y = table.targets[rows]
+    probabilities = head.predict_proba(table.features[rows])
+    index = np.searchsorted(head.classes_, y)
+    accuracy = float((head.classes_[probabilities.argmax(axis=1)] == y).mean())
+    return SelectionScore(float(log_losses(probabilities, index).mean()), accuracy)
+
+
+def find_probe(
+    runs_dir: Path,
+    wanted: str | None,
+    *,
+    backbone: BackboneRecord,
+    transform: dict[str, Any],
+    class_names: Sequence[str],
+    data_digest: str,
+) -> Path:
+    """The run to start from: the one ``wanted``, or the latest stage-two run that fits.
+
+    Args:
+        backbone, transform: what made the features at hand.
+        class_names, data_digest: of the data at hand; a run that is asked for by name may be of other images.
+
+    Raises:
+        FinetuneError: the wanted run does not fit, or none does.
+    """
+
+    def misfit(model: RunModel) -> str | None:
+        """Why a run cannot be the start, or None."""
+        if model.head.kind not in kinds_of_layers():
+            return f"its head is of kind {model.head.kind}; fine-tuning takes {', '.join(kinds_of_layers())}"
+        if model.backbone != backbone:
+            return f"it was made with the backbone {model.backbone.name} with other weights, layer or pooling"
+        if model.class_names != list(class_names):
+            return "it knows other classes"
+        if model.transform != transform:
+            return "it was made with another transform"
+        return None
+
+    if wanted is not None:
+        folder = resolve_run(runs_dir, wanted)
+        if problem := misfit(read_model(folder)):
+            raise FinetuneError(
+                "This run cannot be fine-tuned with these params.",
+                where=folder,
+                why=problem,
+                remedy="run train-head with the params at hand and start from that run",
+            )
+        return folder
+    for entry in list_runs(runs_dir):
+        try:
+            model = read_model(entry.path)
+        except RunError:
+            continue  # damaged, or removed since it was listed
+        if misfit(model) is None and model.data.digest == data_digest:
+            return entry.path.resolve()
+    raise FinetuneError(
+        "No stage-two run fits these params.",
+        where=runs_dir,
+        why=f"it must have the same images, backbone and transform, and a head of kind {', '.join(kinds_of_layers())}",
+        remedy="run `pipeline train-head` first (make finetune does), or set finetune.start=random",
+    )

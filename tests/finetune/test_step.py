@@ -1,0 +1,66 @@
+"""One step: the loss that adds up, class weights, precision."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.errors import DeviceError, FinetuneError
+from pipeline.finetune.augment import mix_images
+from pipeline.finetune.step import Objective, correct_sum, resolve_class_weights, resolve_training_dtype
+
+from .support import (
+    tiny_params,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_loss_is_torchs_weighted_mean() -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(10, 3), torch.arange(10) % 3
+    weights = np.array([1.0, 2.0, 0.5])
+    objective = Objective(0.0, weights, CPU)
+    mean = objective.loss_sum(logits, targets, None) / objective.weight_sum(targets.numpy())
+    torch.testing.assert_close(mean, F.cross_entropy(logits, targets, torch.tensor(weights, dtype=torch.float32)))
+    parts = [objective.loss_sum(logits[half], targets[half], None) for half in (slice(0, 4), slice(4, 10))]
+    torch.testing.assert_close(sum(parts) / objective.weight_sum(targets.numpy()), mean)
+
+
+def test_mixed_loss_counts_both_targets() -> None:
+    logits, targets = torch.randn(6, 3), torch.arange(6) % 3
+    mix = mix_images(torch.randn(6, 3, 8, 8), mixup=0.4, cutmix=0.0, place=(0, 1, 2))
+    assert mix is not None
+    objective = Objective(0.1, None, CPU)
+    soft = mix.share * F.one_hot(targets, 3) + (1 - mix.share) * F.one_hot(targets[mix.partners], 3)
+    expected = F.cross_entropy(logits, soft.float(), label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(objective.loss_sum(logits, targets, mix), expected)
+    assert 0 <= float(correct_sum(logits, targets, mix)) <= 6
+
+
+def test_balanced_weights_are_those_of_sklearn() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    targets = np.array([0, 0, 0, 1, 2, 2])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=targets)
+    balanced = tiny_params(class_weight="balanced")
+    np.testing.assert_allclose(resolve_class_weights(balanced, targets, "abc"), expected)
+    assert resolve_class_weights(balanced, targets, "abcd")[3] == 1.0
+
+
+def test_class_weights_by_name() -> None:
+    targets = np.array([0, 1, 2])
+    assert resolve_class_weights(tiny_params(), targets, "abc") is None
+    assert resolve_class_weights(tiny_params(class_weight={"b": 3.0}), targets, "abc").tolist() == [1.0, 3.0, 1.0]
+    with pytest.raises(FinetuneError, match="'d'"):
+        resolve_class_weights(tiny_params(class_weight={"d": 1.0}), targets, "abc")
+
+
+def test_precision() -> None:
+    assert resolve_training_dtype("float32", CPU) == torch.float32
+    assert resolve_training_dtype("bfloat16", CPU) == torch.bfloat16
+    assert resolve_training_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+    with pytest.raises(DeviceError, match="float16"):
+        resolve_training_dtype("float16", CPU)
