@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.data.source import TEST, TRAIN, VAL
 from pipeline.errors import FinetuneError
 from pipeline.features.cache import FeatureTable
 from pipeline.finetune import Setup, hold_out_selection
-from pipeline.finetune.selection import TEST, TRAIN, VAL, SelectionSet
+from pipeline.finetune.selection import SelectionSet
 
 from .support import TRANSFORM, Pictures, labelled, tiny_classifier, tiny_params
 
