@@ -94,7 +94,7 @@ def predict(
     from ..stages.run import load_run
 
     loaded = load_run(resolve_run(runs_dir, run), overrides)
-    predictions = loaded.predict(paths, top=top, quiet=reporter.quiet)
+    predictions = loaded.predict(paths, top=top, say=reporter.warn, quiet=reporter.quiet)
     _finish_predictions(predictions, top, output, reporter, run=str(loaded.folder))
 
 

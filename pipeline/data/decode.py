@@ -42,6 +42,9 @@ UNSUPPORTED_WORDS = ("unknown pixel mode", "unsupported")
 REFUSED_FORMATS = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
 VERSIONED = ("libjpeg_turbo", "webp", "avif", "jpg_2000", "libtiff", "littlecms2", "zlib", "zlib_ng")
 
+# Modes whose samples alone say what an image shows.
+PLAIN_MODES = frozenset({"1", "L", "LA", "RGB", "RGBA", "I;16", "I", "F"})
+
 # Pillow warns about odd metadata and large images; neither is the user's to act on, and what matters is an error here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -126,6 +129,32 @@ def decode_image(
         raise _verdict(data, error) from error
 
 
+class PixelBytes(bytes):
+    """An image that has no file: its mode, shape and samples behind a mark, so that its digest names its pixels.
+
+    Only what a program makes by `of` counts as one, never the content of a file.
+    """
+
+    @classmethod
+    def of(cls, image: Image.Image) -> PixelBytes:
+        """The pixels of an image as they are; those of palettes and other colour spaces as Pillow converts them.
+
+        Raises:
+            OSError: the image was opened from a file that cannot be decoded.
+        """
+        plain = image if image.mode in PLAIN_MODES else image.convert("RGBA" if "P" in image.mode else "RGB")
+        head = f"pixels\0{plain.mode}\0{plain.height} {plain.width}\0".encode()
+        return cls(head + plain.tobytes())
+
+    def image(self) -> Image.Image:
+        """The image that this was made of."""
+        _, mode, shape, data = self.split(b"\0", 3)
+        height, width = map(int, shape.split())
+        image = Image.frombytes(mode.decode(), (width, height), data)
+        image.format = "PNG"  # whose 16 bits fill their range, as Pillow's do
+        return image
+
+
 @dataclass(frozen=True)
 class Decoder:
     """`decode_image` with its settings, which can be told to another process."""
@@ -168,6 +197,8 @@ def _formats() -> tuple[str, ...]:
 def _decode(
     data: bytes, background: Colour, exif: bool, max_pixels: int, draft_size: tuple[int, int] | None
 ) -> Image.Image:
+    if isinstance(data, PixelBytes):
+        return to_rgb(data.image(), background=background)
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
         _check_size(image, max_pixels)
         if draft_size is not None and image.format in ("JPEG", "MPO"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from ..files import digest_bytes
 from ..params import DataParams
 from ..runtime.cores import usable_cores
 from .digests import Digests
-from .folder import FileSource, FolderSource
+from .folder import FolderSource
+from .given import Given, GivenSource
 from .index import DigestIndex, index_file
 from .source import Samples, Source
 from .splits import assign_splits, group_ids, groups_of
@@ -40,8 +43,8 @@ class Images:
     def __init__(self, source: Source, data: DataParams, cache_dir: Path) -> None:
         self.source, self.data = source, data
         self.samples = source.list_samples()
-        self.index_file = index_file(cache_dir, source.name)
-        index = DigestIndex.load(self.index_file)
+        self.index_file = None if source.name is None else index_file(cache_dir, source.name)
+        index = DigestIndex.load(self.index_file) if self.index_file else DigestIndex()
         self.digests, self.known = index.lookup(self.paths, self.samples.stamps)
         self.failures: dict[int, str] = {}
         self.warnings = [*self.samples.warnings, *([index.warning] if index.warning else [])]
@@ -88,10 +91,10 @@ class Images:
 
     def position_of(self, path: str) -> int | None:
         """The position of the image whose whole path this is, if it is among these."""
-        try:
-            return self.paths.index(str(Path(path).relative_to(self.root)))
-        except ValueError:
-            return None
+        prefix = os.path.join(self.root, "") if self.root != Path() else ""
+        with suppress(ValueError):
+            return self.paths.index(path.removeprefix(prefix))
+        return None
 
     def digest(self, position: int) -> bytes:
         """The 16 bytes that name a known image's content."""
@@ -136,6 +139,8 @@ class Images:
 
         An index only saves time, so that one which cannot be written is worth a warning, not an end.
         """
+        if self.index_file is None:
+            return
         try:
             index = DigestIndex.load(self.index_file)
             index.updated(self.paths, self._stamps, self.digests, self.known, read_ns=self._read_ns).save(
@@ -179,13 +184,14 @@ def open_images(data: DataParams, cache_dir: Path) -> Images:
     return Images(opener(data), data, cache_dir)
 
 
-def open_paths(paths: Sequence[Path], data: DataParams, cache_dir: Path) -> Images:
-    """List files and folders given by path, unlabelled, and look them up in the index.
+def open_given(given: Given | Iterable[Given], data: DataParams, cache_dir: Path) -> Images:
+    """Images given one by one, unlabelled: paths of files and folders, bytes, arrays, PIL images.
 
     Raises:
+        TypeError: something is no image and no path.
         DataError: a path does not exist, or there is no image.
     """
-    return Images(FileSource(paths, data.extensions), data, cache_dir)
+    return Images(GivenSource(given, data.extensions), data, cache_dir)
 
 
-__all__ = ["SOURCES", "Images", "Samples", "Source", "open_images", "open_paths"]
+__all__ = ["SOURCES", "Given", "Images", "Samples", "Source", "open_given", "open_images"]
