@@ -44,12 +44,19 @@ class Forward:
             when there is an image to forward.
         normalise: uint8 images on the device to what the module takes.
         batch_size: images a call; short batches are padded. On a GPU that runs out of memory it is halved.
+        exact: computes the features again that come out as no finite number, as an overflow of float16 does.
     """
 
     def __init__(
-        self, load: Callable[[], nn.Module], normalise: Normalise, device: torch.device, batch_size: int
+        self,
+        load: Callable[[], nn.Module],
+        normalise: Normalise,
+        device: torch.device,
+        batch_size: int,
+        *,
+        exact: Forward | None = None,
     ) -> None:
-        self.normalise, self.device, self.batch_size = normalise, device, batch_size
+        self.normalise, self.device, self.batch_size, self.exact = normalise, device, batch_size, exact
         self._load, self._lock = load, threading.Lock()
         self._module: nn.Module | None = None
 
@@ -75,7 +82,11 @@ class Forward:
                     raise
                 torch.cuda.empty_cache()
                 self.batch_size = min(self.batch_size, size // 2)
-        return np.concatenate(rows)
+        features = np.concatenate(rows)
+        lost = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if len(lost) and self.exact:
+            features[lost] = self.exact([pixels[row] for row in lost.tolist()])
+        return features
 
     def _forward(self, pixels: Sequence[Pixels], size: int) -> Features:
         shape = (size, *pixels[0].shape)
@@ -115,7 +126,9 @@ class Backbone:
     @cached_property
     def forward(self) -> Forward:
         """The network as a function of pixels with one shape; its weights are loaded when the first image comes."""
-        return Forward(self._prepare, self.transform.normalise, self.device, self.batch_size)
+        shape = (self.transform.normalise, self.device, self.batch_size)
+        exact = None if self.precision == "float32" else Forward(lambda: self._prepare("float32"), *shape)
+        return Forward(lambda: self._prepare(self.precision), *shape, exact=exact)
 
     def __call__(self, pixels: Sequence[Pixels]) -> Features:
         """Features (n, feature_dim), float32, of uint8 pixels (3, crop, crop), as `forward` computes them."""
@@ -159,9 +172,9 @@ class Backbone:
         network, _ = make_module(self.identity.name, layer=self.identity.layer, pooling=self.identity.pooling)
         return sum(parameter.numel() for parameter in network.parameters())
 
-    def _prepare(self) -> nn.Module:
+    def _prepare(self, precision: str) -> nn.Module:
         module: nn.Module = prepare_for_inference(
-            self.build(), device=self.device, precision=self.precision, fuse=not self.compiled
+            self.build(), device=self.device, precision=precision, fuse=not self.compiled
         )
         return torch.compile(module) if self.compiled else module  # type: ignore[return-value]
 

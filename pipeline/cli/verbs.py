@@ -22,12 +22,13 @@ PATHS = click.Path(path_type=Path)
 
 
 @click.command()
+@click.option("--retry", is_flag=True, help="Try images again that are known to be unreadable.")
 @experiment_options
-def extract(params: Params, reporter: Reporter) -> None:
+def extract(params: Params, retry: bool, reporter: Reporter) -> None:
     """Embed the images of data.root that the cache does not hold yet."""
     from ..stages.extract import extract as stage
 
-    reporter.finish(stage(params, reporter.say, quiet=reporter.quiet))
+    reporter.finish(stage(params, reporter.say, retry=retry, quiet=reporter.quiet))
 
 
 @click.command("train-head")

@@ -16,6 +16,7 @@ from ..errors import CacheError
 from ..files import file_lock, human_bytes, temporary_name
 from .inventory import key_folders, last_used, leftovers, modified, size_of
 from .parts import DAMAGED_PREFIX
+from .quarantine import FOLDER as QUARANTINE_FOLDER
 from .store import LOCK_FILE
 
 DAY = 86_400.0
@@ -24,7 +25,7 @@ MODEL_FILE = "model.json"
 
 @dataclass(frozen=True)
 class Garbage:
-    """A file or folder that can go: its kind (key, damaged, leftover, index), its bytes, and why."""
+    """A file or folder that can go: its kind (key, index, quarantine, damaged, leftover), its bytes, and why."""
 
     path: Path
     kind: str
@@ -41,14 +42,18 @@ def find_garbage(
     """What can go. Nothing is changed.
 
     Args:
-        days: keys and indexes used since so many days stay.
+        days: keys, indexes and notes used since so many days stay.
         named_keys: keys that runs were made from; they stay.
 
     Raises:
         CacheError: the cache folder cannot be read.
     """
     now = time.time() if now is None else now
-    garbage = [*_unused_keys(cache_dir, days, named_keys, now), *_old_indexes(cache_dir, days, now)]
+    garbage = [
+        *_unused_keys(cache_dir, days, named_keys, now),
+        *_old_indexes(cache_dir, days, now),
+        *_old_notes(cache_dir, days, now),
+    ]
     gone = {item.path for item in garbage}
     small = [*_damaged(cache_dir), *_leftovers(cache_dir, now)]
     return [*garbage, *(item for item in small if item.path.parent not in gone)]
@@ -63,7 +68,14 @@ def remove_garbage(
         CacheError: somebody is writing, or the cache folder cannot be changed.
     """
     try:
-        with file_lock(cache_dir / LOCK_FILE, shared=False, blocking=False):
+        with file_lock(cache_dir / LOCK_FILE, shared=False, blocking=False) as held:
+            if not held:
+                raise CacheError(
+                    "The cache cannot be cleaned up by this command.",
+                    where=cache_dir,
+                    why="its file system has no locks, so that nobody can tell whether someone is writing",
+                    remedy="make sure that nothing runs on it, and remove the proposed files yourself",
+                )
             wanted = {item.path for item in proposed}
             still = find_garbage(cache_dir, days=days, named_keys=named_keys)
             removed = [item for item in still if item.path in wanted]
@@ -92,12 +104,11 @@ def keys_named_by_runs(runs_dir: Path) -> tuple[set[str], list[str]]:
     for file in sorted(runs_dir.glob(f"*/{MODEL_FILE}")):
         try:
             model = json.loads(file.read_bytes())
-            key = model.get("feature_key") if isinstance(model, dict) else None
-        except (OSError, ValueError, RecursionError) as error:
+            named = [model.get("feature_key"), *model.get("feature_keys", [])] if isinstance(model, dict) else []
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             warnings.append(f"{file} cannot be read ({error}); the features it was made from may be proposed.")
             continue
-        if isinstance(key, str):
-            keys.add(key)
+        keys |= {key for key in named if isinstance(key, str)}
     return keys, warnings
 
 
@@ -114,6 +125,14 @@ def _old_indexes(cache_dir: Path, days: float, now: float) -> Iterator[Garbage]:
         idle = (now - max(modified(file), _accessed(file))) / DAY
         if idle >= days:
             yield Garbage(file, "index", size_of(file), f"index of a folder not scanned for {idle:.0f} days")
+
+
+def _old_notes(cache_dir: Path, days: float, now: float) -> Iterator[Garbage]:
+    """Notes of unreadable images: without them an image is tried once more."""
+    for folder in sorted((cache_dir / QUARANTINE_FOLDER).glob("*/")):
+        idle = (now - max(modified(path) for path in (folder, *folder.iterdir()))) / DAY
+        if idle >= days:
+            yield Garbage(folder, "quarantine", size_of(folder), f"notes of unreadable images, {idle:.0f} days old")
 
 
 def _damaged(cache_dir: Path) -> Iterator[Garbage]:

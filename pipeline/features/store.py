@@ -50,7 +50,10 @@ class FeatureStore:
         """
         with ExitStack() as held:
             try:
-                held.enter_context(file_lock(self.cache_dir / LOCK_FILE, shared=True))
+                if not held.enter_context(file_lock(self.cache_dir / LOCK_FILE, shared=True)):
+                    self.warnings.append(
+                        f"The file system of {self.cache_dir} has no locks: run no `cache gc` while others write here."
+                    )
             except OSError as error:
                 raise cannot_write(self.cache_dir, error) from error
             self._write_spec()

@@ -185,6 +185,7 @@ def finetune(
             update={
                 "verb": "finetune",
                 "parent": None if probe is None else probe.folder.name,
+                "feature_keys": list(dict.fromkeys([tuned.key, cache.key])),
                 "seconds": time.perf_counter() - started,
                 "parameters": ParameterCounts(trainable=max(row.trainable for row in result.history), total=total),
             }

@@ -230,6 +230,7 @@ def run_model(cache: FeatureCache, table: FeatureTable, head: Head) -> RunModel:
         feature_dim=backbone.feature_dim,
         forward_shape=[backbone.batch_size, 3, crop, crop],
         feature_key=cache.key,
+        feature_keys=[cache.key, *(view.key for view in cache.views())],
         head=HeadRecord(kind=head.kind),
         data=DataRecord(
             root=str(table.root),
