@@ -90,10 +90,14 @@ def temporary_name(path: Path) -> Path:
     return path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"
 
 
-def publish_file(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, replacing what was there, whole or not at all.
+def publish_file(path: Path, data: bytes, *, replace: bool = True) -> None:
+    """Write ``data`` to ``path``, whole or not at all.
+
+    Args:
+        replace: what is there, or leave it: of several that publish at once the first wins.
 
     Raises:
+        FileExistsError: there is something, and it is not to be replaced.
         OSError: the disk is full or the folder cannot be written; nothing is left under ``path``'s name
             that was not there before, and the temporary file is removed.
     """
@@ -104,12 +108,29 @@ def publish_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.rename(temporary, path)
+        if replace:
+            os.rename(temporary, path)
+        else:
+            _link(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Rename a file to a name that nothing has; where there are no hard links, as nearly so as can be had."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, *NOT_OFFERED):
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        os.rename(temporary, path)
+    else:
+        temporary.unlink()
 
 
 @contextmanager

@@ -22,7 +22,16 @@ from ..runtime.device import resolve_device
 from ..runtime.distributed import World
 from .build import BackboneIdentity, BuiltNetwork, build_network, identify_network, make_module, trainable_module
 from .memo import WeightsMemo
-from .precision import Verdict, accept_precision, reduced_precision_of, verdict_key
+from .precision import (
+    PrecisionChoice,
+    Verdict,
+    accept_precision,
+    keep_choice,
+    kept_choice,
+    kind_of_device,
+    reduced_precision_of,
+    verdict_key,
+)
 from .prepare import prepare_for_inference
 from .transform import Transform
 from .zoo import FeatureNetwork
@@ -106,7 +115,7 @@ class Backbone:
         decoder: from an image's bytes to RGB.
         transform: from RGB to pixels, and from pixels to what the network takes.
         feature_dim: numbers in a feature.
-        precision: of the forward pass, resolved; ``verdict`` says why, where it was `auto` and there was a choice.
+        precision: of the forward pass, resolved; ``choice`` says why, where it was `auto`.
         batch_size: images in one forward pass.
         source: loads the network.
         compiled: run it through torch.compile.
@@ -121,7 +130,7 @@ class Backbone:
     batch_size: int
     source: Callable[[], BuiltNetwork] = field(repr=False)
     compiled: bool = False
-    verdict: Verdict | None = None
+    choice: PrecisionChoice | None = None
 
     @cached_property
     def forward(self) -> Forward:
@@ -186,13 +195,17 @@ def resolve_backbone(
     *,
     max_pixels: int,
     cache_dir: Path,
+    cached_precision: Callable[[BackboneIdentity, Transform], str | None] = lambda _identity, _transform: None,
+    begins: bool = False,
     world: World | None = None,
 ) -> Backbone:
     """The backbone that the params name; weights whose digest the cache remembers are neither loaded nor hashed.
 
     Args:
         max_pixels: images with more are not decoded.
-        cache_dir: where what was found out about weights is remembered.
+        cache_dir: where what was found out about weights is remembered, and what precision `auto` stands for.
+        cached_precision: of most features of a network in a cache from before that was remembered there.
+        begins: whether features will be computed, so that what `auto` stands for is decided for all machines.
 
     Raises:
         BackboneError, WeightsError, DeviceError: see their messages.
@@ -204,21 +217,25 @@ def resolve_backbone(
     def source() -> BuiltNetwork:
         return build_network(params, transform)
 
-    verdict: Verdict | None = None
-    precision: str = extract.precision
-    if precision == "auto":
-        precision, verdict = _auto_precision(identity, resolved, device, source, memo)
+    choice = None
+    if extract.precision == "auto":
+        choice = kept_choice(cache_dir, identity, resolved)
+        if choice is None and (most := cached_precision(identity, resolved)):
+            choice = PrecisionChoice(most, "most features of this backbone in the cache are so")
+        choice = choice or _choose_precision(identity, resolved, device, source, memo)
+        if begins:
+            choice = keep_choice(cache_dir, identity, resolved, choice)
     return Backbone(
         identity=identity,
         transform=resolved,
         feature_dim=feature_dim,
         decoder=make_decoder(resolved, max_pixels, DECODER_RULES[extract.decoder]),
         device=device,
-        precision=precision,
+        precision=choice.precision if choice else extract.precision,
         batch_size=batch_size(extract.batch_size, device, resolved.crop),
         source=source,
         compiled=extract.compile,
-        verdict=verdict,
+        choice=choice,
     )
 
 
@@ -247,20 +264,20 @@ def batch_size(wanted: int | Literal["auto"], device: torch.device, crop: int) -
     return int(min(2 ** (int(fitting).bit_length() - 1), 256))
 
 
-def _auto_precision(
+def _choose_precision(
     identity: BackboneIdentity,
     transform: Transform,
     device: torch.device,
     source: Callable[[], BuiltNetwork],
     memo: WeightsMemo,
-) -> tuple[str, Verdict | None]:
+) -> PrecisionChoice:
     """The reduced precision that the device is fast in, where this backbone bears it; the verdict is remembered."""
-    reduced = reduced_precision_of(device)
+    reduced, began = reduced_precision_of(device), f"begun on {kind_of_device(device)}"
     if reduced is None:
-        return "float32", None
+        return PrecisionChoice("float32", began)
     key = verdict_key(identity, transform.crop, device=device, precision=reduced)
     verdict = Verdict.from_dict(memo.get(key))
     if verdict is None:
         verdict = accept_precision(source(), device=device, precision=reduced)
         memo.put(key, verdict.as_dict())
-    return reduced if verdict.accepted else "float32", verdict
+    return PrecisionChoice(reduced if verdict.accepted else "float32", f"{began}: {verdict}")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..files import digest_bytes
 from ..params import DataParams
 from ..runtime.cores import usable_cores
+from ..runtime.progress import ProgressBar
 from .digests import Digests
 from .folder import FolderSource
 from .given import Given, GivenSource
@@ -24,6 +25,8 @@ from .source import Samples, Source
 from .splits import assign_splits, group_ids, groups_of
 
 Rows = NDArray[np.int64]
+# Images that threads are given to read at a time.
+READ_AHEAD = 1024
 
 # The kinds of places that ``data.root`` may name: the first that says yes to the params opens it.
 SOURCES: list[tuple[Callable[[DataParams], bool], Callable[[DataParams], Source]]] = [
@@ -118,14 +121,16 @@ class Images:
         """Whether an image has the stamp under which it was listed."""
         return bool((self._stamps[position] == self.samples.stamps[position]).all())
 
-    def read_unknown(self) -> None:
+    def read_unknown(self, *, quiet: bool = False) -> None:
         """Read the images whose content is not known, to learn their digests."""
-        unknown = np.flatnonzero(~self.known)
-        if not len(unknown):
+        unknown = np.flatnonzero(~self.known).tolist()
+        if not unknown:
             return
-        with ThreadPoolExecutor(usable_cores()) as pool:
-            for _ in pool.map(lambda position: self.read(int(position)) and None, unknown):
-                pass
+        with ThreadPoolExecutor(usable_cores()) as pool, ProgressBar("reading", len(unknown), quiet=quiet) as bar:
+            for start in range(0, len(unknown), READ_AHEAD):
+                block = unknown[start : start + READ_AHEAD]
+                for _ in pool.map(lambda position: self.read(position) and None, block):
+                    bar.advance()
         self.remember()
 
     def learn(self, digests: Digests, known: NDArray[np.bool_], failures: dict[int, str]) -> None:

@@ -230,7 +230,7 @@ class FeatureCache:
         Raises:
             MissingFeaturesError: an image has no feature, and is not known to be unreadable.
         """
-        self.images.read_unknown()
+        self.images.read_unknown(quiet=self._quiet)
         present = self.present
         missing = np.flatnonzero(~present & ~self.quarantined)
         if len(missing):

@@ -46,7 +46,7 @@ def extract(params: Params, say: Say = print, *, retry: bool = False, quiet: boo
         Interrupted: Ctrl-C; everything finished is kept.
     """
     world = _world(params.extract)
-    cache = open_cache(params, world=world, quiet=quiet or not world.is_main)
+    cache = open_cache(params, begins=True, world=world, quiet=quiet or not world.is_main)
     if retry:
         cache.images.read_unknown()
         cache.quarantine.release(cache.images.digests)
@@ -93,8 +93,8 @@ def _plan(cache: FeatureCache, missing: NDArray[np.int64]) -> Iterator[str]:
     if ignored := sorted(images.samples.ignored.items()):
         counts = ", ".join(f"{count} {extension or '(no extension)'}" for extension, count in ignored)
         yield f"Ignored files: {counts}."
-    if backbone.verdict:
-        yield f"Precision auto: {backbone.verdict}"
+    if backbone.choice:
+        yield f"Precision auto: {backbone.choice}"
     yield f"{len(images)} images in {len(images.samples.class_names)} classes under {images.root}"
     new = int((~images.known[missing]).sum())
     size = len(missing) * (store.feature_dim * (2 if store.spec.dtype == "float16" else 4) + 16)

@@ -98,6 +98,7 @@ class Run:
             precision=self.model.precision,
             batch_size=self.model.forward_shape[0],
             source=self._build_network,
+            compiled=params.extract.compile,
         )
 
     def _decoding_rule(self) -> str:
