@@ -34,10 +34,9 @@ from .prepare import Preparation
 from .quarantine import BadContent, Quarantine, decoding_rule
 from .rounding import Features
 from .spec import FeatureSpec
-from .store import FeatureStore
+from .store import FeatureStore, PartWriter
 from .verify import Recomputed, recompute
 from .views import PLAIN, View
-from .writer import PartWriter
 
 INDEX_SECONDS = 60.0
 EXAMPLES = 5

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import CacheError
-from pipeline.features.garbage import DAY, Garbage, find_garbage, keys_named_by_runs, remove_garbage
+from pipeline.features.inventory import DAY, Garbage, find_garbage, keys_named_by_runs, remove_garbage
 from pipeline.features.quarantine import BadContent, Quarantine
 from pipeline.features.store import USED_FILE
 
@@ -138,7 +138,7 @@ def test_a_key_is_gone_for_readers_in_one_step(cache: Path, monkeypatch: pytest.
     def killed(_folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.features.garbage.shutil.rmtree", killed)
+    monkeypatch.setattr("pipeline.features.inventory.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         remove(cache)
     assert not (cache / SPEC.folder_name).exists()
