@@ -124,7 +124,7 @@ class Recomputed:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class _Chosen:
     """Contents that have a feature, and what was wrong with those looked at."""
 
     paths: list[str] = field(default_factory=list)
@@ -152,10 +152,10 @@ def recompute(
     return Recomputed(chosen.paths, agreement, tolerance, [*chosen.problems, *problems])
 
 
-def _choose(images: Images, backbone: Backbone, view: View, store: FeatureStore, *, sample: int, seed: int) -> _Sample:
+def _choose(images: Images, backbone: Backbone, view: View, store: FeatureStore, *, sample: int, seed: int) -> _Chosen:
     """Up to ``sample`` different contents that have a feature, in a random order that the seed gives."""
     have = {row.tobytes() for row in store.digests}
-    chosen = _Sample()
+    chosen = _Chosen()
     for row in _candidates(images, have, seed):
         if len(chosen.digests) >= sample:
             break
