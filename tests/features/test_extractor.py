@@ -17,8 +17,8 @@ from pipeline.data.digests import Digests
 from pipeline.features.extractor import (
     CHUNK,
     Clock,
-    Prepared,
     Prepare,
+    Prepared,
     extract_features,
     single_threaded_torch,
 )
