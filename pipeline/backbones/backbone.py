@@ -119,6 +119,7 @@ class Backbone:
         batch_size: images in one forward pass.
         source: loads the network.
         compiled: run it through torch.compile.
+        notes: what the user should know of how the weights were read; there once the network was loaded.
     """
 
     identity: BackboneIdentity
@@ -131,6 +132,7 @@ class Backbone:
     source: Callable[[], BuiltNetwork] = field(repr=False)
     compiled: bool = False
     choice: PrecisionChoice | None = None
+    notes: list[str] = field(default_factory=list, compare=False)
 
     @cached_property
     def forward(self) -> Forward:
@@ -165,6 +167,7 @@ class Backbone:
                 why=f"their digest was {self.identity.digest} and is {built.identity.digest}",
                 remedy="run the command again",
             )
+        self.notes[:] = built.notes
         return built
 
     def trainable(self) -> FeatureNetwork:

@@ -59,7 +59,8 @@ def extract(params: Params, say: Say = print, *, retry: bool = False, quiet: boo
     views = _fill_views(cache)
     summary = _summary(cache, filled, views)
     bad = _bad_images(cache)
-    for line in [*cache.store.warnings, *_report(cache, summary, bad)]:
+    notes = [f"Weights: {note}." for note in cache.backbone.notes]
+    for line in [*notes, *cache.store.warnings, *_report(cache, summary, bad)]:
         say(line)
     if params.data.on_bad_image == "raise" and (bad or cache.images.failures):
         raise _bad_images_error(cache, bad)

@@ -32,7 +32,8 @@ def open_cache(
     Raises:
         DataError, BackboneError, CacheError: see their messages.
     """
-    images = images or open_images(params.data, params.cache.dir)
+    if images is None:
+        images = open_images(params.data, params.cache.dir)
     backbone = open_backbone(params, begins=begins)
     return FeatureCache(images, backbone, params.cache, params.extract, world=world, quiet=quiet)
 

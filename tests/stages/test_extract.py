@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import ImageChops
 
 from pipeline.backbones import Forward
@@ -376,3 +378,11 @@ def test_not_a_number_is_never_cached(
     assert ".jpg" in str(caught.value) and "transform.std" in str(caught.value)
     again = run_extract()
     assert 0 < again["embedded"] < 25 and again["reused"] == 25 - again["embedded"], "the finite ones were kept"
+
+
+def test_what_was_dropped_from_the_weights_is_said(make_params: MakeParams, tmp_path: Path) -> None:
+    network = torchvision.models.mobilenet_v3_small(num_classes=5)
+    torch.save(network.state_dict(), tmp_path / "five.pth")
+    lines: list[str] = []
+    extract(make_params(f"backbone.weights={tmp_path / 'five.pth'}"), lines.append, quiet=True)
+    assert "Weights: the classifier of the weights (5 outputs) was dropped." in lines
