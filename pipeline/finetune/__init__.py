@@ -9,8 +9,8 @@ from .groups import describe_groups, first_groups
 from .history import EpochRow, SelectionScore, TensorboardLog, history_csv, history_plot
 from .images import LabelledImages
 from .lr_find import RateCurve, find_learning_rates, rate_curves_plot
-from .selection import Holdout, hold_out_selection
-from .start import Start, find_probe, probe_start, random_start
+from .selection import Holdout, SelectionSet, hold_out_selection, selection_temperature
+from .start import Start, find_probe, probe_start, random_start, repeats
 from .step import Setup, resolve_setup
 from .training import Callbacks, TrainingResult, interpolate_result, process_group, train_classifier
 
@@ -22,6 +22,7 @@ __all__ = [
     "LabelledImages",
     "RateCurve",
     "SelectionScore",
+    "SelectionSet",
     "Setup",
     "Start",
     "TensorboardLog",
@@ -40,7 +41,9 @@ __all__ = [
     "process_group",
     "random_start",
     "rate_curves_plot",
+    "repeats",
     "resolve_setup",
+    "selection_temperature",
     "train_classifier",
     "training_fingerprint",
 ]

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..data.source import TEST, VAL
 from ..errors import FinetuneError
 from ..features.cache import FeatureTable
-from ..heads import hold_out
+from ..heads import hold_out, log_losses
+from ..heads.common import softmax
+from ..heads.crossval import fit_temperature
 from ..params import FinetuneParams
 from .history import SelectionScore
 from .images import LabelledImages, PixelTransform, cache_budget, prepare_batches, resolve_workers
@@ -50,6 +52,29 @@ def hold_out_selection(table: FeatureTable, params: FinetuneParams, *, reported:
     return Holdout(train[kept], train[held], "a held-out part of train")
 
 
+def selection_score(
+    logits: NDArray[np.float64], targets: NDArray[np.int64], class_weights: NDArray[np.floating] | None = None
+) -> SelectionScore:
+    """What logits (n, c) of images of the classes ``targets`` (n,) are worth, each image with the weight of its class.
+
+    With ``balanced`` weights (c,) the accuracy is the mean of the classes' own.
+    """
+    weights = np.ones(len(targets)) if class_weights is None else np.asarray(class_weights, np.float64)[targets]
+    total = max(float(weights.sum()), 1e-12)
+    right = logits.argmax(axis=1) == targets
+    return SelectionScore(float(weights @ log_losses(softmax(logits), targets)) / total, float(weights @ right) / total)
+
+
+def selection_temperature(
+    logits: NDArray[np.float64], targets: NDArray[np.int64], class_weights: NDArray[np.floating] | None = None
+) -> float:
+    """What logits (n, c) are to be divided by for the lowest log loss on these images; 1 where nothing lowers it."""
+    before = selection_score(logits, targets, class_weights).loss
+    temperature = fit_temperature(logits, targets)
+    after = selection_score(logits / temperature, targets, class_weights).loss
+    return temperature if after < before else 1.0
+
+
 class SelectionSet:
     """Images in the backbone's own transform, scored by any number of processes, each its share.
 
@@ -65,20 +90,23 @@ class SelectionSet:
         self._kept: list[Tensor] = []
 
     def score(self, classifier: nn.Module) -> SelectionScore:
-        """The score of ``classifier``, left in evaluation mode."""
+        """The score of ``classifier``, left in evaluation mode; classes weigh as they do in training."""
+        return selection_score(self.logits(classifier), self.images.targets, self.setup.class_weights)
+
+    def logits(self, classifier: nn.Module) -> NDArray[np.float64]:
+        """The logits (n, c) of all images, the same in every process."""
         classifier.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
-        for rows, pixels in zip(self._batches, self.pixels(), strict=True):
-            logits = self._logits(pixels, classifier)
-            targets = torch.from_numpy(self.images.targets[rows])
-            sums[0] += F.cross_entropy(logits.double(), targets, reduction="sum")
-            sums[1] += (logits.argmax(1) == targets).sum()
-            sums[2] += len(rows)
-        if self.setup.world.size > 1:
-            sums = sums.to(self.setup.device if self.setup.device.type == "cuda" else "cpu")
-            torch.distributed.all_reduce(sums)
-        loss, correct, count = sums.tolist()
-        return SelectionScore(loss / max(count, 1), correct / max(count, 1))
+        mine = [self._logits(pixels, classifier).double().numpy() for pixels in self.pixels()]
+        world = self.setup.world
+        shares = [np.concatenate(mine) if mine else None]
+        if world.size > 1:
+            shares = [None] * world.size
+            torch.distributed.all_gather_object(shares, np.concatenate(mine) if mine else None)
+        known = [(rank, share) for rank, share in enumerate(shares) if share is not None]
+        result = np.empty((len(self.images), known[0][1].shape[1]))
+        for rank, share in known:
+            result[rank :: world.size] = share
+        return result
 
     def pixels(self) -> Iterator[Tensor]:
         """The evaluation pixels of this process's images, a batch at a time: uint8 (n, 3, crop, crop), on the CPU."""

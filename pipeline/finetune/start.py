@@ -8,18 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import nn
 
 from ..artifacts import BackboneRecord, RunModel, list_runs, read_model, resolve_run
 from ..errors import FinetuneError, RunError
 from ..features.cache import FeatureTable
-from ..heads import Head, Layers, kinds_of_layers, log_losses, make_head, standardisation
+from ..heads import Layers, kinds_of_layers, make_head, standardisation
 from ..params import FinetuneParams, HeadParams
 from ..runtime.cores import usable_cores
 from .classifier import make_head_module, make_random_head
 from .history import SelectionScore
-from .selection import Holdout
+from .selection import Holdout, selection_score
+from .step import Setup
+
+# How far the live score of epoch 0 may lie from the probe's on cached features. Cached ones are rounded to float16,
+# which moves a hundredth of the images at most; computed in reduced precision they are others, and a few in a hundred
+# change sides.
+LOSS_GAP = 0.02
+FLIPS = 0.01
+REDUCED_LOSS_GAP = 0.1
+REDUCED_FLIPS = 0.03
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,9 @@ def random_start(table: FeatureTable, params: FinetuneParams) -> Start:
     return Start(head, "mlp" if params.hidden else "linear")
 
 
-def probe_start(table: FeatureTable, holdout: Holdout, section: HeadParams, kind: str, *, dropout: float) -> Start:
+def probe_start(
+    table: FeatureTable, holdout: Holdout, section: HeadParams, kind: str, setup: Setup, *, dropout: float
+) -> Start:
     """A head of the probe's ``kind`` with the probe's ``section``, fitted to what trains alone."""
     section = section.model_copy(update={"kind": kind, "calibrate": "none"})
     head = make_head(kind, section, class_names=table.class_names, jobs=usable_cores())
@@ -53,19 +64,25 @@ def probe_start(table: FeatureTable, holdout: Holdout, section: HeadParams, kind
     mean, scale = standardisation(X, section.standardize)
     scale = np.where(np.isfinite(scale), scale, 1.0)
     layers = head.as_layers()
-    assert layers is not None
+    assert layers is not None and len(head.classes_) == len(table.class_names)
     first, bias = layers.weights[0], layers.biases[0]
     unfolded = Layers((first * scale, *layers.weights[1:]), (bias + first @ mean, *layers.biases[1:]))
     module = make_head_module(unfolded, moments=(mean, scale), dropout=dropout)
-    return Start(module, kind, _score(head, table, holdout.selection))
+    logits = layers.logits(table.features[holdout.selection])
+    return Start(module, kind, selection_score(logits, table.targets[holdout.selection], setup.class_weights))
 
 
-def _score(head: Head, table: FeatureTable, rows: NDArray[np.int64]) -> SelectionScore:
-    y = table.targets[rows]
-    probabilities = head.predict_proba(table.features[rows])
-    index = np.searchsorted(head.classes_, y)
-    accuracy = float((head.classes_[probabilities.argmax(axis=1)] == y).mean())
-    return SelectionScore(float(log_losses(probabilities, index).mean()), accuracy)
+def repeats(live: SelectionScore, expected: SelectionScore, n: int, *, precision: str, dtype: torch.dtype) -> bool:
+    """Whether the live score of a start is that of its head on cached features, as far as ``n`` images can tell.
+
+    Args:
+        precision: that the cached features were computed in.
+        dtype: that the live ones are computed in.
+    """
+    exact = precision == "float32" and dtype == torch.float32
+    gap, flips = (LOSS_GAP, FLIPS) if exact else (REDUCED_LOSS_GAP, REDUCED_FLIPS)
+    close = abs(live.loss - expected.loss) <= gap * max(1.0, expected.loss)
+    return close and abs(live.accuracy - expected.accuracy) * n <= 1.5 + flips * n
 
 
 def find_probe(
@@ -77,7 +94,7 @@ def find_probe(
     class_names: Sequence[str],
     data_digest: str,
 ) -> Path:
-    """The run to start from: the one ``wanted``, or the latest stage-two run that fits.
+    """The run to start from: the one ``wanted``, or the latest run of train-head that fits.
 
     Args:
         backbone, transform: what made the features at hand.
@@ -114,7 +131,8 @@ def find_probe(
             model = read_model(entry.path)
         except RunError:
             continue  # damaged, or removed since it was listed
-        if misfit(model) is None and model.data.digest == data_digest:
+        stage_two = model.verb == "train-head"  # a fine-tuned run that kept its probe would fit, too
+        if stage_two and misfit(model) is None and model.data.digest == data_digest:
             return entry.path.resolve()
     raise FinetuneError(
         "No stage-two run fits these params.",

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from ..finetune import (
     Holdout,
     LabelledImages,
     SelectionScore,
+    SelectionSet,
     Setup,
     Start,
     TensorboardLog,
@@ -51,7 +53,9 @@ from ..finetune import (
     process_group,
     random_start,
     rate_curves_plot,
+    repeats,
     resolve_setup,
+    selection_temperature,
     train_classifier,
     training_fingerprint,
 )
@@ -67,8 +71,6 @@ from .run import BACKBONE_FILE, Run, backbone_record, load_run, publish_run, run
 Say = Callable[[str], None]
 TRAINING_FOLDER = ".training"
 START_FILE = "start.json"
-# How far the live score of epoch 0 may lie from the probe's score on cached features: storage is float16.
-MAX_LOSS_GAP = 0.02
 
 
 def finetune(
@@ -112,10 +114,10 @@ def finetune(
 
         # The classifier: the backbone under the probe's head, refitted without the images that select.
         probe = _find_probe(params, backbone, table, from_run, tell)
-        start = _start(params, table, holdout, probe)
+        setup = _setup(params, backbone, table, holdout, probe, device=device, world=world)
+        start = _start(params, table, holdout, probe, setup)
         classifier = Classifier(backbone.trainable(), start.head)
         total = sum(parameter.numel() for parameter in classifier.parameters())
-        setup = _setup(params, backbone, table, holdout, probe, device=device, world=world)
         for line in describe_groups(first_groups(classifier, section), total).splitlines():
             tell(line)
         counts = f"{len(holdout.train):,} images train, {len(holdout.selection):,} of {holdout.name} select the epoch"
@@ -133,7 +135,8 @@ def finetune(
             if log:
                 log.write(row)
             if row.epoch == 0 and probe is not None and start.expected is not None:
-                _check_repeats(row.score, start.expected, len(holdout.selection), probe, tell)
+                same = partial(repeats, n=len(holdout.selection), precision=backbone.precision, dtype=setup.dtype)
+                _check_repeats(row.score, start.expected, same, probe, tell)
 
         images = section.epochs * len(holdout.train) // world.size
         with stop_after_batch() as stop, ProgressBar("training", images, quiet=quiet or not world.is_main) as bar:
@@ -150,31 +153,39 @@ def finetune(
             )
         if log:
             log.close()
+        share: float | None = None
         if section.interpolate:
             transform = backbone.transform
             result, share = interpolate_result(result, classifier, train, selection, transform, section, setup)
             tell(f"Interpolation: {100 * share:.0f} % of the way from the probe is best on the selection set")
+        classifier.load_state_dict(result.best)
+        temperature = 1.0
+        if params.head.calibrate == "temperature":
+            logits = SelectionSet(selection, backbone.transform, section, setup).logits(classifier)
+            temperature = selection_temperature(logits, selection.targets, setup.class_weights)
         if not world.is_main:
             return {}
 
         # The score of the best weights, through the one predict path; the probe itself where no epoch beat it.
-        classifier.load_state_dict(result.best)
         weights = _backbone_bytes(classifier, backbone)
         publish_file(folder / BACKBONE_FILE, weights)
         tuned = open_cache(_with_weights(params, folder / BACKBONE_FILE) if result.best_epoch else params, cache.images)
         tuned.fill()
         features = tuned.read(table.digests)
-        head = _head(classifier, start, table) if result.best_epoch or probe is None else probe.head
+        kept = not result.best_epoch and probe is not None
+        head = probe.head if kept and probe is not None else _head(classifier, start, table, temperature)
 
         # The comparison with the probe, on the same images.
         rows = table.labelled(reported)
         selected = {
             "epoch": result.best_epoch,
             "selection": holdout.name,
-            "kept_probe": not result.best_epoch and probe is not None,
+            "kept_probe": kept,
+            **({} if share is None else {"share": share}),
+            **({} if kept or params.head.calibrate == "none" else {"temperature": temperature}),
             **(_compare(probe, head, table, features, rows) if probe is not None else {}),
         }
-        provenance = _provenance(table, holdout, head, result, selected, cache.warnings)
+        provenance = _provenance(table, holdout, head, result, selected, setup, cache.warnings)
         split = SPLITS[reported]
         metrics, predictions = score(head, replace(table, features=features), rows, provenance, split=split)
         for line in [*_verdict_lines(selected, split, metrics.metrics["accuracy"], probe), *metric_lines(metrics)]:
@@ -207,9 +218,9 @@ def find_lr(params: Params, say: Say = print, *, from_run: str | None = None) ->
     table, backbone = cache.table(), cache.backbone
     holdout = hold_out_selection(table, section, reported=table.reported_split())
     probe = _find_probe(params, backbone, table, from_run, say)
-    classifier = Classifier(backbone.trainable(), _start(params, table, holdout, probe).head)
     device = resolve_device(section.device)
     setup = _setup(params, backbone, table, holdout, probe, device=device, world=World())
+    classifier = Classifier(backbone.trainable(), _start(params, table, holdout, probe, setup).head)
     train = _labelled(cache, table, holdout.train)
     curves = find_learning_rates(classifier, train, backbone.transform, section, setup)
     plot = params.runs.dir / f"{default_run_name(params.data.root, params.backbone.name, 'find-lr')}.svg"
@@ -280,21 +291,26 @@ def _find_probe(params: Params, backbone: Backbone, table: FeatureTable, wanted:
     return probe
 
 
-def _start(params: Params, table: FeatureTable, holdout: Holdout, probe: Run | None) -> Start:
+def _start(params: Params, table: FeatureTable, holdout: Holdout, probe: Run | None, setup: Setup) -> Start:
     if probe is None:
         return random_start(table, params.finetune)
     kind, dropout = probe.model.head.kind, params.finetune.dropout
-    return probe_start(table, holdout, probe.params.head, kind, dropout=dropout)
+    return probe_start(table, holdout, probe.params.head, kind, setup, dropout=dropout)
 
 
-def _check_repeats(live: SelectionScore, expected: SelectionScore, n: int, probe: Run, say: Say) -> None:
+def _check_repeats(
+    live: SelectionScore,
+    expected: SelectionScore,
+    same: Callable[[SelectionScore, SelectionScore], bool],
+    probe: Run,
+    say: Say,
+) -> None:
     """Epoch 0 is the probe on live features: another score means that cache or transform are not what they should be.
 
     Raises:
         FinetuneError: the two scores differ.
     """
-    gap = abs(live.loss - expected.loss)
-    close = gap <= MAX_LOSS_GAP and abs(live.accuracy - expected.accuracy) * n <= 1.5
+    gap, close = abs(live.loss - expected.loss), same(live, expected)
     verdict = "repeats" if close else "DIFFERS FROM"
     cached = f"accuracy {expected.accuracy:.4f}, loss {expected.loss:.4f}"
     say(f"Epoch 0 {verdict} the probe on cached features: {cached} (live loss differs by {gap:.1e})")
@@ -310,8 +326,9 @@ def _check_repeats(live: SelectionScore, expected: SelectionScore, n: int, probe
 # -- the score, and the probe's --------------------------------------------------------------------------------------
 
 
-def _head(classifier: Classifier, start: Start, table: FeatureTable) -> Head:
-    return head_of_layers(start.kind, fold_head(classifier.head.cpu()), np.arange(len(table.class_names)))
+def _head(classifier: Classifier, start: Start, table: FeatureTable, temperature: float) -> Head:
+    layers = fold_head(classifier.head.cpu()).fold_temperature(temperature)
+    return head_of_layers(start.kind, layers, np.arange(len(table.class_names)))
 
 
 def _compare(
@@ -342,16 +359,23 @@ def _provenance(
     head: Head,
     result: TrainingResult,
     selected: dict[str, Any],
+    setup: Setup,
     warnings: list[str],
 ) -> Provenance:
-    fitted = np.zeros(len(table), bool)
-    fitted[holdout.train] = True
+    fitted, kept = np.zeros(len(table), bool), selected["kept_probe"]
+    fitted[np.flatnonzero(table.train) if kept else holdout.train] = True
+    how = "by its accuracy" if setup.class_weights is None else "by its class-weighted accuracy"
+    chosen = ["the epoch, which is none: the probe" if kept else "the epoch"]
+    chosen += ["the mix with the probe"] if "share" in selected else []
+    selections = [Selection(what, how, holdout.name) for what in chosen]
+    if "temperature" in selected:
+        selections.append(Selection("the temperature", "by its log loss", holdout.name))
     return Provenance(
-        fitted=f"the backbone with its {head.kind} head",
+        fitted=f"the {head.kind} head" if kept else f"the backbone with its {head.kind} head",
         # All of train counts as seen for the leak check: the selection part chose the epoch.
         train_digests=table.digests[table.train],
         train_counts=table.class_counts(fitted),
-        selections=[Selection("the epoch", "by its accuracy", holdout.name)],
+        selections=selections,
         selected=selected,
         history=[_finite(asdict(row)) for row in result.history],
         warnings=[*warnings, *result.warnings],

@@ -176,3 +176,39 @@ def test_every_recipe_runs_a_step(recipe: Path, root: Path, tmp_path: Path) -> N
         summary = finetune(params, silent)
     metrics = json.loads((Path(summary["run"]) / "metrics.json").read_text())
     assert metrics["n"] == 8
+
+
+def metrics_of(summary: dict[str, Any]) -> dict[str, Any]:
+    return dict(json.loads((Path(summary["run"]) / "metrics.json").read_text()))
+
+
+RUIN = ("finetune.head_lr=100", "finetune.backbone_lr=1", "finetune.optimizer=sgd", "finetune.clip_norm=0")
+
+
+def test_a_kept_probe_is_reported_with_the_images_that_it_was_fitted_to(probe: Path, make_params: MakeParams) -> None:
+    protocol = metrics_of(finetune(make_params(*QUICK, *RUIN), silent))["protocol"]
+    assert "the logistic head was fitted on 16 images of train" in protocol
+    assert "which is none: the probe" in protocol
+
+
+def test_a_fine_tuned_run_that_kept_its_probe_is_no_start_for_the_next(probe: Path, make_params: MakeParams) -> None:
+    finetune(make_params(*QUICK, *RUIN), silent)
+    again = finetune(make_params(*QUICK, *RUIN), silent)
+    assert again["selected"]["probe_run"] == probe.name
+
+
+def test_the_share_of_the_mix_is_in_the_protocol(probe: Path, make_params: MakeParams) -> None:
+    summary = finetune(make_params(*QUICK, "finetune.interpolate=true", "finetune.backbone_lr=1e-3"), silent)
+    assert 0 <= summary["selected"]["share"] <= 1
+    assert "the mix with the probe was chosen" in metrics_of(summary)["protocol"]
+
+
+def test_a_tuned_head_is_calibrated_where_the_params_ask_for_it(probe: Path, make_params: MakeParams) -> None:
+    quick = (*QUICK, "finetune.start=random", "finetune.head_lr=0.05")
+    plain, cooled = (finetune(make_params(*quick, f"head.calibrate={how}"), silent) for how in ("none", "temperature"))
+    temperature = cooled["selected"]["temperature"]
+    assert temperature != 1 and "temperature" not in plain["selected"]
+    first, second = (load_run(summary["run"]).head.as_layers() for summary in (plain, cooled))
+    assert first is not None and second is not None
+    assert second.biases[0] * temperature == pytest.approx(first.biases[0])
+    assert "the temperature was chosen" in metrics_of(cooled)["protocol"]
