@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ..artifacts import BackboneRecord, RunModel, list_runs, read_model, resolve_run
 from ..errors import FinetuneError, RunError
 from ..features.cache import FeatureTable
-from ..heads import Layers, kinds_of_layers, make_head, standardisation
+from ..heads import kinds_of_layers, make_head, standardisation
+from ..heads.common import Features, Floats
 from ..params import FinetuneParams, HeadParams
 from ..runtime.cores import usable_cores
 from .classifier import make_head_module, make_random_head
 from .history import SelectionScore
-from .selection import Holdout, selection_score
+from .selection import selection_score
 from .step import Setup
 
 # How far the live score of epoch 0 may lie from the probe's on cached features. Cached ones are rounded to float16,
@@ -29,6 +31,7 @@ LOSS_GAP = 0.02
 FLIPS = 0.01
 REDUCED_LOSS_GAP = 0.1
 REDUCED_FLIPS = 0.03
+SMALLEST_SCALE = 0.1  # of the median one
 
 
 @dataclass(frozen=True)
@@ -53,23 +56,45 @@ def random_start(table: FeatureTable, params: FinetuneParams) -> Start:
 
 
 def probe_start(
-    table: FeatureTable, holdout: Holdout, section: HeadParams, kind: str, setup: Setup, *, dropout: float
+    table: FeatureTable,
+    rows: NDArray[np.int64],
+    selection: NDArray[np.int64],
+    section: HeadParams,
+    kind: str,
+    setup: Setup,
+    *,
+    dropout: float,
 ) -> Start:
-    """A head of the probe's ``kind`` with the probe's ``section``, fitted to what trains alone."""
-    section = section.model_copy(update={"kind": kind, "calibrate": "none"})
-    head = make_head(kind, section, class_names=table.class_names, jobs=usable_cores())
-    X, rows = table.features[holdout.train], holdout.train
-    head.fit(X, table.targets[rows], table.groups[rows])
-    # Its standardisation becomes a fixed layer again, which conditions the training of its weights.
-    mean, scale = standardisation(X, section.standardize)
-    scale = np.where(np.isfinite(scale), scale, 1.0)
+    """A head of the probe's ``kind`` with the probe's ``section``, fitted to the images at ``rows`` alone.
+
+    Its standardisation stays a fixed layer, which conditions the training of its weights.
+    """
+    X = table.features[rows]
+    mean, scale = _moments(X, section.standardize)
+    changed = {"kind": kind, "calibrate": "none", "standardize": False}
+    head = make_head(kind, section.model_copy(update=changed), class_names=table.class_names, jobs=usable_cores())
+    head.fit(_scaled(X, mean, scale), table.targets[rows], table.groups[rows])
     layers = head.as_layers()
     assert layers is not None and len(head.classes_) == len(table.class_names)
-    first, bias = layers.weights[0], layers.biases[0]
-    unfolded = Layers((first * scale, *layers.weights[1:]), (bias + first @ mean, *layers.biases[1:]))
-    module = make_head_module(unfolded, moments=(mean, scale), dropout=dropout)
-    logits = layers.logits(table.features[holdout.selection])
-    return Start(module, kind, selection_score(logits, table.targets[holdout.selection], setup.class_weights))
+    logits = layers.logits(_scaled(table.features[selection], mean, scale))
+    score = selection_score(logits, table.targets[selection], setup.class_weights)
+    return Start(make_head_module(layers, moments=(mean, scale), dropout=dropout), kind, score)
+
+
+def _moments(X: Features, standardize: bool) -> tuple[Floats, Floats]:
+    """Mean and scale (d,) of features (n, d); no scale is below a tenth of the median one.
+
+    Features that hardly vary would otherwise be blown up: augmented images and moving weights were seen to reach
+    40,000 deviations.
+    """
+    mean, scale = standardisation(X, standardize)
+    usual = float(np.median(scale[np.isfinite(scale)])) if np.isfinite(scale).any() else 1.0
+    return mean, np.where(np.isfinite(scale), np.maximum(scale, SMALLEST_SCALE * usual), usual)
+
+
+def _scaled(X: Features, mean: Floats, scale: Floats) -> Features:
+    scaled: Features = ((X - mean) / scale).astype(np.float32)
+    return scaled
 
 
 def repeats(live: SelectionScore, expected: SelectionScore, n: int, *, precision: str, dtype: torch.dtype) -> bool:

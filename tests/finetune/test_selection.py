@@ -13,7 +13,7 @@ from pipeline.errors import FinetuneError
 from pipeline.features.cache import FeatureTable
 from pipeline.finetune import SelectionScore, SelectionSet, Setup, hold_out_selection, repeats
 from pipeline.finetune.images import plan_epoch
-from pipeline.finetune.selection import selection_score
+from pipeline.finetune.selection import selection_score, selection_temperature
 from pipeline.runtime.distributed import World
 
 from ..conftest import PROJECT
@@ -96,3 +96,21 @@ def test_batch_size_is_that_of_one_process() -> None:
     assert (len(first.rows), len(first.step_rows)) == (8, 16)
     line = next(line for line in (PROJECT / "params.yaml").read_text().splitlines() if "  batch_size: 32" in line)
     assert "process" in line
+
+
+def test_the_temperature_cools_what_is_too_sure_and_does_not_trust_a_few_right_answers() -> None:
+    random = np.random.default_rng(0)
+    honest = random.normal(size=(300, 3))
+    targets = (honest + random.gumbel(size=honest.shape)).argmax(axis=1)  # drawn from the softmax
+    assert selection_temperature(honest, targets) == pytest.approx(1.0, abs=0.25)
+    assert selection_temperature(3 * honest, targets) == pytest.approx(3.0, rel=0.25)
+    assert selection_temperature(np.eye(3)[[0, 1, 2]], np.array([0, 1, 2])) > 0.5
+
+
+def test_a_cooled_score_does_not_punish_for_being_too_sure() -> None:
+    targets = np.array([0, 1] * 10)
+    right = np.eye(2)[targets]
+    sure = 20 * np.where(np.arange(20)[:, None] < 2, 1 - right, right)  # two mistakes, all certain
+    unsure = 0.1 * np.where(np.arange(20)[:, None] < 4, 1 - right, right)
+    first, second = (selection_score(logits, targets, cool=True) for logits in (sure, unsure))
+    assert first.beats(second, "log_loss") and first.loss > second.loss
