@@ -1,7 +1,8 @@
 """Stage three: backbone and head trained together from the probe, and whether that was worth it.
 
-`finetune` reads from top to bottom: features, rows, probe, classifier, training, score, comparison, run. What touches
-images, backbone and cache is in the helpers of the last section; training itself is in `pipeline.finetune`.
+`finetune` reads from top to bottom: features, rows, probe, classifier, training, choice, training on all of train,
+score, comparison, run. What touches images, backbone and cache is in the helpers below; training itself is in
+`pipeline.finetune`.
 """
 
 from __future__ import annotations
@@ -84,7 +85,10 @@ def finetune(
     resume: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train backbone and head together, keep the best epoch, compare with the probe, publish a run.
+    """Train backbone and head together from the probe, choose, train on all of train, compare, publish a run.
+
+    A part of train (val, where test is reported) chooses between the probe, the epochs and mixes of both (WiSE-FT,
+    Wortsman et al. 2022) by log loss. The start is the probe's own head (LP-FT, Kumar et al. 2022).
 
     Args:
         from_run: the stage-two run to start from; by default the latest that fits.
@@ -146,7 +150,8 @@ def finetune(
                 _check_repeats(row.score, start.expected, same, probe, tell)
 
         with stop_after_batch() as stop:
-            with ProgressBar("training", section.epochs * len(train) // world.size, quiet=quiet) as bar:
+            images = section.epochs * len(train) // world.size
+            with ProgressBar("training", images, quiet=quiet or not world.is_main) as bar:
                 result = train_classifier(
                     classifier,
                     train,
@@ -167,11 +172,11 @@ def finetune(
             choice = choose(result, classifier, train, selection, transform, section, setup, calibrate=calibrates)
             tell(_choice_line(choice, probe))
             every = np.flatnonzero(table.train)
-            refits = section.refit and bool(choice.epoch) and len(every) > len(holdout.train)
+            refits, warnings = section.refit and bool(choice.epoch) and len(every) > len(holdout.train), list[str]()
             if refits:
                 end = _refit(job, choice, every, folder / REFIT_FOLDER, stop, tell, quiet=quiet)
                 if end is None:
-                    cache.warnings.append("training on all of train diverged: the weights are those of the part")
+                    warnings.append("training on all of train diverged: the weights are those of the part")
                     refits = False
                 classifier = end or classifier
         if not world.is_main:
@@ -197,9 +202,11 @@ def finetune(
             "refit": refits,
             **(_compare(probe, head, table, features, rows) if probe is not None else {}),
         }
+        if kept and probe is not None and probe.model.data.digest != table.data_digest:
+            warnings.append(f"the probe that was kept was fitted to other images, of {probe.model.data.root}")
         fitted = every if refits or kept else holdout.train
         selections = _selections(selected, section, holdout.name, weighted=setup.class_weights is not None)
-        provenance = _provenance(table, fitted, head, result, selected, selections, cache.warnings)
+        provenance = _provenance(table, fitted, head, result, selected, selections, [*cache.warnings, *warnings])
         split = SPLITS[reported]
         metrics, predictions = score(head, replace(table, features=features), rows, provenance, split=split)
         for line in [*_verdict_lines(selected, split, metrics.metrics["accuracy"], probe), *metric_lines(metrics)]:
