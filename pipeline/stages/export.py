@@ -19,22 +19,10 @@ from ..data.decode import BadImage, Decoder
 from ..data.images import Images, open_images, open_paths
 from ..errors import DataError, ExportError
 from ..evaluate import Classified, classify
-from ..export import (
-    ExportedNetwork,
-    OnnxClassifier,
-    Proof,
-    Pt2Classifier,
-    add_sklearn_head,
-    as_answers,
-    head_module,
-    onnx_bytes,
-    onnx_model,
-    prove,
-    prove_accuracy,
-    pt2_bytes,
-    quantised,
-    trace,
-)
+from ..export.network import ExportedNetwork, head_module, trace
+from ..export.onnx_file import OnnxClassifier, add_sklearn_head, onnx_bytes, onnx_model, quantised
+from ..export.proof import Proof, as_answers, prove, prove_accuracy
+from ..export.pt2_file import Pt2Classifier, pt2_bytes
 from ..files import digest_bytes, human_bytes, publish_file, read_regular_file
 from ..heads import Layers
 from ..params import Params

@@ -13,7 +13,7 @@ import pytest
 from pipeline.artifacts import read_metrics
 from pipeline.cli import main
 from pipeline.errors import ExportError
-from pipeline.export import OnnxClassifier
+from pipeline.export.onnx_file import OnnxClassifier
 from pipeline.stages.export import export_run, load_exported
 
 from .conftest import IMAGES, Exported, LoadRun

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from pipeline.backbones import Transform
-from pipeline.export import ExportedNetwork, trace
+from pipeline.export.network import ExportedNetwork, trace
 
 SIZES = [(20, 20), (33, 33), (34, 100), (35, 36), (31, 30), (120, 47), (7, 300), (64, 64), (65, 130), (57, 58), (1, 3)]
 

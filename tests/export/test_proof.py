@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.evaluate import Classified
-from pipeline.export import prove, prove_accuracy
+from pipeline.export.proof import prove, prove_accuracy
 
 NAMES, CLASSES = ["a.jpg", "b.jpg"], ("ant", "bee")
 
