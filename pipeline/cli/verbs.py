@@ -22,12 +22,13 @@ PATHS = click.Path(path_type=Path)
 
 
 @click.command()
+@click.option("--retry", is_flag=True, help="Try images again that are known to be unreadable.")
 @experiment_options
-def extract(params: Params, reporter: Reporter) -> None:
+def extract(params: Params, retry: bool, reporter: Reporter) -> None:
     """Embed the images of data.root that the cache does not hold yet."""
     from ..stages.extract import extract as stage
 
-    reporter.finish(stage(params, reporter.say, quiet=reporter.quiet))
+    reporter.finish(stage(params, reporter.say, retry=retry, quiet=reporter.quiet))
 
 
 @click.command("train-head")
@@ -94,13 +95,9 @@ def predict(
     from ..stages.export import is_exported, load_exported
     from ..stages.run import load_run
 
-    if is_exported(run):
-        exported = load_exported(run)
-        predictions, name = exported.predict(paths, top=top, quiet=reporter.quiet), str(exported.file.absolute())
-    else:
-        loaded = load_run(resolve_run(runs_dir, run), overrides)
-        predictions, name = loaded.predict(paths, top=top, quiet=reporter.quiet), str(loaded.folder)
-    _finish_predictions(predictions, top, output, reporter, run=name)
+    loaded = load_exported(run) if is_exported(run) else load_run(resolve_run(runs_dir, run), overrides)
+    predictions = loaded.predict(paths, top=top, say=reporter.warn, quiet=reporter.quiet)
+    _finish_predictions(predictions, top, output, reporter, run=str(loaded.folder))
 
 
 @click.command()

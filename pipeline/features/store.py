@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 
 from ..data.digests import Digests, empty_digests, first_occurrences, locate
 from ..errors import CacheError, MissingFeaturesError
 from ..files import file_lock, publish_file
-from .parts import HDF5_ERRORS, DamagedPart, Part, Proofs, build_part, part_name, part_names, set_aside
+from .parts import HDF5_ERRORS, PART_ROWS, DamagedPart, Part, Proofs, build_part, part_name, part_names, set_aside
 from .rounding import Features, survives_float16
 from .spec import FeatureSpec
 
@@ -50,7 +54,10 @@ class FeatureStore:
         """
         with ExitStack() as held:
             try:
-                held.enter_context(file_lock(self.cache_dir / LOCK_FILE, shared=True))
+                if not held.enter_context(file_lock(self.cache_dir / LOCK_FILE, shared=True)):
+                    self.warnings.append(
+                        f"The file system of {self.cache_dir} has no locks: run no `cache gc` while others write here."
+                    )
             except OSError as error:
                 raise cannot_write(self.cache_dir, error) from error
             self._write_spec()
@@ -203,3 +210,70 @@ def cannot_write(path: Path, error: OSError) -> CacheError:
         why=str(error),
         remedy="free space or give write permission, or set cache.dir to another folder; what was published is kept",
     )
+
+
+class PartWriter:
+    """A sink that publishes at least every ``part_seconds`` or 4096 rows, and what is left when it closes.
+
+    ``published`` counts durable rows. An error while publishing is raised by the next call, or on closing.
+    """
+
+    def __init__(
+        self,
+        publish: Callable[[Features, Digests], list[Path]],
+        part_seconds: float,
+        *,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        self._publish, self._part_seconds, self._after = publish, part_seconds, after
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+        self._features: list[Features] = []
+        self._digests: list[Digests] = []
+        self._oldest = 0.0
+        self.published = 0
+        self.seconds = 0.0
+
+    def __call__(self, features: Features, digests: Digests) -> None:
+        """Take rows (n, d) and digests (n, 16)."""
+        if not self._features:
+            self._oldest = time.monotonic()
+        self._features.append(features)
+        self._digests.append(digests)
+        full = sum(map(len, self._features)) >= PART_ROWS
+        if full or time.monotonic() - self._oldest >= self._part_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Begin to publish what has come so far; waits for the part before, so at most one is in memory twice."""
+        self._wait()
+        if self._features:
+            rows = np.concatenate(self._features), np.concatenate(self._digests)
+            self._features, self._digests = [], []
+            self._pending = self._pool.submit(self._write, *rows)
+
+    def _write(self, features: Features, digests: Digests) -> None:
+        started = time.perf_counter()
+        self._publish(features, digests)
+        self.published += len(features)
+        if self._after:
+            self._after()
+        self.seconds += time.perf_counter() - started
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Publish the rest, also when the block failed: what was computed is kept."""
+        try:
+            self.flush()
+            self._wait()
+        finally:
+            self._pool.shutdown()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..artifacts import MODEL_FILE, current_versions, read_metrics, read_predictions
 from ..backbones import Transform
 from ..data.decode import BadImage, Decoder
-from ..data.images import Images, open_images, open_paths
+from ..data.images import Given, Images, open_given, open_images
 from ..errors import DataError, ExportError
 from ..evaluate import Classified, classify
 from ..export.network import ExportedNetwork, head_module, trace
@@ -231,7 +231,7 @@ def _nothing_to_prove(run: Run, why: str) -> ExportError:
 
 def _others(run: Run, folder: Path, *, quiet: bool) -> _Examples:
     """The images under ``folder``, with what the run says of them now."""
-    images = open_paths([folder], run.params.data, run.params.cache.dir)
+    images = open_given(folder, run.params.data, run.params.cache.dir)
     cache = run.cache(images, quiet=quiet)
     cache.fill()
     rows = _sample(np.flatnonzero(cache.present).tolist())
@@ -298,14 +298,32 @@ class ExportedRun:
         size, background = values.pop("draft_size"), tuple(values.pop("background"))
         return Decoder(background=background, draft_size=size and tuple(size), **values)
 
-    def predict(self, paths: Sequence[Path | str], *, top: int = 5, quiet: bool = True) -> list[Prediction]:
-        """Classify image files and folders of them, in sorted order; bad files get an ``error``.
+    @property
+    def folder(self) -> Path:
+        """Where it lies, as a run's."""
+        return self.file.absolute()
+
+    def predict(
+        self,
+        images: Given | Iterable[Given],
+        *,
+        top: int = 5,
+        say: Say = lambda _line: None,
+        quiet: bool = True,
+    ) -> list[Prediction]:
+        """As `Run.predict`; nothing is cached.
 
         Raises:
+            TypeError: something is no image and no path.
             DataError: a path does not exist, or there is no image.
         """
         params, transform = Params(), Transform.from_dict(self._value("transform"), where=self.file)
-        images = open_paths([Path(path) for path in paths], params.data, params.cache.dir)
+        opened = open_given(images, params.data, params.cache.dir)
+        for warning in opened.warnings:
+            say(f"Warning: {warning}")
+        return self._predict(opened, transform, top, quiet)
+
+    def _predict(self, images: Images, transform: Transform, top: int, quiet: bool) -> list[Prediction]:
         outputs: dict[int, Answers] = {}
         errors: dict[int, str] = {}
         with ProgressBar("predicting", len(images), quiet=quiet) as bar:

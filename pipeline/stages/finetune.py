@@ -161,7 +161,8 @@ def finetune(
         classifier.load_state_dict(result.best)
         weights = _backbone_bytes(classifier, backbone)
         publish_file(folder / BACKBONE_FILE, weights)
-        tuned = open_cache(_with_weights(params, folder / BACKBONE_FILE) if result.best_epoch else params, cache.images)
+        tuned_params = _with_weights(params, folder / BACKBONE_FILE) if result.best_epoch else params
+        tuned = open_cache(tuned_params, cache.images, begins=True)
         tuned.fill()
         features = tuned.read(table.digests)
         head = _head(classifier, start, table) if result.best_epoch or probe is None else probe.head
@@ -185,6 +186,7 @@ def finetune(
             update={
                 "verb": "finetune",
                 "parent": None if probe is None else probe.folder.name,
+                "feature_keys": list(dict.fromkeys([tuned.key, cache.key])),
                 "seconds": time.perf_counter() - started,
                 "parameters": ParameterCounts(trainable=max(row.trainable for row in result.history), total=total),
             }
