@@ -70,9 +70,9 @@ class ExportedNetwork(nn.Module):
     """An image (height, width, 3), or n of one size, to ``label``, ``probabilities``; without a head to ``features``.
 
     Args:
-        network: normalised images to features (n, d).
+        network: normalised images to features (n, d), in ``dtype``.
         head: features to logits, the temperature folded in.
-        dtype: what ``network`` computes in; all else is float32.
+        dtype: what ``network`` takes; all else is float32.
         batch: take images (n, height, width, 3), and give n of everything.
     """
 
@@ -80,7 +80,7 @@ class ExportedNetwork(nn.Module):
         self, transform: Transform, network: nn.Module, head: nn.Module | None, *, dtype: torch.dtype, batch: bool
     ) -> None:
         super().__init__()
-        self.preprocess, self.network = Preprocess(transform), network.to(dtype)
+        self.preprocess, self.network = Preprocess(transform), network
         self.head, self.dtype, self.batch = head, dtype, batch
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..artifacts import MODEL_FILE, current_versions, read_metrics, read_predictions
-from ..backbones import Transform
+from ..backbones import Transform, prepare_for_inference
 from ..data.decode import BadImage, Decoder
 from ..data.images import Given, Images, open_given, open_images
 from ..errors import DataError, ExportError
@@ -135,11 +135,18 @@ def _writer(run: Run, suffix: str, *, features: bool, precision: str, batch: boo
     """What makes the file's bytes from its metadata."""
     layers: Layers | None = None if features else run.head.as_layers()
     sklearn = not features and layers is None
+    # BatchNorm is folded before anything is rounded, as where features are extracted.
+    prepared = prepare_for_inference(
+        run.backbone.build(),
+        device=torch.device("cpu"),
+        precision="float16" if precision == "float16" else "float32",
+        fuse=False,
+    )
     network = ExportedNetwork(
         run.backbone.transform,
-        run.backbone.build().module.network,
+        prepared.network,
         None if layers is None else head_module(layers),
-        dtype=torch.float16 if precision == "float16" else torch.float32,
+        dtype=prepared.dtype,
         batch=batch,
     )
     if suffix == ".pt2":
