@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from ..errors import ExportError
 from ..heads import Head
+from ..heads.common import LOG_FLOOR
 from .extra import need
 from .network import ExportedNetwork, trace
 
@@ -136,15 +137,20 @@ def _sklearn_model(head: Head) -> Any:
         ) from error
     # One decision comes as minus and plus itself, and counts as minus and plus its half.
     factor = (0.5 if decisions and len(head.classes_) == 2 else 1.0) / head.temperature
-    steps = [("Identity", ["probabilities"], "chances")]
+    node, double, single = onnx.helper.make_node, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT
+    steps = [node("Identity", ["probabilities"], ["chances"])]
     if decisions or head.temperature != 1:
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(factor), "factor"))
-        steps = [
-            ("Identity" if decisions else "Log", ["probabilities"], "logits"),
-            ("Mul", ["logits", "factor"], "cooled"),
-            ("Softmax", ["cooled"], "chances"),
+        constants = {"factor": np.float64(factor), "floor": np.float64(LOG_FLOOR)}
+        model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
+        logarithm = [node("Max", ["scores", "floor"], ["positive"]), node("Log", ["positive"], ["logits"])]
+        steps = [  # in float64, as a probability of zero counts as a number that float32 does not have
+            node("Cast", ["probabilities"], ["scores"], to=double),
+            *([node("Identity", ["scores"], ["logits"])] if decisions else logarithm),
+            node("Mul", ["logits", "factor"], ["cooled"]),
+            node("Softmax", ["cooled"], ["exact"], axis=1),
+            node("Cast", ["exact"], ["chances"], to=single),
         ]
-    model.graph.node.extend(onnx.helper.make_node(step, sources, [target]) for step, sources, target in steps)
+    model.graph.node.extend(steps)
     del model.graph.output[1:]
     model.graph.output.append(onnx.helper.make_tensor_value_info("chances", onnx.TensorProto.FLOAT, [None, None]))
     return model
