@@ -36,6 +36,7 @@ from ..data.images import Given, Images, open_given
 from ..data.source import SPLITS
 from ..errors import RunError
 from ..evaluate import ClassifierOutput, apply_head
+from ..export.card import CARD_FILE, render_card
 from ..features.cache import FeatureCache, FeatureTable
 from ..heads import Head, load_head
 from ..params import Params, dump_params, load_params
@@ -291,5 +292,7 @@ def publish_run(
             write_predictions(file, predictions)
         report = render_report(Content(path.name, model, metrics, dump_params(params)))
         (folder / REPORT_FILE).write_text(report, encoding="utf-8")
+        card = render_card(path.name, model, metrics, predictions, params)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
         fill(folder)
     return path
