@@ -83,6 +83,7 @@ class RunModel(Record):
 
     ``forward_shape`` is the shape (images, channels, height, width) that every forward batch was padded to;
     ``decoder`` is the rule by which bytes became pixels (runs from before it was recorded have it in their params);
+    ``feature_key`` is the cache's key of the features that were scored, ``feature_keys`` are all that were used;
     ``seconds`` is the wall time of the verb that made the run.
     """
 
@@ -99,6 +100,7 @@ class RunModel(Record):
     feature_dim: Annotated[int, Field(ge=1)]
     forward_shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=4, max_length=4)]
     feature_key: Text | None = None
+    feature_keys: list[Text] = []
     head: HeadRecord
     data: DataRecord
     parameters: ParameterCounts

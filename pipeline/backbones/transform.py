@@ -48,8 +48,8 @@ class Transform:
         Raises:
             BadImage: the resized image would have too many pixels.
         """
+        self.check_size(image)
         if self.resize is not None:
-            self._check_resized(image)
             image = F.resize(image, [self.resize], interpolation=InterpolationMode(self.interpolation), antialias=True)
         image = F.center_crop(image, [self.crop])
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
@@ -84,8 +84,14 @@ class Transform:
         }
         return cls(**fields)
 
-    def _check_resized(self, image: Image.Image) -> None:
-        assert self.resize is not None
+    def check_size(self, image: Image.Image) -> None:
+        """Refuse a strip that would be resized to more pixels than any image is allowed.
+
+        Raises:
+            BadImage: the resized image would have too many pixels.
+        """
+        if self.resize is None:
+            return
         short, long = sorted(image.size)
         pixels = self.resize * (self.resize * long // max(short, 1))
         if pixels > MAX_RESIZED_PIXELS:

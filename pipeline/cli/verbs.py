@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -22,12 +22,13 @@ PATHS = click.Path(path_type=Path)
 
 
 @click.command()
+@click.option("--retry", is_flag=True, help="Try images again that are known to be unreadable.")
 @experiment_options
-def extract(params: Params, reporter: Reporter) -> None:
+def extract(params: Params, retry: bool, reporter: Reporter) -> None:
     """Embed the images of data.root that the cache does not hold yet."""
     from ..stages.extract import extract as stage
 
-    reporter.finish(stage(params, reporter.say, quiet=reporter.quiet))
+    reporter.finish(stage(params, reporter.say, retry=retry, quiet=reporter.quiet))
 
 
 @click.command("train-head")
@@ -89,13 +90,62 @@ def predict(
     output: Path | None,
     reporter: Reporter,
 ) -> None:
-    """Classify the images at PATHS (files and folders) with RUN (a path, a name or `latest`)."""
+    """Classify the images at PATHS (files and folders) with RUN (a path, a name, `latest` or an exported file)."""
     from ..artifacts import resolve_run
+    from ..stages.export import is_exported, load_exported
+    from ..stages.run import load_run
+
+    loaded = load_exported(run) if is_exported(run) else load_run(resolve_run(runs_dir, run), overrides)
+    predictions = loaded.predict(paths, top=top, say=reporter.warn, quiet=reporter.quiet)
+    _finish_predictions(predictions, top, output, reporter, run=str(loaded.folder))
+
+
+@click.command()
+@click.argument("run")
+@click.argument("target", metavar="FILE", type=PATHS)
+@click.option("--probabilities/--features", default=True, help="What the file gives: classes, or features.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Of the backbone; int8 states the accuracy that it costs.",
+)
+@click.option("--batch", is_flag=True, help="Take n images of one size instead of one.")
+@click.option("--data", type=PATHS, help="Images to prove it on, where those that the run was reported on are gone.")
+@run_options
+def export(
+    runs_dir: Path,
+    overrides: tuple[str, ...],
+    run: str,
+    target: Path,
+    probabilities: bool,
+    precision: Literal["float32", "float16", "int8"],
+    batch: bool,
+    data: Path | None,
+    reporter: Reporter,
+) -> None:
+    """Write RUN as FILE.onnx (or FILE.pt2), published only once it gives what the run gave.
+
+    The file takes an RGB image, uint8 (height, width, 3), of any size: all preprocessing is inside.
+    """
+    from ..artifacts import resolve_run
+    from ..stages.export import export_run
     from ..stages.run import load_run
 
     loaded = load_run(resolve_run(runs_dir, run), overrides)
-    predictions = loaded.predict(paths, top=top, quiet=reporter.quiet)
-    _finish_predictions(predictions, top, output, reporter, run=str(loaded.folder))
+    reporter.finish(
+        export_run(
+            loaded,
+            target,
+            reporter.say,
+            data=data,
+            features=not probabilities,
+            precision=precision,
+            batch=batch,
+            quiet=reporter.quiet,
+        )
+    )
 
 
 @click.command()
@@ -186,6 +236,7 @@ VERBS: dict[str, click.Command] = {
     "evaluate": evaluate,
     "compare": compare,
     "predict": predict,
+    "export": export,
     "classify": classify,
     "backbones": backbones,
     "demo": demo,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..errors import DataError
 from ..params import DataParams
 from .source import SPLITS, UNLABELLED, Samples, Stamp
-from .walk import Extensions, Identity, Listing, Walker, join_listings, read_file, shown, stamp_of, unreadable
+from .walk import Extensions, Identity, Listing, Walker, join_listings, read_file, shown
 
 SPLIT_OF_FOLDER = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
 NAMES_SHOWN = 5
@@ -45,22 +45,6 @@ class FolderSource:
     def read(self, path: str) -> tuple[bytes, Stamp]:
         """As `read_file`."""
         return read_file(self._root / path)
-
-
-class FileSource:
-    """Files, and folders of files, named one by one and without labels."""
-
-    def __init__(self, paths: Sequence[Path], extensions: Extensions) -> None:
-        self._paths, self._extensions = paths, extensions
-        self.name = b"\0".join(sorted(os.fsencode(os.path.realpath(path)) for path in paths))
-
-    def list_samples(self) -> Samples:
-        """As `list_files`."""
-        return list_files(self._paths, extensions=self._extensions)
-
-    def read(self, path: str) -> tuple[bytes, Stamp]:
-        """As `read_file`."""
-        return read_file(Path("/") / path)
 
 
 @dataclass(frozen=True)
@@ -98,41 +82,8 @@ def scan_folder(root: Path, *, layout: Layout = "auto", extensions: Extensions) 
     split = layout == "split" or (layout == "auto" and _looks_split(tops))
     tree = _scan_split(walker, root, top, tops) if split else _scan_flat(walker, root, top)
     if not tree.paths:
-        raise _no_images(tree)
+        raise no_images(tree)
     return tree
-
-
-def list_files(paths: Sequence[Path], *, extensions: Extensions) -> Samples:
-    """Files and folders of images as one unlabelled tree below ``/``, for prediction.
-
-    The order is that of the arguments, within a folder that of the names; what is named twice is taken once. A
-    file that is named itself is taken whatever its extension, hidden or not.
-
-    Raises:
-        DataError: a path that does not exist or cannot be read, or no image at all.
-    """
-    walker = Walker(Path("/"), extensions)
-    found: dict[str, NDArray[np.int64]] = {}
-    for path in paths:
-        for name, row in _images_of(walker, os.path.abspath(path)):
-            found.setdefault(name, row)
-    stamps = np.array(list(found.values()), np.int64).reshape(len(found), 4)
-    targets = np.full(len(found), UNLABELLED, np.int32)
-    tree = Samples(Path("/"), (), list(found), targets, None, stamps, dict(walker.ignored), tuple(walker.warnings))
-    if not found:
-        raise _no_images(tree, where=", ".join(map(shown, paths)))
-    return tree
-
-
-def _images_of(walker: Walker, path: str) -> Iterable[tuple[str, NDArray[np.int64]]]:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if not os.path.isdir(path):
-        return [(path[1:], stamp_of(status))]
-    names, stamps, _ = join_listings(walker.gather(f"{path[1:]}/" if path != "/" else ""))
-    return zip(names, stamps, strict=True)
 
 
 def _looks_split(tops: dict[str, Listing]) -> bool:
@@ -264,7 +215,8 @@ def _class_warnings(folders: list[_ClassFolder], class_names: tuple[str, ...], s
     return warnings
 
 
-def _no_images(tree: Samples, where: str | None = None) -> DataError:
+def no_images(tree: Samples, where: str | None = None) -> DataError:
+    """The error for a place that holds no image."""
     ignored = sorted(tree.ignored.items(), key=lambda item: -item[1])[:NAMES_SHOWN]
     counts = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in ignored)
     return DataError(

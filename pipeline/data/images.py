@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -14,13 +16,17 @@ from numpy.typing import NDArray
 from ..files import digest_bytes
 from ..params import DataParams
 from ..runtime.cores import usable_cores
+from ..runtime.progress import ProgressBar
 from .digests import Digests
-from .folder import FileSource, FolderSource
+from .folder import FolderSource
+from .given import Given, GivenSource
 from .index import DigestIndex, index_file
 from .source import Samples, Source
 from .splits import assign_splits, group_ids, groups_of
 
 Rows = NDArray[np.int64]
+# Images that threads are given to read at a time.
+READ_AHEAD = 1024
 
 # The kinds of places that ``data.root`` may name: the first that says yes to the params opens it.
 SOURCES: list[tuple[Callable[[DataParams], bool], Callable[[DataParams], Source]]] = [
@@ -40,8 +46,8 @@ class Images:
     def __init__(self, source: Source, data: DataParams, cache_dir: Path) -> None:
         self.source, self.data = source, data
         self.samples = source.list_samples()
-        self.index_file = index_file(cache_dir, source.name)
-        index = DigestIndex.load(self.index_file)
+        self.index_file = None if source.name is None else index_file(cache_dir, source.name)
+        index = DigestIndex.load(self.index_file) if self.index_file else DigestIndex()
         self.digests, self.known = index.lookup(self.paths, self.samples.stamps)
         self.failures: dict[int, str] = {}
         self.warnings = [*self.samples.warnings, *([index.warning] if index.warning else [])]
@@ -88,10 +94,10 @@ class Images:
 
     def position_of(self, path: str) -> int | None:
         """The position of the image whose whole path this is, if it is among these."""
-        try:
-            return self.paths.index(str(Path(path).relative_to(self.root)))
-        except ValueError:
-            return None
+        prefix = os.path.join(self.root, "") if self.root != Path() else ""
+        with suppress(ValueError):
+            return self.paths.index(path.removeprefix(prefix))
+        return None
 
     def digest(self, position: int) -> bytes:
         """The 16 bytes that name a known image's content."""
@@ -115,14 +121,16 @@ class Images:
         """Whether an image has the stamp under which it was listed."""
         return bool((self._stamps[position] == self.samples.stamps[position]).all())
 
-    def read_unknown(self) -> None:
+    def read_unknown(self, *, quiet: bool = False) -> None:
         """Read the images whose content is not known, to learn their digests."""
-        unknown = np.flatnonzero(~self.known)
-        if not len(unknown):
+        unknown = np.flatnonzero(~self.known).tolist()
+        if not unknown:
             return
-        with ThreadPoolExecutor(usable_cores()) as pool:
-            for _ in pool.map(lambda position: self.read(int(position)) and None, unknown):
-                pass
+        with ThreadPoolExecutor(usable_cores()) as pool, ProgressBar("reading", len(unknown), quiet=quiet) as bar:
+            for start in range(0, len(unknown), READ_AHEAD):
+                block = unknown[start : start + READ_AHEAD]
+                for _ in pool.map(lambda position: self.read(position) and None, block):
+                    bar.advance()
         self.remember()
 
     def learn(self, digests: Digests, known: NDArray[np.bool_], failures: dict[int, str]) -> None:
@@ -136,6 +144,8 @@ class Images:
 
         An index only saves time, so that one which cannot be written is worth a warning, not an end.
         """
+        if self.index_file is None:
+            return
         try:
             index = DigestIndex.load(self.index_file)
             index.updated(self.paths, self._stamps, self.digests, self.known, read_ns=self._read_ns).save(
@@ -179,13 +189,14 @@ def open_images(data: DataParams, cache_dir: Path) -> Images:
     return Images(opener(data), data, cache_dir)
 
 
-def open_paths(paths: Sequence[Path], data: DataParams, cache_dir: Path) -> Images:
-    """List files and folders given by path, unlabelled, and look them up in the index.
+def open_given(given: Given | Iterable[Given], data: DataParams, cache_dir: Path) -> Images:
+    """Images given one by one, unlabelled: paths of files and folders, bytes, arrays, PIL images.
 
     Raises:
+        TypeError: something is no image and no path.
         DataError: a path does not exist, or there is no image.
     """
-    return Images(FileSource(paths, data.extensions), data, cache_dir)
+    return Images(GivenSource(given, data.extensions), data, cache_dir)
 
 
-__all__ = ["SOURCES", "Images", "Samples", "Source", "open_images", "open_paths"]
+__all__ = ["SOURCES", "Given", "Images", "Samples", "Source", "open_given", "open_images"]

@@ -41,13 +41,12 @@ class Samples:
 
 
 class Source(Protocol):
-    """One place of one kind. A further kind is one such class and its line in `images.SOURCES`.
+    """One place of one kind. A further kind is one such class and its line in `images.SOURCES`."""
 
-    Attributes:
-        name: by which the cache remembers the digests of what lies there, equal whenever the place is.
-    """
-
-    name: bytes
+    @property
+    def name(self) -> bytes | None:
+        """By which the cache remembers the digests of what lies there; None for what is gone with the process."""
+        ...
 
     def list_samples(self) -> Samples:
         """What lies there; no image is opened.

@@ -10,7 +10,7 @@ import numpy as np
 from ..backbones import Features, Forward, build_classifier, make_decoder
 from ..backbones.backbone import CPU_BATCH, DECODER_RULES
 from ..data.digests import Digests
-from ..data.images import open_paths
+from ..data.images import open_given
 from ..evaluate import ClassifierOutput
 from ..features.extractor import extract_features
 from ..features.prepare import Preparation
@@ -32,7 +32,7 @@ def classify(params: Params, paths: Sequence[Path], *, top: int = 5, quiet: bool
         DataError: a path does not exist, or there is no image.
     """
     module, transform, categories = build_classifier(params.backbone.name, params.backbone.weights)
-    images = open_paths(paths, params.data, params.cache.dir)
+    images = open_given(paths, params.data, params.cache.dir)
     decoder = make_decoder(transform, params.data.max_pixels, DECODER_RULES[params.extract.decoder])
     quarantine = Quarantine(params.cache.dir, decoding_rule(decoder, transform.resize, transform.crop))
     device = resolve_device(params.extract.device)

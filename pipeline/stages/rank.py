@@ -69,7 +69,10 @@ def rank_backbones(
     if not names:
         raise UsageError("There is no backbone to rank.", remedy="name some: pipeline backbones --rank NAME...")
     images = open_images(params.data, params.cache.dir)
-    caches = {label: open_cache(_with_backbone(params, label), images, quiet=quiet) for label in dict.fromkeys(names)}
+    caches = {
+        label: open_cache(_with_backbone(params, label), images, begins=True, quiet=quiet)
+        for label in dict.fromkeys(names)
+    }
     sample = _sample(images, params.head, size)
     filled = {}
     for label, cache in caches.items():

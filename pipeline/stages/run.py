@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -32,10 +32,11 @@ from ..artifacts import (
 )
 from ..backbones import Backbone, BackboneIdentity, BuiltNetwork, Transform, build_network, make_decoder
 from ..backbones.backbone import DECODER_RULES
-from ..data.images import Images, open_paths
+from ..data.images import Given, Images, open_given
 from ..data.source import SPLITS
 from ..errors import RunError
 from ..evaluate import ClassifierOutput, apply_head
+from ..export.card import CARD_FILE, render_card
 from ..features.cache import FeatureCache, FeatureTable
 from ..heads import Head, load_head
 from ..params import Params, dump_params, load_params
@@ -98,6 +99,7 @@ class Run:
             precision=self.model.precision,
             batch_size=self.model.forward_shape[0],
             source=self._build_network,
+            compiled=params.extract.compile,
         )
 
     def _decoding_rule(self) -> str:
@@ -134,18 +136,33 @@ class Run:
         extract = self.params.extract.model_copy(update={"views": 0})
         return FeatureCache(images, self.backbone, storage, extract, quiet=quiet)
 
-    def predict(self, paths: Sequence[Path | str], *, top: int = 5, quiet: bool = True) -> list[Prediction]:
-        """Classify image files and folders of them, in sorted order; bad files get an ``error``.
+    def predict(
+        self,
+        images: Given | Iterable[Given],
+        *,
+        top: int = 5,
+        say: Callable[[str], None] = lambda _line: None,
+        quiet: bool = True,
+    ) -> list[Prediction]:
+        """Classify images in the order given, those of a folder by name; bad ones get an ``error``.
 
         Args:
+            images: a path of a file or folder, bytes, a uint8 array (h, w), (h, w, 3) or (h, w, 4), a PIL image, or
+                a list of them.
             top: how many classes to list for an image, most probable first.
+            say: takes what the user should be warned of.
 
         Raises:
+            TypeError: something is no image and no path.
             DataError: a path does not exist, or there is no image.
         """
-        images = open_paths([Path(path) for path in paths], self.params.data, self.params.cache.dir)
+        return self._predict(open_given(images, self.params.data, self.params.cache.dir), top, say, quiet)
+
+    def _predict(self, images: Images, top: int, say: Callable[[str], None], quiet: bool) -> list[Prediction]:
         cache = self.cache(images, quiet=quiet)
         cache.fill()
+        for warning in cache.warnings:
+            say(f"Warning: {warning}")
         rows = np.flatnonzero(cache.present)
         output = apply_head(self.head, cache.read(images.digests[rows]), len(self.class_names))
         problem = cache.quarantine.problem_with
@@ -215,6 +232,7 @@ def run_model(cache: FeatureCache, table: FeatureTable, head: Head) -> RunModel:
         feature_dim=backbone.feature_dim,
         forward_shape=[backbone.batch_size, 3, crop, crop],
         feature_key=cache.key,
+        feature_keys=[cache.key, *(view.key for view in cache.views())],
         head=HeadRecord(kind=head.kind),
         data=DataRecord(
             root=str(table.root),
@@ -274,5 +292,7 @@ def publish_run(
             write_predictions(file, predictions)
         report = render_report(Content(path.name, model, metrics, dump_params(params)))
         (folder / REPORT_FILE).write_text(report, encoding="utf-8")
+        card = render_card(path.name, model, metrics, predictions, params)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
         fill(folder)
     return path
