@@ -164,18 +164,13 @@ def share(of: Callable[[ScoredImages], NDArray[np.bool_]]) -> Callable[[ScoredIm
     return estimate
 
 
-def resampled(of: Callable[[Weighted], Floats]) -> Callable[[ScoredImages], Estimate]:
-    """Any other score: ``of`` gives its values (b,) for b weightings, and 1000 bootstrap resamples its interval."""
-
-    def estimate(images: ScoredImages) -> Estimate:
-        value = float(of(Weighted(images, np.ones((1, len(images)))))[0])
-        if images.units < 2:
-            return value, None
-        blocks = [of(Weighted(images, weights)) for weights in resample_weights(images.groups)]
-        bounds = percentile_interval(np.concatenate(blocks), images.units)
-        return value, bounds if bounds[1] - bounds[0] > _NO_SPREAD else None
-
-    return estimate
+def resampled(compute: Callable[[Weighted], Floats], images: ScoredImages) -> Estimate:
+    """Any other score: ``compute`` gives its values (b,) for b weightings, and resampled groups its bounds."""
+    value = float(compute(Weighted(images, np.ones((1, len(images)))))[0])
+    if images.units < 2:
+        return value, None
+    values = [compute(Weighted(images, weights)) for weights in resample_weights(images.groups)]
+    return value, percentile_interval(np.concatenate(values), images.units)
 
 
 def _balanced_accuracy(of: Weighted) -> Floats:
@@ -193,9 +188,12 @@ def _macro_f1(of: Weighted) -> Floats:
     return np.asarray(f1.sum(axis=1) / (either > 0).sum(axis=1))
 
 
+def _log_loss(of: Weighted) -> Floats:
+    return of.mean(of.images.loss)
+
+
 def _calibration_error(images: ScoredImages) -> Estimate:
-    value, bounds = calibration_error(images.confidence, images.top_right, images.groups)
-    return value, bounds if bounds[1] - bounds[0] > _NO_SPREAD else None
+    return calibration_error(images.confidence, images.top_right, images.groups)
 
 
 @dataclass(frozen=True)
@@ -204,19 +202,30 @@ class Metric:
 
     Attributes:
         title, short_title: for people; the short one (``title`` where it is empty) heads a column.
-        estimate: its value and 95 % interval, None where that cannot be told; see `share` and `resampled`.
+        compute: its values (b,) for b weightings, from which its interval follows by the bootstrap (`resampled`).
+        estimate: its value and its 95 % interval at once, for a metric that has a better one.
         is_share: shown in per cent, other numbers with three decimals.
         needs_probabilities: None, with a reason, where the head gives none.
         above_classes: there only for more classes than this.
     """
 
     title: str
-    estimate: Callable[[ScoredImages], Estimate]
+    compute: Callable[[Weighted], Floats] | None = None
+    estimate: Callable[[ScoredImages], Estimate] | None = None
     short_title: str = ""
     is_share: bool = True
     lower_is_better: bool = False
     needs_probabilities: bool = False
     above_classes: int = 0
+
+    def measure(self, images: ScoredImages) -> Estimate:
+        """Its value, and its interval where that can be told."""
+        if self.estimate is not None:
+            value, bounds = self.estimate(images)
+        else:
+            assert self.compute is not None, f"{self.title} has neither compute nor estimate"
+            value, bounds = resampled(self.compute, images)
+        return value, bounds if bounds and bounds[1] - bounds[0] > _NO_SPREAD else None
 
     @property
     def heading(self) -> str:
@@ -235,16 +244,21 @@ class Metric:
         return percent_range(bounds, between) if self.is_share else f"{bounds[0]:.3f}{between}{bounds[1]:.3f}"
 
 
-_LOSS: Final[dict[str, Any]] = {"lower_is_better": True, "needs_probabilities": True}
 METRICS: Final[dict[str, Metric]] = {
-    "accuracy": Metric("accuracy", share(lambda images: images.right)),
-    "balanced_accuracy": Metric("balanced accuracy", resampled(_balanced_accuracy), short_title="bal. acc."),
-    "macro_f1": Metric("macro F1", resampled(_macro_f1)),
-    "log_loss": Metric("log loss", resampled(lambda of: of.mean(of.images.loss)), is_share=False, **_LOSS),
-    "ece": Metric("calibration error", _calibration_error, short_title="ECE", **_LOSS),
+    "accuracy": Metric("accuracy", estimate=share(lambda images: images.right)),
+    "balanced_accuracy": Metric("balanced accuracy", _balanced_accuracy, short_title="bal. acc."),
+    "macro_f1": Metric("macro F1", _macro_f1),
+    "log_loss": Metric("log loss", _log_loss, is_share=False, lower_is_better=True, needs_probabilities=True),
+    "ece": Metric(
+        "calibration error",
+        estimate=_calibration_error,
+        short_title="ECE",
+        lower_is_better=True,
+        needs_probabilities=True,
+    ),
     "top5": Metric(
         "top-5 accuracy",
-        share(lambda images: images.rank < TOP),
+        estimate=share(lambda images: images.rank < TOP),
         short_title="top-5",
         needs_probabilities=True,
         above_classes=TOP,
@@ -270,7 +284,7 @@ def measure(images: ScoredImages, classes: int, why_no_probabilities: str | None
         elif metric.needs_probabilities and not images.has_probabilities:
             reasons[name] = why_no_probabilities or "the head gives no probabilities"
         else:
-            values[name], values[f"{name}_ci95"] = metric.estimate(images)
+            values[name], values[f"{name}_ci95"] = metric.measure(images)
             if values[f"{name}_ci95"] is None:
                 reasons[f"{name}_ci95"] = _why_no_interval(images)
     return values, reasons

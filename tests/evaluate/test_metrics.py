@@ -31,7 +31,6 @@ from pipeline.evaluate import (
 )
 from pipeline.evaluate.calibration import calibration_error
 from pipeline.evaluate.intervals import resample_weights
-from pipeline.evaluate.metrics import resampled
 from pipeline.evaluate.protocol import find_leak, leak_sentence, protocol_sentence
 from pipeline.heads import Selection
 from pipeline.report import Content, render_report
@@ -281,7 +280,7 @@ def _brier(of: Weighted) -> NDArray[np.float64]:
 
 def test_a_metric_is_one_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One written outside the package is computed with its interval, stored, summed up, printed, compared, shown."""
-    metric = Metric("Brier score", resampled(_brier), is_share=False, lower_is_better=True, needs_probabilities=True)
+    metric = Metric("Brier score", _brier, is_share=False, lower_is_better=True, needs_probabilities=True)
     monkeypatch.setitem(METRICS, "brier", metric)
     y, predicted, probabilities, names = _example(n=100, classes=3)
     metrics = score_of(y, predicted, probabilities, names)
