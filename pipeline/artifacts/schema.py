@@ -159,9 +159,13 @@ class ConfusedPair(Record):
 
 
 class Leak(Record):
-    """Reported images that train holds too, byte for byte; the accuracy is that of the ``n`` others."""
+    """Reported images that train holds too: byte for byte, or (``by_group`` of them) only by their group.
+
+    The accuracy is that of the ``n`` others.
+    """
 
     leaked: Count
+    by_group: Count = 0
     n: Count
     accuracy: Share | None
     accuracy_ci95: Interval | None
@@ -182,6 +186,7 @@ class RunMetrics(Record):
     ``metrics`` holds the numbers (``accuracy``) and their 95 % intervals (``accuracy_ci95``); a value that cannot be
     given is None and ``reasons`` says why under the same name. ``confusion[i][j]`` counts images of class i
     predicted as class j; it is None above 1000 classes. ``history`` has one row an epoch, ``leaderboard`` one a head.
+    ``groups`` numbers the group of each scored image, in the order of ``predictions.csv``; None where each is alone.
     """
 
     program: Literal["image-transfer-pipeline"] = PROGRAM
@@ -199,6 +204,7 @@ class RunMetrics(Record):
     reliability: list[ReliabilityBin] | None = None
     protocol: Text
     leak: Leak | None = None
+    groups: list[Count] | None = None
     warnings: list[Text] = []
     selected: dict[Text, Any] = {}
     leaderboard: list[dict[Text, Any]] = []
@@ -215,6 +221,8 @@ class RunMetrics(Record):
         )
         if not square:
             raise ValueError(f"confusion must be {classes} x {classes}")
+        if self.groups is not None and len(self.groups) != self.n:
+            raise ValueError(f"groups has {len(self.groups)} entries for {self.n} images")
         return self
 
     def summary(self, run: str) -> dict[str, Any]:

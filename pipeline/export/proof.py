@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluate import ClassifierOutput, mcnemar_exact
-from ..evaluate.metrics import Floats, Ints
+from ..evaluate.intervals import Floats, Ints
 
 TOLERANCE = 0.02
 ALPHA = 0.05
@@ -69,11 +69,15 @@ def prove(
     return Proof(len(names), int((~differ).sum()), float(gaps.max()), against, problems=tuple(problems))
 
 
-def prove_accuracy(proof: Proof, wanted: Ints, found: Ints, y: Ints) -> Proof:
-    """The proof of a quantised file, which may differ but must not be shown to be worse on images of classes ``y``."""
+def prove_accuracy(proof: Proof, wanted: Ints, found: Ints, y: Ints, groups: Ints | None = None) -> Proof:
+    """The proof of a quantised file, which may differ but must not be shown to be worse on images of classes ``y``.
+
+    Args:
+        groups: equal for images that are not independent of one another; None where all are.
+    """
     before, after = wanted == y, found == y
     lost, won = int((before & ~after).sum()), int((after & ~before).sum())
-    p = mcnemar_exact(lost, won)
+    p = mcnemar_exact(before, after, groups)
     shares = float(after.mean()), float(before.mean())
     worse = lost > won and p < ALPHA
     problem = f"its accuracy is {100 * shares[0]:.1f} %, the run's {100 * shares[1]:.1f} % (exact McNemar p = {p:.2g})"

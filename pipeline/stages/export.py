@@ -190,13 +190,15 @@ def _decoded(metadata: dict[str, str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Examples:
-    """Images with the run's answers: ``rows`` of ``images``, in the order of ``wanted`` and of ``y`` (-1: unknown)."""
+    """Images with the run's answers: ``rows`` of ``images``, in the order of ``wanted``, of ``y`` (-1: unknown) and of
+    ``groups`` (None: each is alone)."""
 
     images: Images
     rows: Sequence[int]
     wanted: ClassifierOutput
     y: NDArray[np.int64]
     against: str
+    groups: NDArray[np.int64] | None = None
 
 
 def _reported(run: Run) -> _Examples:
@@ -214,12 +216,14 @@ def _reported(run: Run) -> _Examples:
         raise _nothing_to_prove(run, f"none of the {len(rows)} images of {split} is what it was")
     code = {name: target for target, name in enumerate(run.class_names)}
     predicted = np.array([code[recorded.predicted[row]] for row in there])
+    positions = [place[recorded.paths[row]] for row in there]
     return _Examples(
         images,
-        [place[recorded.paths[row]] for row in there],
+        positions,
         ClassifierOutput(predicted, recorded.probabilities[there]),
         np.array([code[recorded.labels[row]] for row in there]),
         f"predictions.csv ({split})",
+        images.groups_of(np.array(positions)),
     )
 
 
@@ -272,7 +276,7 @@ def _prove(
     names = [examples.images.paths[row] for row in examples.rows]
     proof = prove(examples.wanted, found, names, run.class_names, against=examples.against)
     if quantised:
-        return prove_accuracy(proof, examples.wanted.predicted, found.predicted, examples.y)
+        return prove_accuracy(proof, examples.wanted.predicted, found.predicted, examples.y, examples.groups)
     return proof
 
 

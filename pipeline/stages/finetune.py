@@ -460,7 +460,7 @@ def _compare(
         "difference": float(after.mean() - before.mean()),
         "only_probe_right": only_probe,
         "only_finetuned_right": only_tuned,
-        "mcnemar_p": mcnemar_exact(only_probe, only_tuned),
+        "mcnemar_p": mcnemar_exact(before, after, table.groups[rows]),
     }
 
 
