@@ -40,7 +40,9 @@ class GivenSource:
             if not is_path:
                 self._contents[self._names[-1]] = _content(item)
         names = sorted(os.fsencode(os.path.realpath(path)) for path in self._names)
-        self.name = None if self._contents else b"\0".join(names)
+        # What one reads to predict it once is not worth a note for ever; a folder may come again.
+        has_folder = not self._contents and any(os.path.isdir(name) for name in self._names)
+        self.name = b"\0".join(names) if has_folder else None
 
     def list_samples(self) -> Samples:
         """All images, those below a folder in its place.

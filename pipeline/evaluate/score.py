@@ -26,8 +26,8 @@ _NO_IMAGES = "there are no images to score"
 
 
 @dataclass(frozen=True)
-class Classified:
-    """A head's answers for n images.
+class ClassifierOutput:
+    """What a classifier makes of n images.
 
     Args:
         predicted: (n,) classes, each in [0, c).
@@ -40,14 +40,14 @@ class Classified:
     why_none: str | None = None
 
 
-def classify(head: Head, features: NDArray[np.float32], classes: int) -> Classified:
-    """The answers for features (n, d); a class that train did not hold gets probability 0."""
+def apply_head(head: Head, features: NDArray[np.float32], classes: int) -> ClassifierOutput:
+    """The output for features (n, d); a class that train did not hold gets probability 0."""
     predicted = head.predict(features)
     if not head.has_probabilities:
-        return Classified(predicted, None, head.why_no_probabilities)
+        return ClassifierOutput(predicted, None, head.why_no_probabilities)
     probabilities = np.zeros((len(features), classes))
     probabilities[:, head.classes_] = head.predict_proba(features)
-    return Classified(predicted, probabilities)
+    return ClassifierOutput(predicted, probabilities)
 
 
 def score(
@@ -60,22 +60,22 @@ def score(
         split: what the scored set is called.
         where: the same in the protocol's sentence, should that say more.
     """
-    answers = classify(head, table.features, len(table.class_names))
+    output = apply_head(head, table.features, len(table.class_names))
     rows = rows & (table.targets >= 0)
-    scored = Classified(
-        answers.predicted[rows],
-        None if answers.probabilities is None else answers.probabilities[rows],
-        answers.why_none,
+    scored = ClassifierOutput(
+        output.predicted[rows],
+        None if output.probabilities is None else output.probabilities[rows],
+        output.why_none,
     )
     metrics = score_images(
         table.targets[rows], scored, table.digests[rows], table.class_names, provenance, split=split, where=where
     )
-    return metrics, _predictions(table, answers)
+    return metrics, _predictions(table, output)
 
 
 def score_images(
     y: Ints,
-    answers: Classified,
+    output: ClassifierOutput,
     digests: NDArray[np.uint8],
     class_names: Sequence[str],
     provenance: Provenance,
@@ -83,15 +83,15 @@ def score_images(
     split: str,
     where: str = "",
 ) -> RunMetrics:
-    """Everything that can be said about the answers for images of the classes ``y`` (n,) and ``digests`` (n, 16).
+    """Everything that can be said about the output for images of the classes ``y`` (n,) and ``digests`` (n, 16).
 
     Raises:
         ValueError: shapes, classes or probabilities that do not fit together.
     """
-    _check(y, answers, class_names)
-    images = ScoredImages(y, answers.predicted, answers.probabilities)
+    _check(y, output, class_names)
+    images = ScoredImages(y, output.predicted, output.probabilities)
     n, majority = len(images), int(provenance.train_counts.argmax())
-    values, reasons = measure(images, len(class_names), answers.why_none)
+    values, reasons = measure(images, len(class_names), output.why_none)
     if not n:
         reasons["baseline_accuracy"] = _NO_IMAGES
     if len(class_names) > MAX_CONFUSION:
@@ -137,14 +137,14 @@ def metric_lines(metrics: RunMetrics) -> list[str]:
     return [*lines, metrics.protocol, *(f"Warning: {warning}" for warning in [*leak, *metrics.warnings])]
 
 
-def _check(y: Ints, answers: Classified, class_names: Sequence[str]) -> None:
+def _check(y: Ints, output: ClassifierOutput, class_names: Sequence[str]) -> None:
     n, classes = len(y), len(class_names)
-    for name, array in (("y", y), ("predicted", answers.predicted)):
+    for name, array in (("y", y), ("predicted", output.predicted)):
         if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
             raise ValueError(f"{name} must be {n} rows of integers, not {array.dtype} of shape {array.shape}")
         if n and (array.min() < 0 or array.max() >= classes):
             raise ValueError(f"{name} must lie in [0, {classes}), but holds {array.min()} to {array.max()}")
-    chances = answers.probabilities
+    chances = output.probabilities
     if chances is None:
         return
     if chances.shape != (n, classes):
@@ -154,16 +154,16 @@ def _check(y: Ints, answers: Classified, class_names: Sequence[str]) -> None:
         raise ValueError("each row of probabilities must be non-negative and sum to 1")
 
 
-def _predictions(table: FeatureTable, answers: Classified) -> Predictions:
+def _predictions(table: FeatureTable, output: ClassifierOutput) -> Predictions:
     names = table.class_names
     return Predictions(
         paths=table.paths,
         digests=table.digests,
         splits=[SPLITS[split] for split in table.splits],
         labels=[names[target] if target >= 0 else "" for target in table.targets],
-        predicted=[names[target] for target in answers.predicted],
+        predicted=[names[target] for target in output.predicted],
         class_names=names,
-        probabilities=answers.probabilities,
+        probabilities=output.probabilities,
     )
 
 

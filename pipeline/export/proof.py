@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluate import Classified, mcnemar_exact
+from ..evaluate import ClassifierOutput, mcnemar_exact
 from ..evaluate.metrics import Floats, Ints
 
 TOLERANCE = 0.02
@@ -44,7 +44,7 @@ class Proof:
 
 
 def prove(
-    wanted: Classified, found: Classified, names: Sequence[str], classes: Sequence[str], *, against: str
+    wanted: ClassifierOutput, found: ClassifierOutput, names: Sequence[str], classes: Sequence[str], *, against: str
 ) -> Proof:
     """Labels may differ only where the run's two best lie within `TOLERANCE`, no probability by more than that.
 
@@ -89,10 +89,10 @@ def prove_accuracy(proof: Proof, wanted: Ints, found: Ints, y: Ints) -> Proof:
     )
 
 
-def as_answers(outputs: Sequence[dict[str, Any]]) -> Classified:
+def as_answers(outputs: Sequence[dict[str, Any]]) -> ClassifierOutput:
     """What a file gave for n images, one after the other."""
     probabilities: Floats = np.array([output["probabilities"] for output in outputs], dtype=np.float64)
-    return Classified(np.array([int(output["label"]) for output in outputs], dtype=np.int64), probabilities)
+    return ClassifierOutput(np.array([int(output["label"]) for output in outputs], dtype=np.int64), probabilities)
 
 
 def _some(texts: Sequence[str]) -> str:

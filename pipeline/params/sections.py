@@ -218,8 +218,8 @@ class AugmentParams(Section):
     """Random changes of training images (torchvision v2); 0 or false switches one off."""
 
     crop: Count | None = None
-    crop_scale: tuple[Probability, Probability] = Field((0.35, 1.0), strict=False)
-    horizontal_flip: Probability = 0.5
+    crop_scale: Annotated[tuple[Probability, Probability], Field(strict=False)] | Auto = "auto"
+    horizontal_flip: Probability | Auto = "auto"
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
     brightness: NonNegative = 0.0
     contrast: NonNegative = 0.0
@@ -230,14 +230,15 @@ class AugmentParams(Section):
 
     @field_validator("crop_scale")
     @classmethod
-    def _from_low_to_high(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1]:
+    def _from_low_to_high(cls, value: tuple[float, float] | Auto) -> tuple[float, float] | Auto:
+        if value != "auto" and not 0 < value[0] <= value[1]:
             raise ValueError("must be the smallest and the largest share, above 0, the smallest first")
         return value
 
 
 class FinetuneParams(Section):
     epochs: Count = 5
+    minutes: Positive | None = None
     batch_size: Count = 32
     device: str = Field("auto", pattern=DEVICE_PATTERN)
     precision: Precision = "auto"
@@ -246,8 +247,10 @@ class FinetuneParams(Section):
     start: Literal["probe", "random"] = "probe"
     hidden: list[Count] = []
     selection_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    backbone_lr: NonNegative = 1e-5
-    head_lr: NonNegative = 1e-3
+    select: Literal["log_loss", "accuracy"] = "log_loss"
+    refit: bool = True
+    backbone_lr: NonNegative | Auto = "auto"
+    head_lr: NonNegative | Auto = "auto"
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     unfreeze: str = Field("all", pattern=UNFREEZE_PATTERN)
     batchnorm: Literal["auto", "frozen", "train"] = "auto"
@@ -269,7 +272,8 @@ class FinetuneParams(Section):
     accumulate: Count = 1
     patience: Annotated[int, Field(ge=0)] = 0
     class_weight: Literal["balanced"] | dict[str, Positive] | None = None
-    interpolate: bool = False
+    interpolate: bool = True
+    calibrate: Literal["none", "temperature"] = "temperature"
     checkpoint_minutes: Positive = 10.0
     image_cache_mb: Annotated[int, Field(ge=0)] | Auto = "auto"
     tensorboard: bool = False

@@ -11,7 +11,7 @@ from ..backbones import Features, Forward, build_classifier, make_decoder
 from ..backbones.backbone import CPU_BATCH, DECODER_RULES
 from ..data.digests import Digests
 from ..data.images import open_given
-from ..evaluate import Classified
+from ..evaluate import ClassifierOutput
 from ..features.extractor import extract_features
 from ..features.prepare import Preparation
 from ..features.quarantine import Quarantine, decoding_rule
@@ -57,5 +57,5 @@ def classify(params: Params, paths: Sequence[Path], *, top: int = 5, quiet: bool
     rows = [row for row in np.flatnonzero(images.known).tolist() if images.digest(row) in logits]
     scores = np.array([logits[images.digest(row)] for row in rows]).reshape(len(rows), len(categories))
     probabilities = softmax(scores.astype(np.float64))
-    answers = Classified(probabilities.argmax(axis=1), probabilities)
-    return label_images(images, rows, answers, categories, top, problem=quarantine.problem_with)
+    output = ClassifierOutput(probabilities.argmax(axis=1), probabilities)
+    return label_images(images, rows, output, categories, top, problem=quarantine.problem_with)

@@ -18,7 +18,7 @@ from ..backbones import Transform, prepare_for_inference
 from ..data.decode import BadImage, Decoder
 from ..data.images import Given, Images, open_given, open_images
 from ..errors import DataError, ExportError
-from ..evaluate import Classified, classify
+from ..evaluate import ClassifierOutput, apply_head
 from ..export.network import ExportedNetwork, head_module, trace
 from ..export.onnx_file import OnnxClassifier, add_sklearn_head, onnx_bytes, onnx_model, quantised
 from ..export.proof import Proof, as_answers, prove, prove_accuracy
@@ -194,7 +194,7 @@ class _Examples:
 
     images: Images
     rows: Sequence[int]
-    wanted: Classified
+    wanted: ClassifierOutput
     y: NDArray[np.int64]
     against: str
 
@@ -217,7 +217,7 @@ def _reported(run: Run) -> _Examples:
     return _Examples(
         images,
         [place[recorded.paths[row]] for row in there],
-        Classified(predicted, recorded.probabilities[there]),
+        ClassifierOutput(predicted, recorded.probabilities[there]),
         np.array([code[recorded.labels[row]] for row in there]),
         f"predictions.csv ({split})",
     )
@@ -244,7 +244,7 @@ def _others(run: Run, folder: Path, *, quiet: bool) -> _Examples:
     rows = _sample(np.flatnonzero(cache.present).tolist())
     if not rows:
         raise ExportError("No image of the folder can be read.", where=folder)
-    answers = classify(run.head, cache.read(images.digests[rows]), len(run.class_names))
+    answers = apply_head(run.head, cache.read(images.digests[rows]), len(run.class_names))
     return _Examples(images, rows, answers, np.full(len(rows), -1), f"the run's own predictions on {folder}")
 
 
@@ -266,7 +266,7 @@ def _prove(
             outputs.append(classifier(np.asarray(run.backbone.decoder(data))))
             bar.advance()
     if "features" in outputs[0]:
-        found = classify(run.head, np.array([output["features"] for output in outputs]), len(run.class_names))
+        found = apply_head(run.head, np.array([output["features"] for output in outputs]), len(run.class_names))
     else:
         found = as_answers(outputs)
     names = [examples.images.paths[row] for row in examples.rows]
@@ -346,7 +346,7 @@ class ExportedRun:
                 except OSError as error:
                     errors[row] = str(error)
                 bar.advance()
-        answers = as_answers(list(outputs.values())) if outputs else Classified(np.empty(0, np.int64))
+        answers = as_answers(list(outputs.values())) if outputs else ClassifierOutput(np.empty(0, np.int64))
         return label_images(
             images, list(outputs), answers, self.class_names, top, problem=lambda _images, row: errors[row]
         )

@@ -35,7 +35,7 @@ from ..backbones.backbone import DECODER_RULES
 from ..data.images import Given, Images, open_given
 from ..data.source import SPLITS
 from ..errors import RunError
-from ..evaluate import Classified, classify
+from ..evaluate import ClassifierOutput, apply_head
 from ..export.card import CARD_FILE, render_card
 from ..features.cache import FeatureCache, FeatureTable
 from ..heads import Head, load_head
@@ -164,9 +164,9 @@ class Run:
         for warning in cache.warnings:
             say(f"Warning: {warning}")
         rows = np.flatnonzero(cache.present)
-        answers = classify(self.head, cache.read(images.digests[rows]), len(self.class_names))
+        output = apply_head(self.head, cache.read(images.digests[rows]), len(self.class_names))
         problem = cache.quarantine.problem_with
-        return label_images(images, rows.tolist(), answers, self.class_names, top, problem=problem)
+        return label_images(images, rows.tolist(), output, self.class_names, top, problem=problem)
 
 
 def load_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
@@ -187,30 +187,30 @@ def load_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
 def label_images(
     images: Images,
     rows: Sequence[int],
-    answers: Classified,
+    output: ClassifierOutput,
     names: Sequence[str],
     top: int,
     *,
     problem: Callable[[Images, int], str],
 ) -> list[Prediction]:
-    """A prediction for each image: ``answers`` holds those at ``rows``, ``problem`` says what ails the others."""
+    """A prediction for each image: ``output`` holds those at ``rows``, ``problem`` says what ails the others."""
     place = {row: index for index, row in enumerate(rows)}
     return [
-        _prediction(images.path(row), answers, place[row], names, top)
+        _prediction(images.path(row), output, place[row], names, top)
         if row in place
         else Prediction(images.path(row), error=problem(images, row))
         for row in range(len(images))
     ]
 
 
-def _prediction(path: str, answers: Classified, index: int, names: Sequence[str], top: int) -> Prediction:
-    label = names[int(answers.predicted[index])]
-    if answers.probabilities is None:
+def _prediction(path: str, output: ClassifierOutput, index: int, names: Sequence[str], top: int) -> Prediction:
+    label = names[int(output.predicted[index])]
+    if output.probabilities is None:
         return Prediction(path, label, None, ((label, None),))
-    row = answers.probabilities[index]
+    row = output.probabilities[index]
     order = np.argsort(-row, kind="stable")[:top]
     best = tuple((names[target], float(row[target])) for target in order)
-    return Prediction(path, label, float(row[int(answers.predicted[index])]), best)
+    return Prediction(path, label, float(row[int(output.predicted[index])]), best)
 
 
 # -- a run from what a stage made -------------------------------------------------------------------------------------

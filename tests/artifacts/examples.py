@@ -21,7 +21,7 @@ from pipeline.artifacts import (
     write_predictions,
 )
 from pipeline.data.digests import data_digest as digest_of
-from pipeline.evaluate import Classified, Provenance
+from pipeline.evaluate import ClassifierOutput, Provenance
 from pipeline.evaluate.score import score_images
 
 NAMES = ("ant", "bee")
@@ -76,7 +76,7 @@ def score_of(
     digests = np.zeros((len(y), 16), np.uint8)
     counts = np.ones(len(names), np.int64) if train_counts is None else np.asarray(train_counts)
     provenance = Provenance("the head", digests[:0], counts)
-    return score_images(y, Classified(predicted, chances, why_none), digests, names, provenance, split="val")
+    return score_images(y, ClassifierOutput(predicted, chances, why_none), digests, names, provenance, split="val")
 
 
 def predictions(y: list[int], predicted: list[int], names: tuple[str, ...] = NAMES, first: int = 0) -> Predictions:

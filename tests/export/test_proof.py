@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.evaluate import Classified
+from pipeline.evaluate import ClassifierOutput
 from pipeline.export.proof import prove, prove_accuracy
 
 NAMES, CLASSES = ["a.jpg", "b.jpg"], ("ant", "bee")
 
 
-def answers(*first: float, labels: list[int] | None = None) -> Classified:
+def answers(*first: float, labels: list[int] | None = None) -> ClassifierOutput:
     chances = np.array([[value, 1 - value] for value in first])
-    return Classified(chances.argmax(1) if labels is None else np.array(labels), chances)
+    return ClassifierOutput(chances.argmax(1) if labels is None else np.array(labels), chances)
 
 
 def test_small_differences_pass() -> None:
