@@ -135,7 +135,7 @@ class TestSetup:
         (install,) = ready.asked("-m", "pip", "install")
         extras = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         wanted = install[-1].removeprefix(".[").removesuffix("]").split(",")
-        assert install[-2] == "-e" and set(wanted) == set(extras) - {"tensorboard"}
+        assert install[-2] == "-e" and set(wanted) == set(extras)
         assert ready.asked("-m", "pytest") == [["tests/export"]]
 
     def test_of_the_lowest_versions_is_apart(self, ready: Clone) -> None:
