@@ -168,6 +168,7 @@ class TestPt2:
             assert found.label == live.label
             assert found.probability == pytest.approx(live.probability, abs=0.02)
 
+    @pytest.mark.slow
     def test_batches(self, exported: Exported) -> None:
         assert exported("mlp", ".pt2", batch=True)[2]["agree"] == 9
 
