@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from ..data.source import SPLITS
 from ..data.splits import leaked
 from ..errors import DataError, RunError
 from ..evaluate.advice import TUNABLE_HEADS, Domain, Facts, Probe, Tuned, TypedOptions, advice_lines, advise
-from ..params import DataParams, Params
+from ..params import DataParams, Params, Place
 
 Say = Callable[[str], None]
 RANDOM = "random"
@@ -33,7 +32,7 @@ class Folder:
         digest: `data_digest`.
     """
 
-    root: Path
+    root: Place
     class_names: tuple[str, ...]
     targets: NDArray[np.integer]
     splits: NDArray[np.int8] | None
@@ -132,7 +131,7 @@ def _runs(params: Params, folder: Folder) -> Iterator[PastRun]:
             model, metrics = read_model(entry.path), read_metrics(entry.path)
         except RunError:
             continue  # damaged: `compare` tells of it
-        same_folder = Path(model.data.root) == folder.root and tuple(model.class_names) == folder.class_names
+        same_folder = model.data.root == str(folder.root) and tuple(model.class_names) == folder.class_names
         if model.data.digest == folder.digest or same_folder:
             yield entry.name, model, metrics
 
