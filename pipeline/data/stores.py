@@ -133,7 +133,6 @@ class Objects:
     reads_at_once = READS_AT_ONCE
 
     def __init__(self, url: str) -> None:
-        self._protocol = url.partition("://")[0]
         self._fs = _file_system(url)
         self._failures = 0  # since the last success
         self._stamps: dict[str, tuple[Stamp, dict[str, Any]]] = {}
@@ -166,14 +165,12 @@ class Objects:
 
     def read(self, path: str) -> tuple[bytes, Stamp]:
         """The object, whole and unchanged since its stamp was taken."""
-        if path not in self._stamps:
-            self.stamp(path)
+        self._know(path)
         return self._unchanged(path, None, None)
 
     def read_piece(self, path: str, start: int, size: int) -> tuple[bytes, Stamp]:
         """One ranged request."""
-        if path not in self._stamps:
-            self.stamp(path)
+        self._know(path)
         length = self._stamps[path][0][0]
         end = start + size if length < 0 else min(start + size, int(length))
         return self._unchanged(path, start, end) if end > start else (b"", self._stamps[path][0])
@@ -181,6 +178,11 @@ class Objects:
     def open(self, path: str) -> BinaryIO:
         """The object, read piece by piece as it is asked for."""
         return cast(BinaryIO, io.BufferedReader(_Pieces(self, path, int(self.stamp(path)[0])), BLOCK))
+
+    def _know(self, path: str) -> None:
+        """Ask for the stamp of what was not listed, or was listed without one, as HTTP's pages do."""
+        if path not in self._stamps or self._stamps[path][0][1] == NEVER:
+            self.stamp(path)
 
     def _unchanged(self, path: str, start: int | None, end: int | None) -> tuple[bytes, Stamp]:
         for _ in range(ATTEMPTS):
@@ -303,8 +305,10 @@ def _file_system(url: str) -> Any:
     try:
         import fsspec
 
-        # Listings are asked for once by us; a cache of them would hide changes.
-        return fsspec.core.url_to_fs(url, use_listings_cache=False)[0]
+        # Listings are asked for once by us; a cache of them would hide changes. With more than one part at a time s3fs
+        # asks for the size of each object before it reads it.
+        options = {"max_concurrency": 1} if url.startswith(("s3://", "s3a://")) else {}
+        return fsspec.core.url_to_fs(url, use_listings_cache=False, **options)[0]
     except ImportError as error:
         raise DataError(
             "The images lie in a store that this program cannot read yet.",

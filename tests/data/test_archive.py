@@ -86,7 +86,8 @@ def test_shards_as_webdataset_groups_them(tmp_path: Path) -> None:
 def test_labels_of_json_by_field_with_splits_and_groups(tmp_path: Path) -> None:
     rows = [{"class": "cat", "kind": "x", "patient": "P1", "split": "train"},
             {"class": "dog", "kind": "y", "patient": "P1", "split": "test"},
-            {"class": "cat", "kind": "y", "split": "train"}, {"kind": "x", "class": "dog", "split": "train"}]  # fmt: skip
+            {"class": "cat", "kind": "y", "split": "train"},
+            {"class": "dog", "kind": "x", "split": "train"}]  # fmt: skip
     files = [item for n, row in enumerate(rows) for item in samples_of(str(n), json.dumps(row), "json")]
     root = make_tar(tmp_path / "all.tar", files)
     images = images_of(root, tmp_path)
