@@ -96,7 +96,7 @@ def predict(
     output: Path | None,
     reporter: Reporter,
 ) -> None:
-    """Classify images at PATHS (files, folders, tables, shards, URLs) with RUN (path, name, `latest`, exported file)."""
+    """Classify images at PATHS (files, folders, tables, shards, URLs) with RUN (path, name, `latest`, exported)."""
     from ..artifacts import resolve_run
     from ..stages.export import is_exported, load_exported
     from ..stages.run import load_run
