@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline import load_run
 from pipeline.backbones import ZOOS
 from pipeline.data.images import SOURCES
-from pipeline.data.source import Samples, Stamp
+from pipeline.data.source import Samples, Source, Stamp
 from pipeline.evaluate import METRICS, Metric, Weighted
 from pipeline.heads import KINDS
 from pipeline.params import DataParams, Params
@@ -33,6 +33,10 @@ class Painted:
         self.colours = {f"red/{n}": (200 + n, 0, 0) for n in range(20)} | {
             f"blue/{n}": (0, 0, 200 + n) for n in range(20)
         }
+
+    @classmethod
+    def at(cls, data: DataParams, _cache_dir: Path) -> Source | None:
+        return cls(data) if str(data.root) == "paint" else None
 
     def list_samples(self) -> Samples:
         paths = sorted(self.colours)
@@ -62,7 +66,7 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
     monkeypatch.setitem(KINDS, "nearest_mean", NearestMean)
     monkeypatch.setitem(METRICS, "gini", Metric("Gini", gini, is_share=True, needs_probabilities=True))
     monkeypatch.setitem(SECTIONS, "Motto", motto)
-    monkeypatch.setattr("pipeline.data.images.SOURCES", [(lambda data: data.root.name == "paint", Painted), *SOURCES])
+    monkeypatch.setattr("pipeline.data.images.SOURCES", [Painted.at, *SOURCES])
     return Params.model_validate(
         {
             "data": {"root": Path("paint")},

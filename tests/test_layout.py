@@ -95,7 +95,7 @@ def test_what_is_imported_is_a_declared_dependency() -> None:
     extras = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     optional = {re.split("[>=<]", item)[0] for name, items in extras.items() if name != "dev" for item in items}
     declared = {name.lower() for name in {*lowest_versions(), *optional}}
-    names = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+    names = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "pydantic_core": "pydantic"}
     found = {name.partition(".")[0] for path in MODULES for name, _ in imports(path)}
     foreign = found - set(sys.stdlib_module_names) - {"pipeline"}
     assert {names.get(name, name) for name in foreign} <= declared

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..stages.run import Prediction
 
 PATHS = click.Path(path_type=Path)
+PLACES = click.Path(path_type=str)  # which may be URLs
 
 
 @click.command()
@@ -59,9 +60,14 @@ def finetune(params: Params, from_run: str | None, resume: str | None, find: boo
 
 @click.command()
 @click.argument("run")
-@click.option("--data", "root", type=PATHS, help="Score on the labelled images of this folder instead of the run's.")
+@click.option(
+    "--data",
+    "root",
+    type=PLACES,
+    help="Score on these labelled images (as data.root) instead of the run's.",
+)
 @run_options
-def evaluate(runs_dir: Path, overrides: tuple[str, ...], run: str, root: Path | None, reporter: Reporter) -> None:
+def evaluate(runs_dir: Path, overrides: tuple[str, ...], run: str, root: str | None, reporter: Reporter) -> None:
     """Score RUN (a path, a name or `latest`) again, or on another folder."""
     from ..artifacts import resolve_run
     from ..evaluate import metric_lines
@@ -77,7 +83,7 @@ def evaluate(runs_dir: Path, overrides: tuple[str, ...], run: str, root: Path | 
 
 @click.command()
 @click.argument("run")
-@click.argument("paths", nargs=-1, required=True, type=PATHS)
+@click.argument("paths", nargs=-1, required=True, type=PLACES)
 @click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="Classes to list for each image.")
 @click.option("-o", "--output", type=PATHS, help="Write the CSV to this file instead of the terminal.")
 @run_options
@@ -85,12 +91,12 @@ def predict(
     runs_dir: Path,
     overrides: tuple[str, ...],
     run: str,
-    paths: tuple[Path, ...],
+    paths: tuple[str, ...],
     top: int,
     output: Path | None,
     reporter: Reporter,
 ) -> None:
-    """Classify the images at PATHS (files and folders) with RUN (a path, a name, `latest` or an exported file)."""
+    """Classify images at PATHS (files, folders, tables, shards, URLs) with RUN (path, name, `latest`, exported)."""
     from ..artifacts import resolve_run
     from ..stages.export import is_exported, load_exported
     from ..stages.run import load_run
@@ -149,13 +155,13 @@ def export(
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, type=PATHS)
+@click.argument("paths", nargs=-1, required=True, type=PLACES)
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to list for each image.")
 @click.option("-o", "--output", type=PATHS, help="Write the CSV to this file instead of the terminal.")
 @experiment_options
 def classify(
     params: Params,
-    paths: tuple[Path, ...],
+    paths: tuple[str, ...],
     top: int,
     output: Path | None,
     reporter: Reporter,

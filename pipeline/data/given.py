@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..errors import DataError
 from ..files import digest_bytes
+from ..params import as_place, is_url
 from .decode import PixelBytes
-from .folder import no_images
-from .source import UNLABELLED, Samples, Stamp
+from .folder import OTHER_SOURCES, no_images
+from .source import UNLABELLED, Samples, Source, Stamp
+from .stores import join, name_of
 from .walk import Extensions, Walker, join_listings, read_file, shown, stamp_of, unreadable
 
+SECRETS_GO = "leave it out: the store's own settings are for who may read it"
 Given = str | os.PathLike[str] | bytes | NDArray[np.uint8] | Image.Image
 
 
@@ -30,19 +34,21 @@ class GivenSource:
         TypeError: something is no image and no path.
     """
 
-    def __init__(self, given: Given | Iterable[Given], extensions: Extensions) -> None:
-        self._extensions = extensions
+    def __init__(
+        self, given: Given | Iterable[Given], extensions: Extensions, open_place: Callable[[str], Source] | None = None
+    ) -> None:
+        self._extensions, self._open_place = extensions, open_place
+        self._sources: dict[str, tuple[Source, str]] = {}
         self._names: list[str] = []
         self._contents: dict[str, tuple[bytes, Stamp]] = {}
         for place, item in enumerate(_items(given)):
             is_path = isinstance(item, str | os.PathLike)
-            self._names.append(os.path.abspath(item) if is_path else f"image {place}")
+            self._names.append(_whole_path(item) if is_path else f"image {place}")
             if not is_path:
                 self._contents[self._names[-1]] = _content(item)
-        names = sorted(os.fsencode(os.path.realpath(path)) for path in self._names)
-        # What one reads to predict it once is not worth a note for ever; a folder may come again.
-        has_folder = not self._contents and any(os.path.isdir(name) for name in self._names)
-        self.name = b"\0".join(names) if has_folder else None
+        # What one reads to predict it once is not worth a note for ever; a folder or a shard may come again.
+        lasts = not self._contents and any(os.path.isdir(name) or _is_place(name) for name in self._names)
+        self.name = b"\0".join(sorted(name_of(path) for path in self._names)) if lasts else None
 
     def list_samples(self) -> Samples:
         """All images, those below a folder in its place.
@@ -52,8 +58,20 @@ class GivenSource:
         """
         walker = Walker(Path("/"), self._extensions)
         found: dict[str, Stamp] = {}
+        warnings: list[str] = []
+        reads_at_once = 0
         for name in self._names:
-            files = [(name, self._contents[name][1])] if name in self._contents else _files_at(walker, name)
+            if name in self._contents:
+                files: Iterable[tuple[str, Stamp]] = [(name, self._contents[name][1])]
+            elif self._open_place and _is_place(name):
+                samples = self._list_place(name)
+                files = [
+                    (join(samples.root, path), stamp) for path, stamp in zip(samples.paths, samples.stamps, strict=True)
+                ]
+                warnings += samples.warnings
+                reads_at_once = max(reads_at_once, samples.reads_at_once)
+            else:
+                files = _files_at(walker, name)
             for path, stamp in files:
                 found.setdefault(path, stamp)
         samples = Samples(
@@ -64,15 +82,38 @@ class GivenSource:
             splits=None,
             stamps=np.array(list(found.values()), np.int64).reshape(len(found), 4),
             ignored=dict(walker.ignored),
-            warnings=tuple(walker.warnings),
+            warnings=(*walker.warnings, *warnings),
+            reads_at_once=reads_at_once,
         )
         if not found:
             raise no_images(samples, where=", ".join(map(shown, self._names)))
         return samples
 
     def read(self, path: str) -> tuple[bytes, Stamp]:
-        """As `read_file`; what was given without a path is at hand."""
+        """As `read_file`; what was given without a path is at hand, and other places read for themselves."""
+        if path in self._sources:
+            source, name = self._sources[path]
+            return source.read(name)
         return self._contents.get(path) or read_file(path)
+
+    def _list_place(self, name: str) -> Samples:
+        assert self._open_place is not None
+        source = self._open_place(name)
+        samples = source.list_samples()
+        self._sources |= {join(samples.root, path): (source, path) for path in samples.paths}
+        return samples
+
+
+def _is_place(name: str) -> bool:
+    """Whether a name is that of more than a file or a folder of this machine."""
+    return is_url(name) or (name.lower().endswith(OTHER_SOURCES) and not os.path.isdir(name))
+
+
+def _whole_path(item: str | os.PathLike[str]) -> str:
+    try:
+        return str(as_place(item)) if is_url(item) else os.path.abspath(item)
+    except ValueError as error:
+        raise DataError(f"{error}, which is not repeated here, cannot be read.", remedy=SECRETS_GO) from error
 
 
 def _items(given: Any) -> Iterator[Any]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from ..data.trial import find_killers
 from ..data.walk import read_file
 from ..errors import CacheError, DataError, Interrupted, MissingFeaturesError
 from ..files import digest_bytes
-from ..params import CacheParams, ExtractParams
+from ..params import CacheParams, ExtractParams, Place
 from ..runtime.cores import worker_count
 from ..runtime.distributed import World, gather
 from ..runtime.interrupt import stop_after_batch
@@ -56,7 +55,7 @@ class FeatureTable:
         views: each (rows of train, d): augmented views of the training images, in their order.
     """
 
-    root: Path
+    root: Place
     class_names: tuple[str, ...]
     features: Features
     targets: NDArray[np.int64]
@@ -338,6 +337,7 @@ class FeatureCache:
         with (
             stop_after_batch() as interruption,
             ProgressBar("embedding", len(positions), quiet=self._quiet) as bar,
+            self.images.reading_ahead(positions.tolist()),
         ):
             try:
                 with writer:
@@ -411,7 +411,7 @@ class FeatureCache:
     def _try_suspects(self) -> None:
         """Try what earlier processes were decoding when they were killed, and quarantine what did it."""
         with suspects_left_behind(self.store.cache_dir) as suspects:
-            paths = {suspect.digest: str(suspect.path) for suspect in suspects}
+            paths = {suspect.digest: suspect.path for suspect in suspects}
             contents = {digest: data for digest in paths if (data := self._suspect(digest, paths[digest]))}
             for digest, end in find_killers(contents, self.backbone.decoder).items():
                 reason = Reason.KILLS_DECODER

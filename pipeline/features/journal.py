@@ -28,7 +28,7 @@ EMPTY = b"\0\0"
 class Suspect:
     """A content that was being decoded when its process ended, and where it lay."""
 
-    path: Path
+    path: str
     digest: bytes
 
 
@@ -127,4 +127,4 @@ def _read_slots(data: bytes) -> Iterator[Suspect]:
         length = int.from_bytes(slot[:2], "little")
         digest, name = slot[2 : 2 + DIGEST_BYTES], slot[2 + DIGEST_BYTES : 2 + DIGEST_BYTES + length]
         if length and len(name) == length and b"\0" not in name:
-            yield Suspect(Path(os.fsdecode(name)), digest)
+            yield Suspect(os.fsdecode(name), digest)

@@ -10,12 +10,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 # The extensions of torchvision's ImageFolder, repeated here so that reading params does not import torch.
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+SECRETS = re.compile(
+    r"://[^/@]*:[^/@]*@|[?&][^=]*(sig|token|key|secret|password|credential|policy)[^=]*=", re.IGNORECASE
+)
 SHARD_PATTERN = r"^\d+/[1-9]\d*$"
 UNFREEZE_PATTERN = r"^(none|all|gradual|last-[1-9]\d*)$"
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -43,6 +47,29 @@ Folder = Annotated[Path, Field(strict=False), AfterValidator(_without_nul)]
 Auto = Literal["auto"]
 
 
+def is_url(place: object) -> bool:
+    """Whether a place is an fsspec URL rather than a path of this machine."""
+    return isinstance(place, str) and "://" in place
+
+
+def as_place(value: object) -> Path | str:
+    """A path of this machine as a `Path`, an fsspec URL as the text it is: a `Path` would make ``s3:/`` of ``s3://``.
+
+    Raises:
+        PydanticCustomError: a URL with a password or a signature, which would end up in runs and messages.
+    """
+    if isinstance(value, str) and is_url(value):
+        if SECRETS.search(value):
+            raise PydanticCustomError("secret", "a URL with a password or a signature")
+        return value.rstrip("/")
+    if not isinstance(value, str | Path):
+        raise PydanticCustomError("path_type", "no path")
+    return Path(value)
+
+
+Place = Annotated[Path | str, BeforeValidator(as_place), AfterValidator(_without_nul)]
+
+
 class Section(BaseModel):
     """A frozen section: unknown keys are errors, numbers are not read from text, NaN and infinity are refused."""
 
@@ -51,9 +78,20 @@ class Section(BaseModel):
     )
 
 
+class ColumnParams(Section):
+    """Names of columns; ``None`` means: found by the names that people give them."""
+
+    path: Name | None = None
+    label: Name | None = None
+    split: Name | None = None
+    group: Name | None = None
+
+
 class DataParams(Section):
-    root: Folder = Path("data/demo")
+    root: Place = Path("data/demo")
     layout: Literal["auto", "flat", "split"] = "auto"
+    columns: ColumnParams = ColumnParams()
+    images: Place | None = None
     extensions: list[str] | Literal["all"] = list(IMAGE_EXTENSIONS)
     group_pattern: str | None = None
     val_fraction: Fraction = 0.2

@@ -82,7 +82,7 @@ def _runs(runs_dir: Path, images: Images, digest: str | None) -> Iterator[PastRu
             model, metrics = read_model(entry.path), read_metrics(entry.path)
         except RunError:
             continue  # damaged: `compare` tells of it
-        same_folder = Path(model.data.root) == images.root and tuple(model.class_names) == images.class_names
+        same_folder = model.data.root == str(images.root) and tuple(model.class_names) == images.class_names
         if same_folder or model.data.digest == digest:
             yield entry.name, model, metrics
 

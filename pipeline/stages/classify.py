@@ -24,7 +24,7 @@ from ..runtime.progress import ProgressBar
 from .run import Prediction, label_images
 
 
-def classify(params: Params, paths: Sequence[Path], *, top: int = 5, quiet: bool = False) -> list[Prediction]:
+def classify(params: Params, paths: Sequence[Path | str], *, top: int = 5, quiet: bool = False) -> list[Prediction]:
     """The ``top`` classes of each image by the pretrained model ``backbone.name`` with ``backbone.weights``.
 
     Raises:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from pipeline.errors import ExportError
 from pipeline.export.onnx_file import OnnxClassifier
 from pipeline.stages.export import export_run, load_exported
 
+from ..conftest import PROJECT
 from .conftest import IMAGES, Exported, LoadRun
 
 CaptureFixture = pytest.CaptureFixture[str]
@@ -164,6 +168,7 @@ class TestPt2:
             assert found.label == live.label
             assert found.probability == pytest.approx(live.probability, abs=0.02)
 
+    @pytest.mark.slow
     def test_batches(self, exported: Exported) -> None:
         assert exported("mlp", ".pt2", batch=True)[2]["agree"] == 9
 
@@ -184,3 +189,18 @@ def test_the_absence_of_the_extra_is_an_error_that_names_it(
     with pytest.raises(ExportError, match="onnx is not installed") as caught:
         export_run(run_of("logistic"), tmp_path / "model.onnx", quiet, quiet=True)
     assert "image-transfer-pipeline[export]" in str(caught.value.remedy)
+
+
+def test_the_recipe_of_the_readme_gives_what_the_run_gives(exported: Exported, tmp_path: Path) -> None:
+    extras()
+    run, file, _ = exported("logistic")
+    shutil.copy(file, tmp_path / "model.onnx")
+    blocks = re.findall(r"^```python\n(.*?)^```$", (PROJECT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "onnxruntime" in block]
+    photo = VAL / "ants" / "24.png"
+    command = [sys.executable, "-c", block, str(photo)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    path, label, probability = done.stdout.split()
+    (live,) = run.predict(photo)
+    assert (path, label) == (str(photo), live.label) and float(probability) > 0
