@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # a comparison of finished runs needs no torch
     from ..heads import Head
 
 MAX_CONFUSION = 1000
-FEW_GROUPS = 10
+FEW_GROUPS = 20
 _SHOWN_PAIRS = 50
 
 
