@@ -147,7 +147,7 @@ format: setup ## format the code and mend what can be mended
 	@"$$VENV/bin/python" -m ruff format
 
 bench: setup ## run the benchmarks (BENCH=benchmarks/NAME.py for one)
-	@set -e; for file in $$BENCH; do echo "== $$file"; "$$VENV/bin/python" "$$file" $$ARGS; done
+	@set -e; for file in $$BENCH; do echo "== $$file"; OMP_WAIT_POLICY=PASSIVE "$$VENV/bin/python" "$$file" $$ARGS; done
 
 clean: ## remove what tools left behind; cache/, runs/, data/ and .venv stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

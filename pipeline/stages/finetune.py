@@ -474,8 +474,9 @@ def _choice_line(choice: Choice, probe: Run | None) -> str:
 def _selections(selected: dict[str, Any], section: FinetuneParams, on: str, *, weighted: bool) -> list[Selection]:
     """The choices, in their order, for the sentence on the protocol."""
     how = f"by its {'class-weighted ' if weighted else ''}{section.select.replace('_', ' ')}"
-    chosen = ["the epoch, which is none: the probe" if selected["kept_probe"] else "the epoch"]
-    if section.interpolate and "probe_run" in selected:
+    kept = selected["kept_probe"]
+    chosen = ["the probe rather than an epoch of fine-tuning" if kept else "the epoch"]
+    if section.interpolate and "probe_run" in selected and not kept:
         chosen.append("the mix with the probe")
     selections = [Selection(what, how, on) for what in chosen]
     if "temperature" in selected:

@@ -192,7 +192,7 @@ RUIN = ("finetune.head_lr=100", "finetune.backbone_lr=1", "finetune.optimizer=sg
 def test_a_kept_probe_is_reported_with_the_images_that_it_was_fitted_to(probe: Path, make_params: MakeParams) -> None:
     protocol = metrics_of(finetune(make_params(*QUICK, *RUIN), silent))["protocol"]
     assert "the logistic head was fitted on 16 images of train" in protocol
-    assert "which is none: the probe" in protocol
+    assert "The probe rather than an epoch of fine-tuning was chosen" in protocol
 
 
 def test_a_fine_tuned_run_that_kept_its_probe_is_no_start_for_the_next(probe: Path, make_params: MakeParams) -> None:
@@ -201,9 +201,12 @@ def test_a_fine_tuned_run_that_kept_its_probe_is_no_start_for_the_next(probe: Pa
     assert again["selected"]["probe_run"] == probe.name
 
 
-def test_the_share_of_the_mix_is_in_the_protocol(probe: Path, make_params: MakeParams) -> None:
+def test_the_share_of_the_mix_is_in_the_protocol(
+    probe: Path, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.finetune.averaging.SHARES", (0.5, 1.0))  # the probe is no choice
     summary = finetune(make_params(*QUICK, "finetune.interpolate=true", "finetune.backbone_lr=1e-3"), silent)
-    assert 0 <= summary["selected"]["share"] <= 1
+    assert summary["selected"]["share"] in (0.5, 1.0)
     assert "the mix with the probe was chosen" in metrics_of(summary)["protocol"]
 
 
