@@ -405,7 +405,7 @@ def _setup(
 def _fingerprint(params: Params, backbone: Backbone, table: FeatureTable, holdout: Holdout, start: Start) -> str:
     return training_fingerprint(
         params.finetune,
-        backbone=asdict(backbone.identity),
+        backbone=backbone.identity.as_dict(),
         transform=backbone.transform.as_dict(),
         images=table.digests[holdout.train],
         selection=table.digests[holdout.selection],
