@@ -9,15 +9,17 @@ VENV_LOWEST ?= .venv-lowest
 PARAMS ?= params.yaml
 DEMO_DATA ?= data/demo
 BENCH ?= benchmarks/*.py
+EXTRAS ?= dev,export,serve,tensorboard
+FILE ?= model.onnx
 
-VALUES := PYTHON VENV VENV_LOWEST PARAMS DEMO_DATA BENCH SET RUN DATA IMAGES TESTS ARGS
+VALUES := PYTHON VENV VENV_LOWEST PARAMS DEMO_DATA BENCH EXTRAS SET RUN DATA IMAGES FILE TESTS ARGS
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
 export $(VALUES)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo-data named-data advise extract train-head finetune evaluate predict compare demo \
-	test test-lowest torture lint types format bench clean
+.PHONY: help setup demo-data named-data advise extract train-head finetune evaluate predict export compare demo \
+	test test-extras test-lowest torture lint types format bench clean
 
 # $(load) VERB turns each setting of $SET into its own -s among the recipe's "$@". A word of SET that does not
 # begin with `section.key=` goes on with the value before it, so that values may hold spaces. $ARGS is for the verb
@@ -54,6 +56,7 @@ help: ## show this list
 	@echo '  PARAMS=FILE        params file (default params.yaml; recipes/ has more)'
 	@echo '  SET="a.b=c d.e=f"  params for this time: SET="data.root=photos head.kind=svm"'
 	@echo '  RUN=NAME           a run: path, name or latest (several for compare)'
+	@echo '  FILE=model.onnx    what to export a run to (FILE.onnx or FILE.pt2)'
 	@echo '  IMAGES="PATH..."   files and folders to predict        DATA=FOLDER  images to evaluate on'
 	@echo '  ARGS="--json"      further options of the verb         TESTS=PATH   tests to run'
 	@echo '  PYTHON= VENV=      interpreter and environment to set up with (python3, .venv)'
@@ -102,6 +105,11 @@ predict: setup ## label images (IMAGES=) with a run (RUN=, default latest)
 	if [ -e "$$IMAGES" ]; then verb predict "$${RUN:-latest}" "$$IMAGES" "$$@"; \
 	else verb predict "$${RUN:-latest}" $$IMAGES "$$@"; fi
 
+export: setup ## write a run (RUN=, default latest) as one proven file (FILE=model.onnx)
+	@$(load) "$$VENV/bin/python" -c 'import onnx, onnxruntime, onnxscript, skl2onnx' 2> /dev/null || \
+	"$$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-input -e '.[export]'; \
+	[ -z "$$DATA" ] || set -- --data "$$DATA" "$$@"; verb export "$${RUN:-latest}" "$$FILE" "$$@"
+
 compare: setup ## compare runs (RUN="NAME NAME", default all) in one table
 	@$(load) if [ -e "$$RUN" ]; then verb compare "$$RUN" "$$@"; else verb compare $$RUN "$$@"; fi
 
@@ -109,6 +117,10 @@ demo: setup ## every stage on the demo images, then extract again: it costs noth
 	@$(load) set -- -s "data.root=$$DEMO_DATA" "$$@"; verb demo "$$@"
 
 test: setup ## run the tests (TESTS=tests/heads for some)
+	@"$$VENV/bin/python" -m pytest $$TESTS $$ARGS
+
+test-extras: setup ## run the tests with all extras installed
+	@"$$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-input -e ".[$$EXTRAS]"
 	@"$$VENV/bin/python" -m pytest $$TESTS $$ARGS
 
 test-lowest: ## run the tests with the lowest versions that pyproject.toml allows
@@ -135,7 +147,7 @@ format: setup ## format the code and mend what can be mended
 	@"$$VENV/bin/python" -m ruff format
 
 bench: setup ## run the benchmarks (BENCH=benchmarks/NAME.py for one)
-	@set -e; for file in $$BENCH; do echo "== $$file"; "$$VENV/bin/python" "$$file" $$ARGS; done
+	@set -e; for file in $$BENCH; do echo "== $$file"; OMP_WAIT_POLICY=PASSIVE "$$VENV/bin/python" "$$file" $$ARGS; done
 
 clean: ## remove what tools left behind; cache/, runs/, data/ and .venv stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

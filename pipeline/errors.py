@@ -128,6 +128,10 @@ class FinetuneError(PipelineError):
     """Fine-tuning cannot start or go on."""
 
 
+class ExportError(PipelineError):
+    """A run that cannot become one file, or a file that does not give what its run gave."""
+
+
 class Interrupted(PipelineError):
     """The user pressed Ctrl-C; finished work is kept."""
 

@@ -21,6 +21,8 @@ from typing import Any
 
 DIGEST_BYTES = 16
 TEMPORARY_PREFIX = ".tmp-"
+# What some network file systems answer where they have no locks, or do not sync folders.
+NOT_OFFERED = frozenset({errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
 def digest_bytes(data: bytes | bytearray | memoryview) -> bytes:
@@ -72,10 +74,13 @@ def unseal_json(data: bytes) -> Any:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable."""
+    """Make renames inside ``folder`` durable, on file systems that can tell."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
     finally:
         os.close(descriptor)
 
@@ -85,10 +90,14 @@ def temporary_name(path: Path) -> Path:
     return path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"
 
 
-def publish_file(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, replacing what was there, whole or not at all.
+def publish_file(path: Path, data: bytes, *, replace: bool = True) -> None:
+    """Write ``data`` to ``path``, whole or not at all.
+
+    Args:
+        replace: what is there, or leave it: of several that publish at once the first wins.
 
     Raises:
+        FileExistsError: there is something, and it is not to be replaced.
         OSError: the disk is full or the folder cannot be written; nothing is left under ``path``'s name
             that was not there before, and the temporary file is removed.
     """
@@ -99,12 +108,29 @@ def publish_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.rename(temporary, path)
+        if replace:
+            os.rename(temporary, path)
+        else:
+            _link(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Rename a file to a name that nothing has; where there are no hard links, as nearly so as can be had."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, *NOT_OFFERED):
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        os.rename(temporary, path)
+    else:
+        temporary.unlink()
 
 
 @contextmanager
@@ -143,8 +169,10 @@ def _sync_tree(tree: Path) -> None:
 
 
 @contextmanager
-def file_lock(path: Path, *, shared: bool, blocking: bool = True) -> Iterator[None]:
+def file_lock(path: Path, *, shared: bool, blocking: bool = True) -> Iterator[bool]:
     """Hold an advisory lock on ``path``; the kernel drops it when the process dies, so no lock goes stale.
+
+    Yields whether it is held: False where the file system has no locks.
 
     Args:
         shared: many holders at once (writers of a cache) or only one (its garbage collector).
@@ -156,11 +184,25 @@ def file_lock(path: Path, *, shared: bool, blocking: bool = True) -> Iterator[No
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        fcntl.flock(descriptor, operation if blocking else operation | fcntl.LOCK_NB)
-        yield
+        yield lock_file(descriptor, shared=shared, blocking=blocking)
     finally:
         os.close(descriptor)
+
+
+def lock_file(descriptor: int, *, shared: bool, blocking: bool) -> bool:
+    """Lock an open file as `file_lock` does; False where the file system has no locks.
+
+    Raises:
+        BlockingIOError: somebody else holds the lock and ``blocking`` is false.
+    """
+    operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(descriptor, operation if blocking else operation | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        return False
+    return True
 
 
 def human_bytes(count: float) -> str:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .lowest import lowest_versions
+from .lowest import PYPROJECT, lowest_versions
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 ORDER = (
     *("errors", "params", "files", "runtime", "data", "backbones", "features", "heads", "artifacts"),
-    *("evaluate", "report", "finetune", "predict", "stages", "cli"),
+    *("evaluate", "report", "finetune", "export", "predict", "stages", "sklearn", "cli"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
@@ -90,8 +92,10 @@ def test_the_check_sees_every_way_to_import(
 
 
 def test_what_is_imported_is_a_declared_dependency() -> None:
-    declared = {name.lower() for name in lowest_versions()}
-    names = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+    extras = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    optional = {re.split("[>=<]", item)[0] for name, items in extras.items() if name != "dev" for item in items}
+    declared = {name.lower() for name in {*lowest_versions(), *optional}}
+    names = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "pydantic_core": "pydantic"}
     found = {name.partition(".")[0] for path in MODULES for name, _ in imports(path)}
     foreign = found - set(sys.stdlib_module_names) - {"pipeline"}
     assert {names.get(name, name) for name in foreign} <= declared

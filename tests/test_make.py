@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,14 @@ class TestSetup:
         assert clone.asked("-m", "venv") == [["../an environment"]]
         assert not (clone.folder / ".venv").exists()
 
+    def test_of_the_extras_installs_them_all(self, ready: Clone) -> None:
+        assert ready.make("test-extras", "TESTS=tests/export").returncode == 0
+        (install,) = ready.asked("-m", "pip", "install")
+        extras = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        wanted = install[-1].removeprefix(".[").removesuffix("]").split(",")
+        assert install[-2] == "-e" and set(wanted) == set(extras)
+        assert ready.asked("-m", "pytest") == [["tests/export"]]
+
     def test_of_the_lowest_versions_is_apart(self, ready: Clone) -> None:
         assert ready.make("test-lowest", "TESTS=tests/params").returncode == 0
         (install,) = ready.asked("-m", "pip", "install")
@@ -212,6 +221,12 @@ class TestVerbs:
         done = ready.make("predict")
         assert done.returncode != 0
         assert 'make predict IMAGES="PATH..."' in done.stderr
+
+    def test_export_writes_the_latest_run_to_a_file(self, ready: Clone) -> None:
+        assert ready.verbs("export") == [["export", "-p", "params.yaml", "latest", "model.onnx"]]
+        assert ready.verbs("export", "RUN=a b", "FILE=my model.pt2", "DATA=more images", "ARGS=--batch") == [
+            ["export", "-p", "params.yaml", "a b", "my model.pt2", "--data", "more images", "--batch"]
+        ]
 
     def test_compare_takes_runs(self, ready: Clone) -> None:
         assert ready.verbs("compare") == [["compare", "-p", "params.yaml"]]

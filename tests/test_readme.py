@@ -34,6 +34,11 @@ NOT_RUN = {
     "make torture": "takes ten minutes",
     "make test-lowest": "needs a package index",
     "pip install .": "needs a package index",
+    "pip install 'image-transfer-pipeline[export]'": "needs a package index",
+    "pipeline export latest model.onnx": "needs the extra; tests/export runs it",
+    "make export": "needs the extra; tests/export runs the verb",
+    "pipeline predict model.onnx PATH...": "needs the extra; tests/export runs it",
+    "make test-extras": "needs a package index",
     "git lfs pull": "needs a remote repository",
     'make train-head SET="data.root=... backbone.name=..."': "a form to fill in; under `Your own images` it is run",
     "torchrun --nproc-per-node 4 -m pipeline extract -s data.root=/data/photos": "needs four GPUs",
@@ -145,10 +150,23 @@ def test_the_command_is_installed() -> None:
     assert entry.value == "pipeline.cli:main"
 
 
+def python_blocks(word: str) -> list[str]:
+    """The Python of the README that has the word in it."""
+    return [text for language, text in FENCED.findall(README) if language == "python" and word in text]
+
+
+def test_the_block_of_estimators_runs(tmp_path: Path) -> None:
+    write_demo_data(tmp_path / "data" / "demo")
+    (block,) = python_blocks("pipeline.sklearn")
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert min(map(float, done.stdout.strip("[]\n").split())) > 0.8
+
+
 def test_the_python_block_runs(tmp_path: Path) -> None:
     write_demo_data(tmp_path / "data" / "demo")
     (tmp_path / "params.yaml").write_text("transform: {resize: 36, crop: 32}\nhead: {kind: nearest_centroid}\n")
-    (block,) = (text for language, text in FENCED.findall(README) if language == "python")
+    (block,) = python_blocks("load_run")
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "(1797, 1024)" in done.stdout

@@ -7,7 +7,9 @@ import re
 import signal
 import threading
 import time
+from datetime import timedelta
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +19,9 @@ from hypothesis import strategies as st
 
 from pipeline.errors import DeviceError
 from pipeline.runtime import progress
-from pipeline.runtime.cores import usable_cores
+from pipeline.runtime.cores import usable_cores, worker_count
 from pipeline.runtime.device import resolve_device
-from pipeline.runtime.distributed import World, world_from_environment
+from pipeline.runtime.distributed import World, gather, world_from_environment
 from pipeline.runtime.interrupt import stop_after_batch
 from pipeline.runtime.progress import ProgressBar
 from pipeline.runtime.seeds import derive_seed, make_generator
@@ -65,8 +67,31 @@ class TestDevice:
             os.sched_setaffinity(0, cores)
         assert usable_cores() == len(cores)
 
+    def test_a_containers_quota_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("joblib.externals.loky.backend.context._cpu_count_cgroup", lambda _cores: 1)
+        assert usable_cores() == 1
+
 
 class TestWorld:
+    def test_workers_share_the_cores_of_one_machine_not_of_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.runtime.cores.usable_cores", lambda: 16)
+        monkeypatch.setenv("RANK", "9")
+        monkeypatch.setenv("WORLD_SIZE", "16")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        assert worker_count("auto", world_from_environment()) == 4
+        assert worker_count("auto", World(rank=1, size=8)) == 16, "a shard of a job array has a machine of its own"
+        assert worker_count(3, World(rank=1, size=8, local_size=8)) == 3
+
+    def test_whoever_ends_first_waits_for_days(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        begun: dict[str, Any] = {}
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "here")
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+        monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **named: begun.update(named))
+        monkeypatch.setattr("torch.distributed.all_gather_object", lambda values, value: values.__setitem__(0, value))
+        monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+        assert gather("mine", World(rank=0, size=2)) == ["mine"]
+        assert begun["timeout"] >= timedelta(days=7)
+
     @given(st.sets(st.integers(0, 200)), st.integers(1, 9))
     def test_shares_are_disjoint_and_complete(self, left: set[int], size: int) -> None:
         positions = np.array(sorted(left), np.int64)

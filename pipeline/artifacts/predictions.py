@@ -51,8 +51,9 @@ class Predictions:
         return len(self.paths)
 
     def of_split(self, split: str) -> Predictions:
-        """Only the rows of ``split``, without probabilities."""
-        rows = [row for row, name in enumerate(self.splits) if name == split]
+        """Only the labelled rows of ``split``, without probabilities."""
+        labelled = zip(self.splits, self.labels, strict=True)
+        rows = [row for row, (name, label) in enumerate(labelled) if name == split and label]
         columns = (self.paths, self.splits, self.labels, self.predicted)
         paths, splits, labels, predicted = ([column[row] for row in rows] for column in columns)
         return Predictions(paths, self.digests[rows], splits, labels, predicted, self.class_names, None)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import RunError
 from ..files import file_lock, publishing_folder
+from ..params import Place
 from .files import MODEL_FILE, read_model
 
 LATEST = "latest"
@@ -33,10 +34,10 @@ class RunEntry:
         return self.path.name
 
 
-def default_run_name(data_root: Path, backbone: str, head: str, *, now: datetime | None = None) -> str:
+def default_run_name(data_root: Place, backbone: str, head: str, *, now: datetime | None = None) -> str:
     """``20261121-143005-hymenoptera-mobilenet_v2-logistic``: local time, data, backbone, head."""
     moment = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")
-    words = (_word(data_root.absolute().name), _word(backbone), _word(head))
+    words = (_word(Path(data_root).absolute().name), _word(backbone), _word(head))
     return "-".join([moment, *(word for word in words if word)])
 
 

@@ -83,6 +83,7 @@ class RunModel(Record):
 
     ``forward_shape`` is the shape (images, channels, height, width) that every forward batch was padded to;
     ``decoder`` is the rule by which bytes became pixels (runs from before it was recorded have it in their params);
+    ``feature_key`` is the cache's key of the features that were scored, ``feature_keys`` are all that were used;
     ``seconds`` is the wall time of the verb that made the run.
     """
 
@@ -99,6 +100,7 @@ class RunModel(Record):
     feature_dim: Annotated[int, Field(ge=1)]
     forward_shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=4, max_length=4)]
     feature_key: Text | None = None
+    feature_keys: list[Text] = []
     head: HeadRecord
     data: DataRecord
     parameters: ParameterCounts
@@ -157,9 +159,13 @@ class ConfusedPair(Record):
 
 
 class Leak(Record):
-    """Reported images that train holds too, byte for byte; the accuracy is that of the ``n`` others."""
+    """Reported images that train holds too: byte for byte, or (``by_group`` of them) only by their group.
+
+    The accuracy is that of the ``n`` others.
+    """
 
     leaked: Count
+    by_group: Count = 0
     n: Count
     accuracy: Share | None
     accuracy_ci95: Interval | None
@@ -180,6 +186,7 @@ class RunMetrics(Record):
     ``metrics`` holds the numbers (``accuracy``) and their 95 % intervals (``accuracy_ci95``); a value that cannot be
     given is None and ``reasons`` says why under the same name. ``confusion[i][j]`` counts images of class i
     predicted as class j; it is None above 1000 classes. ``history`` has one row an epoch, ``leaderboard`` one a head.
+    ``groups`` numbers the group of each scored image, in the order of ``predictions.csv``; None where each is alone.
     """
 
     program: Literal["image-transfer-pipeline"] = PROGRAM
@@ -197,6 +204,7 @@ class RunMetrics(Record):
     reliability: list[ReliabilityBin] | None = None
     protocol: Text
     leak: Leak | None = None
+    groups: list[Count] | None = None
     warnings: list[Text] = []
     selected: dict[Text, Any] = {}
     leaderboard: list[dict[Text, Any]] = []
@@ -213,6 +221,8 @@ class RunMetrics(Record):
         )
         if not square:
             raise ValueError(f"confusion must be {classes} x {classes}")
+        if self.groups is not None and len(self.groups) != self.n:
+            raise ValueError(f"groups has {len(self.groups)} entries for {self.n} images")
         return self
 
     def summary(self, run: str) -> dict[str, Any]:

@@ -22,7 +22,16 @@ from ..runtime.device import resolve_device
 from ..runtime.distributed import World
 from .build import BackboneIdentity, BuiltNetwork, build_network, identify_network, make_module, trainable_module
 from .memo import WeightsMemo
-from .precision import Verdict, accept_precision, reduced_precision_of, verdict_key
+from .precision import (
+    PrecisionChoice,
+    Verdict,
+    accept_precision,
+    keep_choice,
+    kept_choice,
+    kind_of_device,
+    reduced_precision_of,
+    verdict_key,
+)
 from .prepare import prepare_for_inference
 from .transform import Transform
 from .zoo import FeatureNetwork
@@ -44,12 +53,19 @@ class Forward:
             when there is an image to forward.
         normalise: uint8 images on the device to what the module takes.
         batch_size: images a call; short batches are padded. On a GPU that runs out of memory it is halved.
+        exact: computes the features again that come out as no finite number, as an overflow of float16 does.
     """
 
     def __init__(
-        self, load: Callable[[], nn.Module], normalise: Normalise, device: torch.device, batch_size: int
+        self,
+        load: Callable[[], nn.Module],
+        normalise: Normalise,
+        device: torch.device,
+        batch_size: int,
+        *,
+        exact: Forward | None = None,
     ) -> None:
-        self.normalise, self.device, self.batch_size = normalise, device, batch_size
+        self.normalise, self.device, self.batch_size, self.exact = normalise, device, batch_size, exact
         self._load, self._lock = load, threading.Lock()
         self._module: nn.Module | None = None
 
@@ -75,7 +91,11 @@ class Forward:
                     raise
                 torch.cuda.empty_cache()
                 self.batch_size = min(self.batch_size, size // 2)
-        return np.concatenate(rows)
+        features = np.concatenate(rows)
+        lost = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if len(lost) and self.exact:
+            features[lost] = self.exact([pixels[row] for row in lost.tolist()])
+        return features
 
     def _forward(self, pixels: Sequence[Pixels], size: int) -> Features:
         shape = (size, *pixels[0].shape)
@@ -95,10 +115,11 @@ class Backbone:
         decoder: from an image's bytes to RGB.
         transform: from RGB to pixels, and from pixels to what the network takes.
         feature_dim: numbers in a feature.
-        precision: of the forward pass, resolved; ``verdict`` says why, where it was `auto` and there was a choice.
+        precision: of the forward pass, resolved; ``choice`` says why, where it was `auto`.
         batch_size: images in one forward pass.
         source: loads the network.
         compiled: run it through torch.compile.
+        notes: what the user should know of how the weights were read; there once the network was loaded.
     """
 
     identity: BackboneIdentity
@@ -110,12 +131,15 @@ class Backbone:
     batch_size: int
     source: Callable[[], BuiltNetwork] = field(repr=False)
     compiled: bool = False
-    verdict: Verdict | None = None
+    choice: PrecisionChoice | None = None
+    notes: list[str] = field(default_factory=list, compare=False)
 
     @cached_property
     def forward(self) -> Forward:
         """The network as a function of pixels with one shape; its weights are loaded when the first image comes."""
-        return Forward(self._prepare, self.transform.normalise, self.device, self.batch_size)
+        shape = (self.transform.normalise, self.device, self.batch_size)
+        exact = None if self.precision == "float32" else Forward(lambda: self._prepare("float32"), *shape)
+        return Forward(lambda: self._prepare(self.precision), *shape, exact=exact)
 
     def __call__(self, pixels: Sequence[Pixels]) -> Features:
         """Features (n, feature_dim), float32, of uint8 pixels (3, crop, crop), as `forward` computes them."""
@@ -143,6 +167,7 @@ class Backbone:
                 why=f"their digest was {self.identity.digest} and is {built.identity.digest}",
                 remedy="run the command again",
             )
+        self.notes[:] = built.notes
         return built
 
     def trainable(self) -> FeatureNetwork:
@@ -159,9 +184,9 @@ class Backbone:
         network, _ = make_module(self.identity.name, layer=self.identity.layer, pooling=self.identity.pooling)
         return sum(parameter.numel() for parameter in network.parameters())
 
-    def _prepare(self) -> nn.Module:
+    def _prepare(self, precision: str) -> nn.Module:
         module: nn.Module = prepare_for_inference(
-            self.build(), device=self.device, precision=self.precision, fuse=not self.compiled
+            self.build(), device=self.device, precision=precision, fuse=not self.compiled
         )
         return torch.compile(module) if self.compiled else module  # type: ignore[return-value]
 
@@ -173,13 +198,17 @@ def resolve_backbone(
     *,
     max_pixels: int,
     cache_dir: Path,
+    cached_precision: Callable[[BackboneIdentity, Transform], str | None] = lambda _identity, _transform: None,
+    begins: bool = False,
     world: World | None = None,
 ) -> Backbone:
     """The backbone that the params name; weights whose digest the cache remembers are neither loaded nor hashed.
 
     Args:
         max_pixels: images with more are not decoded.
-        cache_dir: where what was found out about weights is remembered.
+        cache_dir: where what was found out about weights is remembered, and what precision `auto` stands for.
+        cached_precision: of most features of a network in a cache from before that was remembered there.
+        begins: whether features will be computed, so that what `auto` stands for is decided for all machines.
 
     Raises:
         BackboneError, WeightsError, DeviceError: see their messages.
@@ -191,21 +220,25 @@ def resolve_backbone(
     def source() -> BuiltNetwork:
         return build_network(params, transform)
 
-    verdict: Verdict | None = None
-    precision: str = extract.precision
-    if precision == "auto":
-        precision, verdict = _auto_precision(identity, resolved, device, source, memo)
+    choice = None
+    if extract.precision == "auto":
+        choice = kept_choice(cache_dir, identity, resolved)
+        if choice is None and (most := cached_precision(identity, resolved)):
+            choice = PrecisionChoice(most, "most features of this backbone in the cache are so")
+        choice = choice or _choose_precision(identity, resolved, device, source, memo)
+        if begins:
+            choice = keep_choice(cache_dir, identity, resolved, choice)
     return Backbone(
         identity=identity,
         transform=resolved,
         feature_dim=feature_dim,
         decoder=make_decoder(resolved, max_pixels, DECODER_RULES[extract.decoder]),
         device=device,
-        precision=precision,
+        precision=choice.precision if choice else extract.precision,
         batch_size=batch_size(extract.batch_size, device, resolved.crop),
         source=source,
         compiled=extract.compile,
-        verdict=verdict,
+        choice=choice,
     )
 
 
@@ -234,20 +267,20 @@ def batch_size(wanted: int | Literal["auto"], device: torch.device, crop: int) -
     return int(min(2 ** (int(fitting).bit_length() - 1), 256))
 
 
-def _auto_precision(
+def _choose_precision(
     identity: BackboneIdentity,
     transform: Transform,
     device: torch.device,
     source: Callable[[], BuiltNetwork],
     memo: WeightsMemo,
-) -> tuple[str, Verdict | None]:
+) -> PrecisionChoice:
     """The reduced precision that the device is fast in, where this backbone bears it; the verdict is remembered."""
-    reduced = reduced_precision_of(device)
+    reduced, began = reduced_precision_of(device), f"begun on {kind_of_device(device)}"
     if reduced is None:
-        return "float32", None
+        return PrecisionChoice("float32", began)
     key = verdict_key(identity, transform.crop, device=device, precision=reduced)
     verdict = Verdict.from_dict(memo.get(key))
     if verdict is None:
         verdict = accept_precision(source(), device=device, precision=reduced)
         memo.put(key, verdict.as_dict())
-    return reduced if verdict.accepted else "float32", verdict
+    return PrecisionChoice(reduced if verdict.accepted else "float32", f"{began}: {verdict}")

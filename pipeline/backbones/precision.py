@@ -1,13 +1,16 @@
 """Which reduced precision a device is fast in, and whether a backbone's features bear it.
 
 The verdict comes from a built-in sample, never from the user's images, so that `auto` resolves to the same
-precision for the same backbone, weights and kind of device.
+precision for the same backbone, weights and kind of device. What the device of whoever begins makes of it is kept in
+the cache, and every other machine follows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +19,18 @@ import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..files import canonical_json, digest_bytes, publish_file, seal_json, unseal_json
 from ..runtime.seeds import make_generator
 from .build import BackboneIdentity, BuiltNetwork
-from .prepare import prepare_for_inference
+from .prepare import DTYPES, prepare_for_inference
+from .transform import Transform
 
 # Cosines between the features of float32 and of the reduced precision, over the sample. Measured: most backbones lie
 # above 0.9999; a mobilenet_v2 at 0.9987 and 0.9965 made a probe worse (five flowers, exact McNemar p = 0.02, n = 834).
 MEDIAN_COSINE, MINIMUM_COSINE = 0.999, 0.998
 SAMPLE = "smooth-noise-1"  # changes when the sample does
 _IMAGES, _BATCH = 16, 4
+CHOICES_FOLDER = "precision"
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,43 @@ class Verdict:
         if not isinstance(values["accepted"], bool) or not all(isinstance(item, (int, float)) for item in numbers):
             return None
         return cls(str(values["precision"]), values["accepted"], float(numbers[0]), float(numbers[1]))
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """What precision `auto` stands for, and why."""
+
+    precision: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.precision} ({self.why})"
+
+
+def kept_choice(cache_dir: Path, identity: BackboneIdentity, transform: Transform) -> PrecisionChoice | None:
+    """What `auto` stands for in a cache for this network, decided by whoever began; None where nobody has."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        kept = unseal_json(_choice_file(cache_dir, identity, transform).read_bytes())
+        if kept["precision"] in DTYPES:
+            return PrecisionChoice(kept["precision"], str(kept["why"]))
+    return None
+
+
+def keep_choice(
+    cache_dir: Path, identity: BackboneIdentity, transform: Transform, choice: PrecisionChoice
+) -> PrecisionChoice:
+    """Keep a choice in the cache, for every machine to follow; the one that is kept, should another have been first."""
+    content = {"backbone": asdict(identity), "precision": choice.precision, "why": choice.why}
+    file = _choice_file(cache_dir, identity, transform)
+    is_damaged = file.exists() and kept_choice(cache_dir, identity, transform) is None
+    with suppress(OSError):  # another was first, or the cache cannot be written, which is for its writer to report
+        publish_file(file, seal_json(content), replace=is_damaged)
+    return kept_choice(cache_dir, identity, transform) or choice
+
+
+def _choice_file(cache_dir: Path, identity: BackboneIdentity, transform: Transform) -> Path:
+    name = digest_bytes(canonical_json([asdict(identity), transform.as_dict()]).encode()).hex()[:16]
+    return cache_dir / CHOICES_FOLDER / f"{name}.json"
 
 
 def reduced_precision_of(device: torch.device) -> str | None:
@@ -86,7 +129,7 @@ def verdict_key(identity: BackboneIdentity, crop: int, *, device: torch.device, 
         "about": "precision",
         "backbone": identity.as_dict(),
         "crop": crop,
-        "device": _kind_of(device),
+        "device": kind_of_device(device),
         "precision": precision,
         "rule": [SAMPLE, MEDIAN_COSINE, MINIMUM_COSINE],
         "versions": [torch.__version__, torchvision.__version__],
@@ -119,7 +162,7 @@ def _cpu_has_bfloat16() -> bool:
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
 
 
-def _kind_of(device: torch.device) -> str:
+def kind_of_device(device: torch.device) -> str:
     """The kind of hardware, so far as it decides how numbers are rounded."""
     if device.type == "cuda":
         return f"cuda {torch.cuda.get_device_name(device)}"

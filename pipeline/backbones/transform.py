@@ -51,8 +51,8 @@ class Transform:
         Raises:
             BadImage: the resized image would have too many pixels.
         """
+        self.check_size(image)
         if self.resize is not None:
-            self._check_resized(image)
             size = [self.resize] * (2 if self.resize_mode == "squash" else 1)
             image = F.resize(image, size, interpolation=InterpolationMode(self.interpolation), antialias=True)
         image = F.center_crop(image, [self.crop])
@@ -89,7 +89,12 @@ class Transform:
         }
         return cls(**fields)
 
-    def _check_resized(self, image: Image.Image) -> None:
+    def check_size(self, image: Image.Image) -> None:
+        """Refuse a strip that would be resized to more pixels than any image is allowed.
+
+        Raises:
+            BadImage: the resized image would have too many pixels.
+        """
         if self.resize is None or self.resize_mode == "squash":
             return
         short, long = sorted(image.size)

@@ -32,6 +32,11 @@ class Reporter:
         if self.is_main and not self.quiet:
             click.echo(line.encode("utf-8", "backslashreplace").decode(), err=self.as_json)
 
+    def warn(self, line: str) -> None:
+        """Print a line for people where it mixes with no result: on standard error."""
+        if self.is_main and not self.quiet:
+            click.echo(line.encode("utf-8", "backslashreplace").decode(), err=True)
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Print the one JSON object of ``--json``."""
         if self.is_main and self.as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -21,15 +21,17 @@ if TYPE_CHECKING:
 
 PATHS = click.Path(path_type=Path)
 SHOWN = 60
+PLACES = click.Path(path_type=str)  # which may be URLs
 
 
 @click.command()
+@click.option("--retry", is_flag=True, help="Try images again that are known to be unreadable.")
 @experiment_options
-def extract(params: Params, reporter: Reporter) -> None:
+def extract(params: Params, retry: bool, reporter: Reporter) -> None:
     """Embed the images of data.root that the cache does not hold yet."""
     from ..stages.extract import extract as stage
 
-    reporter.finish(stage(params, reporter.say, quiet=reporter.quiet))
+    reporter.finish(stage(params, reporter.say, retry=retry, quiet=reporter.quiet))
 
 
 @click.command("train-head")
@@ -60,9 +62,14 @@ def finetune(params: Params, from_run: str | None, resume: str | None, find: boo
 
 @click.command()
 @click.argument("run")
-@click.option("--data", "root", type=PATHS, help="Score on the labelled images of this folder instead of the run's.")
+@click.option(
+    "--data",
+    "root",
+    type=PLACES,
+    help="Score on these labelled images (as data.root) instead of the run's.",
+)
 @run_options
-def evaluate(runs_dir: Path, overrides: tuple[str, ...], run: str, root: Path | None, reporter: Reporter) -> None:
+def evaluate(runs_dir: Path, overrides: tuple[str, ...], run: str, root: str | None, reporter: Reporter) -> None:
     """Score RUN (a path, a name or `latest`) again, or on another folder."""
     from ..artifacts import resolve_run
     from ..evaluate import metric_lines
@@ -78,7 +85,7 @@ def evaluate(runs_dir: Path, overrides: tuple[str, ...], run: str, root: Path | 
 
 @click.command()
 @click.argument("run")
-@click.argument("paths", nargs=-1, required=True, type=PATHS)
+@click.argument("paths", nargs=-1, required=True, type=PLACES)
 @click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="Classes to list for each image.")
 @click.option("-o", "--output", type=PATHS, help="Write the CSV to this file instead of the terminal.")
 @run_options
@@ -86,28 +93,77 @@ def predict(
     runs_dir: Path,
     overrides: tuple[str, ...],
     run: str,
-    paths: tuple[Path, ...],
+    paths: tuple[str, ...],
     top: int,
     output: Path | None,
     reporter: Reporter,
 ) -> None:
-    """Classify the images at PATHS (files and folders) with RUN (a path, a name or `latest`)."""
+    """Classify images at PATHS (files, folders, tables, shards, URLs) with RUN (path, name, `latest`, exported)."""
     from ..artifacts import resolve_run
+    from ..stages.export import is_exported, load_exported
     from ..stages.run import load_run
 
-    loaded = load_run(resolve_run(runs_dir, run), overrides)
-    predictions = loaded.predict(paths, top=top, quiet=reporter.quiet)
+    loaded = load_exported(run) if is_exported(run) else load_run(resolve_run(runs_dir, run), overrides)
+    predictions = loaded.predict(paths, top=top, say=reporter.warn, quiet=reporter.quiet)
     _finish_predictions(predictions, top, output, reporter, run=str(loaded.folder))
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, type=PATHS)
+@click.argument("run")
+@click.argument("target", metavar="FILE", type=PATHS)
+@click.option("--probabilities/--features", default=True, help="What the file gives: classes, or features.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Of the backbone; int8 states the accuracy that it costs.",
+)
+@click.option("--batch", is_flag=True, help="Take n images of one size instead of one.")
+@click.option("--data", type=PATHS, help="Images to prove it on, where those that the run was reported on are gone.")
+@run_options
+def export(
+    runs_dir: Path,
+    overrides: tuple[str, ...],
+    run: str,
+    target: Path,
+    probabilities: bool,
+    precision: Literal["float32", "float16", "int8"],
+    batch: bool,
+    data: Path | None,
+    reporter: Reporter,
+) -> None:
+    """Write RUN as FILE.onnx (or FILE.pt2), published only once it gives what the run gave.
+
+    The file takes an RGB image, uint8 (height, width, 3), of any size: all preprocessing is inside.
+    """
+    from ..artifacts import resolve_run
+    from ..stages.export import export_run
+    from ..stages.run import load_run
+
+    loaded = load_run(resolve_run(runs_dir, run), overrides)
+    reporter.finish(
+        export_run(
+            loaded,
+            target,
+            reporter.say,
+            data=data,
+            features=not probabilities,
+            precision=precision,
+            batch=batch,
+            quiet=reporter.quiet,
+        )
+    )
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, type=PLACES)
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to list for each image.")
 @click.option("-o", "--output", type=PATHS, help="Write the CSV to this file instead of the terminal.")
 @experiment_options
 def classify(
     params: Params,
-    paths: tuple[Path, ...],
+    paths: tuple[str, ...],
     top: int,
     output: Path | None,
     reporter: Reporter,
@@ -205,6 +261,7 @@ VERBS: dict[str, click.Command] = {
     "evaluate": evaluate,
     "compare": compare,
     "predict": predict,
+    "export": export,
     "classify": classify,
     "backbones": backbones,
     "demo": demo,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import threading
 import warnings
 from dataclasses import dataclass
@@ -36,11 +37,17 @@ SIGNATURES = {
 ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
 TAIL_BYTES = 1024
 CUT_WORDS = ("truncated", "end of file", "not enough image data", "reached eof", "cannot read image data")
+# libwebp's one answer to damage and to a lack of memory.
+WEBP_PIXELS = 16383 * 16383  # no WebP has more
+WEBP_REFUSED = "could not create decoder object"
 UNSUPPORTED_WORDS = ("unknown pixel mode", "unsupported")
 # Formats that Pillow hands to other programs or libraries, if they happen to be there: PostScript is a program to
 # be run, the others are containers. What comes out would not be determined by the bytes.
 REFUSED_FORMATS = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
 VERSIONED = ("libjpeg_turbo", "webp", "avif", "jpg_2000", "libtiff", "littlecms2", "zlib", "zlib_ng")
+
+# Modes whose samples alone say what an image shows.
+PLAIN_MODES = frozenset({"1", "L", "LA", "RGB", "RGBA", "I;16", "I", "F"})
 
 # Pillow warns about odd metadata and large images; neither is the user's to act on, and what matters is an error here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -126,6 +133,32 @@ def decode_image(
         raise _verdict(data, error) from error
 
 
+class PixelBytes(bytes):
+    """An image that has no file: its mode, shape and samples behind a mark, so that its digest names its pixels.
+
+    Only what a program makes by `of` counts as one, never the content of a file.
+    """
+
+    @classmethod
+    def of(cls, image: Image.Image) -> PixelBytes:
+        """The pixels of an image as they are; those of palettes and other colour spaces as Pillow converts them.
+
+        Raises:
+            OSError: the image was opened from a file that cannot be decoded.
+        """
+        plain = image if image.mode in PLAIN_MODES else image.convert("RGBA" if "P" in image.mode else "RGB")
+        head = f"pixels\0{plain.mode}\0{plain.height} {plain.width}\0".encode()
+        return cls(head + plain.tobytes())
+
+    def image(self) -> Image.Image:
+        """The image that this was made of."""
+        _, mode, shape, data = self.split(b"\0", 3)
+        height, width = map(int, shape.split())
+        image = Image.frombytes(mode.decode(), (width, height), data)
+        image.format = "PNG"  # whose 16 bits fill their range, as Pillow's do
+        return image
+
+
 @dataclass(frozen=True)
 class Decoder:
     """`decode_image` with its settings, which can be told to another process."""
@@ -168,6 +201,8 @@ def _formats() -> tuple[str, ...]:
 def _decode(
     data: bytes, background: Colour, exif: bool, max_pixels: int, draft_size: tuple[int, int] | None
 ) -> Image.Image:
+    if isinstance(data, PixelBytes):
+        return to_rgb(data.image(), background=background)
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
         _check_size(image, max_pixels)
         if draft_size is not None and image.format in ("JPEG", "MPO"):
@@ -207,17 +242,41 @@ def _load(image: ImageFile.ImageFile) -> None:
 
 
 def _verdict(data: bytes, error: Exception) -> BadImage:
-    """Which reason an exception of Pillow's amounts to."""
+    """Which reason an exception of Pillow's amounts to.
+
+    Raises:
+        MemoryError: there is too little memory to tell.
+    """
     name = next((name for name, heads in SIGNATURES.items() if data.startswith(heads)), None)
     detail = f"{type(error).__name__}: {error}"
     if isinstance(error, UnidentifiedImageError):
         if name is None:
             return BadImage(Reason.NOT_AN_IMAGE, "no decoder of Pillow recognises the content")
         detail = _complaint(name, data)
+    if WEBP_REFUSED in detail:
+        _require_memory(8 * min(math.prod(_webp_size(data)), WEBP_PIXELS))  # two canvases of four bytes a pixel
     if any(word in detail.lower() for word in UNSUPPORTED_WORDS):
         return BadImage(Reason.UNSUPPORTED_MODE, detail)
     cut = isinstance(error, EOFError) or any(word in detail.lower() for word in CUT_WORDS)
     return BadImage(Reason.TRUNCATED if cut or _lacks_ending(name, data) else Reason.CORRUPT, detail)
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height in the header of a WebP (developers.google.com/speed/webp/docs/riff_container); 0 where cut."""
+    kind, head = data[12:16], data[20:30]
+    if len(head) < 10:
+        return 0, 0
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(head[6:8], "little") & 0x3FFF, int.from_bytes(head[8:10], "little") & 0x3FFF
+
+
+def _require_memory(size: int) -> None:
+    """Raise MemoryError where so many bytes cannot be had now."""
+    bytearray(size)
 
 
 def _complaint(name: str, data: bytes) -> str:

@@ -22,25 +22,35 @@ def stack_digests(digests: list[bytes]) -> Digests:
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
 
 
+class DigestTable:
+    """Digests (n, 16), sorted once to be found any number of times."""
+
+    def __init__(self, digests: Digests) -> None:
+        self.digests, self._words = digests, _words(digests)
+        self._order = np.lexsort((self._words[:, 1], self._words[:, 0]))
+        self._sorted = self._words[self._order, 0]
+
+    def locate(self, query: Digests) -> NDArray[np.int64]:
+        """The row that equals each row of ``query`` (m, 16), the first of equals; -1 for none."""
+        found = np.full(len(query), -1, np.int64)
+        wanted = _words(query)
+        position = np.searchsorted(self._sorted, wanted[:, 0])
+        open_ = np.arange(len(query))
+        # A second turn happens only where the first 64 bits agree and the rest does not.
+        while len(open_):
+            open_ = open_[position[open_] < len(self._order)]
+            row = self._order[position[open_]]
+            equal = (self._words[row] == wanted[open_]).all(axis=1)
+            found[open_[equal]] = row[equal]
+            collides = ~equal & (self._words[row, 0] == wanted[open_, 0])
+            open_ = open_[collides]
+            position[open_] += 1
+        return found
+
+
 def locate(table: Digests, query: Digests) -> NDArray[np.int64]:
     """The row of ``table`` (n, 16) that equals each row of ``query`` (m, 16), the first of equals; -1 for none."""
-    found = np.full(len(query), -1, np.int64)
-    if not len(table) or not len(query):
-        return found
-    words, wanted = _words(table), _words(query)
-    order = np.lexsort((words[:, 1], words[:, 0]))
-    position = np.searchsorted(words[order, 0], wanted[:, 0])
-    open_ = np.arange(len(query))
-    # A second turn happens only where the first 64 bits agree and the rest does not.
-    while len(open_):
-        open_ = open_[position[open_] < len(table)]
-        row = order[position[open_]]
-        equal = (words[row] == wanted[open_]).all(axis=1)
-        found[open_[equal]] = row[equal]
-        collides = ~equal & (words[row, 0] == wanted[open_, 0])
-        open_ = open_[collides]
-        position[open_] += 1
-    return found
+    return DigestTable(table).locate(query)
 
 
 def first_occurrences(digests: Digests) -> NDArray[np.bool_]:

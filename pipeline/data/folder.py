@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from ..params import DataParams
+from ..params import DataParams, Place
 from .source import SPLITS, UNLABELLED, Samples, Stamp
-from .walk import Extensions, Identity, Listing, Walker, join_listings, read_file, shown, stamp_of, unreadable
+from .walk import Extensions, Identity, ListedTree, Listing, Walker, join_listings, read_file, shown
 
 SPLIT_OF_FOLDER = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
 NAMES_SHOWN = 5
+# What may hold images or their labels, too; see table.py, archive.py and parquet.py.
+OTHER_SOURCES = (".csv", ".tsv", ".jsonl", ".parquet", ".tar", ".tar.gz", ".tgz", ".zip")
 Layout = Literal["auto", "flat", "split"]
 
 
@@ -34,33 +36,19 @@ class FolderSource:
         self.name = os.fsencode(os.path.realpath(root))
 
     @classmethod
-    def from_params(cls, data: DataParams) -> FolderSource:
+    def at(cls, data: DataParams, _cache_dir: Path) -> FolderSource:
         """The folder ``data.root``."""
-        return cls(data.root, data.layout, data.extensions)
+        return cls(Path(data.root), data.layout, data.extensions)
 
     def list_samples(self) -> Samples:
-        """As `scan_folder`."""
-        return scan_folder(self._root, layout=self._layout, extensions=self._extensions)
+        """As `scan_folder`; tables and archives that lie there are no part of it, and are told of."""
+        samples = scan_folder(self._root, layout=self._layout, extensions=self._extensions)
+        beside = sorted(name for name in os.listdir(self._root) if name.lower().endswith(OTHER_SOURCES))
+        return replace(samples, warnings=(*samples.warnings, *(_beside(self._root, beside) if beside else ())))
 
     def read(self, path: str) -> tuple[bytes, Stamp]:
         """As `read_file`."""
         return read_file(self._root / path)
-
-
-class FileSource:
-    """Files, and folders of files, named one by one and without labels."""
-
-    def __init__(self, paths: Sequence[Path], extensions: Extensions) -> None:
-        self._paths, self._extensions = paths, extensions
-        self.name = b"\0".join(sorted(os.fsencode(os.path.realpath(path)) for path in paths))
-
-    def list_samples(self) -> Samples:
-        """As `list_files`."""
-        return list_files(self._paths, extensions=self._extensions)
-
-    def read(self, path: str) -> tuple[bytes, Stamp]:
-        """As `read_file`."""
-        return read_file(Path("/") / path)
 
 
 @dataclass(frozen=True)
@@ -91,48 +79,22 @@ def scan_folder(root: Path, *, layout: Layout = "auto", extensions: Extensions) 
     if not root.is_dir():
         why = "it is a file" if root.exists() else "there is no such folder"
         raise DataError("The data folder cannot be scanned.", where=shown(root), why=why, remedy="correct data.root")
-    walker = Walker(root, extensions)
+    return scan_tree(Walker(root, extensions), Walker(root, extensions), root, layout)
+
+
+def scan_tree(walker: Walker | ListedTree, probe: Walker | ListedTree, root: Place, layout: Layout) -> Samples:
+    """As `scan_folder`, of any tree of folders.
+
+    Args:
+        probe: the same tree, so that what is only looked at is not counted as ignored.
+    """
     top = walker.list_folder("")
-    probe = Walker(root, extensions)  # so that what is only looked at is not counted as ignored
     tops = {name: probe.list_folder(f"{name}/") for name in top.folders if name in SPLIT_OF_FOLDER}
     split = layout == "split" or (layout == "auto" and _looks_split(tops))
     tree = _scan_split(walker, root, top, tops) if split else _scan_flat(walker, root, top)
     if not tree.paths:
-        raise _no_images(tree)
+        raise no_images(tree)
     return tree
-
-
-def list_files(paths: Sequence[Path], *, extensions: Extensions) -> Samples:
-    """Files and folders of images as one unlabelled tree below ``/``, for prediction.
-
-    The order is that of the arguments, within a folder that of the names; what is named twice is taken once. A
-    file that is named itself is taken whatever its extension, hidden or not.
-
-    Raises:
-        DataError: a path that does not exist or cannot be read, or no image at all.
-    """
-    walker = Walker(Path("/"), extensions)
-    found: dict[str, NDArray[np.int64]] = {}
-    for path in paths:
-        for name, row in _images_of(walker, os.path.abspath(path)):
-            found.setdefault(name, row)
-    stamps = np.array(list(found.values()), np.int64).reshape(len(found), 4)
-    targets = np.full(len(found), UNLABELLED, np.int32)
-    tree = Samples(Path("/"), (), list(found), targets, None, stamps, dict(walker.ignored), tuple(walker.warnings))
-    if not found:
-        raise _no_images(tree, where=", ".join(map(shown, paths)))
-    return tree
-
-
-def _images_of(walker: Walker, path: str) -> Iterable[tuple[str, NDArray[np.int64]]]:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if not os.path.isdir(path):
-        return [(path[1:], stamp_of(status))]
-    names, stamps, _ = join_listings(walker.gather(f"{path[1:]}/" if path != "/" else ""))
-    return zip(names, stamps, strict=True)
 
 
 def _looks_split(tops: dict[str, Listing]) -> bool:
@@ -140,7 +102,7 @@ def _looks_split(tops: dict[str, Listing]) -> bool:
     return 0 in with_classes and len(with_classes) > 1
 
 
-def _scan_flat(walker: Walker, root: Path, top: Listing) -> Samples:
+def _scan_flat(walker: Walker | ListedTree, root: Place, top: Listing) -> Samples:
     warnings = [
         f"The folder {name!r} is read as a class: a layout with splits has train and at least one of val and test, "
         "with class folders in them."
@@ -150,7 +112,7 @@ def _scan_flat(walker: Walker, root: Path, top: Listing) -> Samples:
     return _assemble(walker, root, [(0, top)], (), warnings, split=False)
 
 
-def _scan_split(walker: Walker, root: Path, top: Listing, tops: dict[str, Listing]) -> Samples:
+def _scan_split(walker: Walker | ListedTree, root: Place, top: Listing, tops: dict[str, Listing]) -> Samples:
     _refuse_odd_splits(root, tops)
     other = [name for name in top.folders if name not in tops]
     warnings = [f"Folders beside the splits are left out: {_some(other)}."] if other else []
@@ -160,7 +122,7 @@ def _scan_split(walker: Walker, root: Path, top: Listing, tops: dict[str, Listin
     return _assemble(walker, root, parts, (top.identity,), warnings, split=True)
 
 
-def _refuse_odd_splits(root: Path, tops: dict[str, Listing]) -> None:
+def _refuse_odd_splits(root: Place, tops: dict[str, Listing]) -> None:
     validation = [name for name in tops if SPLIT_OF_FOLDER[name] == 1]
     if len(validation) > 1:
         raise DataError(
@@ -179,8 +141,8 @@ def _refuse_odd_splits(root: Path, tops: dict[str, Listing]) -> None:
 
 
 def _assemble(
-    walker: Walker,
-    root: Path,
+    walker: Walker | ListedTree,
+    root: Place,
     parts: list[tuple[int, Listing]],
     parents: tuple[Identity, ...],
     warnings: list[str],
@@ -200,8 +162,8 @@ def _assemble(
     labelled = bool(folders)
     if labelled:
         warnings += [
-            f"{_images(len(listing.names))} directly in {shown(root / listing.prefix)}, outside of the class folders, "
-            "left out."
+            f"{_images(len(listing.names))} directly in {shown(os.path.join(root, listing.prefix))}, outside of the "
+            "class folders, left out."
             for _, listing in parts
             if listing.names
         ]
@@ -237,7 +199,7 @@ def _columns(
 
 
 def _refuse_unknown_classes(
-    root: Path, parts: list[tuple[int, Listing]], folders: list[_ClassFolder], class_names: tuple[str, ...]
+    root: Place, parts: list[tuple[int, Listing]], folders: list[_ClassFolder], class_names: tuple[str, ...]
 ) -> None:
     prefixes = {split: listing.prefix for split, listing in parts}
     for folder in folders:
@@ -246,7 +208,7 @@ def _refuse_unknown_classes(
             hint = f"near names in train: {_some(near)}; " if near else ""
             raise DataError(
                 f"{SPLITS[folder.split]} has a class that train does not have: {folder.name!r}.",
-                where=shown(root / prefixes[folder.split] / folder.name),
+                where=shown(os.path.join(root, prefixes[folder.split], folder.name)),
                 why=f"train has {len(class_names)} classes: {_some(class_names)}",
                 remedy=f"{hint}rename the folder, or add the class to train",
             )
@@ -264,7 +226,8 @@ def _class_warnings(folders: list[_ClassFolder], class_names: tuple[str, ...], s
     return warnings
 
 
-def _no_images(tree: Samples, where: str | None = None) -> DataError:
+def no_images(tree: Samples, where: str | None = None) -> DataError:
+    """The error for a place that holds no image."""
     ignored = sorted(tree.ignored.items(), key=lambda item: -item[1])[:NAMES_SHOWN]
     counts = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in ignored)
     return DataError(
@@ -273,6 +236,10 @@ def _no_images(tree: Samples, where: str | None = None) -> DataError:
         why=f"files ignored for their extension: {counts}" if counts else "there are no files, but for hidden ones",
         remedy="name the folder that holds the class folders, or name the extensions in data.extensions (or `all`)",
     )
+
+
+def _beside(root: Path, names: list[str]) -> Iterator[str]:
+    yield f"{_some(names)} beside the images is not read; to use it, set data.root={shown(root / names[0])}."
 
 
 def _images(count: int) -> str:

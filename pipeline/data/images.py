@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..files import digest_bytes
-from ..params import DataParams
+from ..params import DataParams, Place
 from ..runtime.cores import usable_cores
+from ..runtime.progress import ProgressBar
+from .archive import ArchiveSource
 from .digests import Digests
-from .folder import FileSource, FolderSource
+from .folder import FolderSource
+from .given import Given, GivenSource
 from .index import DigestIndex, index_file
-from .source import Samples, Source
+from .objects import ObjectSource
+from .parquet import open_parquet
+from .source import Samples, Source, Stamp
 from .splits import assign_splits, group_ids, groups_of
+from .stores import join
+from .table import TableSource
 
 Rows = NDArray[np.int64]
+# Images that threads are given to read at a time.
+READ_AHEAD = 1024
 
-# The kinds of places that ``data.root`` may name: the first that says yes to the params opens it.
-SOURCES: list[tuple[Callable[[DataParams], bool], Callable[[DataParams], Source]]] = [
-    (lambda _data: True, FolderSource.from_params),
+# The kinds of places that ``data.root`` may name: the first that opens it, rather than answer None, has it. Each is
+# given the folder of the cache, too, for what it remembers of the place.
+SOURCES: list[Callable[[DataParams, Path], Source | None]] = [
+    TableSource.at,
+    ArchiveSource.at,
+    open_parquet,
+    ObjectSource.at,
+    FolderSource.at,
 ]
 
 
@@ -40,20 +57,21 @@ class Images:
     def __init__(self, source: Source, data: DataParams, cache_dir: Path) -> None:
         self.source, self.data = source, data
         self.samples = source.list_samples()
-        self.index_file = index_file(cache_dir, source.name)
-        index = DigestIndex.load(self.index_file)
+        self.index_file = None if source.name is None else index_file(cache_dir, source.name)
+        index = DigestIndex.load(self.index_file) if self.index_file else DigestIndex()
         self.digests, self.known = index.lookup(self.paths, self.samples.stamps)
         self.failures: dict[int, str] = {}
         self.warnings = [*self.samples.warnings, *([index.warning] if index.warning else [])]
         self._stamps = self.samples.stamps.copy()
         self._read_ns = np.zeros(len(self), np.int64)
+        self._ahead: _ReadAhead | None = None
 
     def __len__(self) -> int:
         return len(self.samples.paths)
 
     @property
-    def root(self) -> Path:
-        """What the paths are relative to."""
+    def root(self) -> Place:
+        """What the paths are relative to; a URL as text."""
         return self.samples.root
 
     @property
@@ -84,14 +102,14 @@ class Images:
 
     def path(self, position: int) -> str:
         """The whole path of an image, for people."""
-        return str(self.root / self.paths[position])
+        return join(self.root, self.paths[position])
 
     def position_of(self, path: str) -> int | None:
         """The position of the image whose whole path this is, if it is among these."""
-        try:
-            return self.paths.index(str(Path(path).relative_to(self.root)))
-        except ValueError:
-            return None
+        prefix = join(self.root, "")
+        with suppress(ValueError):
+            return self.paths.index(path.removeprefix(prefix))
+        return None
 
     def digest(self, position: int) -> bytes:
         """The 16 bytes that name a known image's content."""
@@ -99,9 +117,8 @@ class Images:
 
     def read(self, position: int) -> bytes | None:
         """An image's bytes, its digest and stamp noted; None where it cannot be read, the reason noted."""
-        started = time.time_ns()
         try:
-            data, stamp = self.source.read(self.paths[position])
+            data, stamp, started = self._ahead.take(position) if self._ahead else self._fetch(position)
         except OSError as error:
             self.failures[position] = f"{type(error).__name__}: {error.strerror or error}"
             self.known[position] = False
@@ -111,18 +128,46 @@ class Images:
         self.known[position] = True
         return data
 
+    def _fetch(self, position: int) -> tuple[bytes, Stamp, int]:
+        """Bytes, stamp, and when reading them began (ns)."""
+        started = time.time_ns()
+        return *self.source.read(self.paths[position]), started
+
+    @property
+    def _reads_at_once(self) -> int:
+        return max(usable_cores(), self.samples.reads_at_once)
+
+    @contextmanager
+    def reading_ahead(self, positions: Iterable[int]) -> Iterator[None]:
+        """While the block runs, have the images at ``positions`` read before `read` asks for them in this order.
+
+        Only where the place rewards more reads at a time than there are cores to decode what comes.
+        """
+        if not self.samples.reads_at_once:
+            yield
+            return
+        with ThreadPoolExecutor(self._reads_at_once, thread_name_prefix="read") as pool:
+            self._ahead = _ReadAhead(pool, self._fetch, positions, 2 * self._reads_at_once)
+            try:
+                yield
+            finally:
+                self._ahead = None
+                pool.shutdown(wait=True, cancel_futures=True)
+
     def is_unchanged(self, position: int) -> bool:
         """Whether an image has the stamp under which it was listed."""
         return bool((self._stamps[position] == self.samples.stamps[position]).all())
 
-    def read_unknown(self) -> None:
+    def read_unknown(self, *, quiet: bool = False) -> None:
         """Read the images whose content is not known, to learn their digests."""
-        unknown = np.flatnonzero(~self.known)
-        if not len(unknown):
+        unknown = np.flatnonzero(~self.known).tolist()
+        if not unknown:
             return
-        with ThreadPoolExecutor(usable_cores()) as pool:
-            for _ in pool.map(lambda position: self.read(int(position)) and None, unknown):
-                pass
+        with ThreadPoolExecutor(self._reads_at_once) as pool, ProgressBar("reading", len(unknown), quiet=quiet) as bar:
+            for start in range(0, len(unknown), READ_AHEAD):
+                block = unknown[start : start + READ_AHEAD]
+                for _ in pool.map(lambda position: self.read(position) and None, block):
+                    bar.advance()
         self.remember()
 
     def learn(self, digests: Digests, known: NDArray[np.bool_], failures: dict[int, str]) -> None:
@@ -136,6 +181,8 @@ class Images:
 
         An index only saves time, so that one which cannot be written is worth a warning, not an end.
         """
+        if self.index_file is None:
+            return
         try:
             index = DigestIndex.load(self.index_file)
             index.updated(self.paths, self._stamps, self.digests, self.known, read_ns=self._read_ns).save(
@@ -166,7 +213,37 @@ class Images:
         return group_ids(self.digests[rows], self._group_names(rows))
 
     def _group_names(self, rows: Rows) -> list[str] | None:
+        groups = self.samples.groups
+        if groups is not None and self.data.group_pattern is None:
+            return [groups[row] for row in rows]
         return groups_of([self.paths[row] for row in rows], self.data.group_pattern)
+
+
+class _ReadAhead:
+    """Reads that threads do before they are asked for, ``window`` of them at most, so that memory stays bounded."""
+
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        fetch: Callable[[int], tuple[bytes, Stamp, int]],
+        positions: Iterable[int],
+        window: int,
+    ) -> None:
+        self._pool, self._fetch, self._coming, self._lock = pool, fetch, iter(positions), Lock()
+        self._begun: dict[int, Future[tuple[bytes, Stamp, int]]] = {}
+        self._begin(window)
+
+    def _begin(self, count: int) -> None:
+        for position in islice(self._coming, count):
+            self._begun[position] = self._pool.submit(self._fetch, position)
+
+    def take(self, position: int) -> tuple[bytes, Stamp, int]:
+        """What reading gave; read now where it was not to be read ahead."""
+        with self._lock:
+            begun = self._begun.pop(position, None)
+            if begun:
+                self._begin(1)
+        return begun.result() if begun else self._fetch(position)
 
 
 def open_images(data: DataParams, cache_dir: Path) -> Images:
@@ -175,17 +252,27 @@ def open_images(data: DataParams, cache_dir: Path) -> Images:
     Raises:
         DataError: see its message.
     """
-    opener = next(opens for takes, opens in SOURCES if takes(data))
-    return Images(opener(data), data, cache_dir)
+    return Images(_open_source(data, cache_dir), data, cache_dir)
 
 
-def open_paths(paths: Sequence[Path], data: DataParams, cache_dir: Path) -> Images:
-    """List files and folders given by path, unlabelled, and look them up in the index.
+def _open_source(data: DataParams, cache_dir: Path) -> Source:
+    return next(source for opens in SOURCES if (source := opens(data, cache_dir)) is not None)
+
+
+def open_given(given: Given | Iterable[Given], data: DataParams, cache_dir: Path) -> Images:
+    """Images given one by one, unlabelled: paths of files and folders, and whatever ``data.root`` may name; bytes,
+    arrays, PIL images.
 
     Raises:
+        TypeError: something is no image and no path.
         DataError: a path does not exist, or there is no image.
     """
-    return Images(FileSource(paths, data.extensions), data, cache_dir)
+
+    def open_place(place: str) -> Source:
+        plain = {"root": place, "images": None, "layout": "flat"}
+        return _open_source(DataParams.model_validate(data.model_dump() | plain), cache_dir)
+
+    return Images(GivenSource(given, data.extensions, open_place), data, cache_dir)
 
 
-__all__ = ["SOURCES", "Images", "Samples", "Source", "open_images", "open_paths"]
+__all__ = ["SOURCES", "Given", "Images", "Samples", "Source", "open_given", "open_images"]

@@ -98,23 +98,6 @@ def assign_splits(
     return splits[units]
 
 
-def leaked(
-    digests: Digests, splits: NDArray[np.integer], *, against: Sequence[str] = ("train",)
-) -> dict[str, NDArray[np.int64]]:
-    """The rows of val and of test whose bytes also occur in the splits ``against``.
-
-    Returns:
-        ``{"val": rows, "test": rows}``, int64, sorted, empty where nothing leaks; a split is not held against itself.
-    """
-    words = _number(_words(digests))
-    found = {}
-    for name in SPLITS[1:]:
-        sources = [SPLITS.index(source) for source in against if source != name]
-        rows = np.flatnonzero(splits == SPLITS.index(name))
-        found[name] = rows[np.isin(words[rows], words[np.isin(splits, sources)])].astype(np.int64)
-    return found
-
-
 def _words(digests: Digests) -> NDArray[np.void]:
     """Each digest as one value that sorts by its bytes: (n,)."""
     return np.ascontiguousarray(digests).view(np.dtype((np.void, DIGEST_BYTES)))[:, 0]

@@ -11,7 +11,7 @@ import itertools
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -151,6 +151,62 @@ class Walker:
             else:
                 self.ignored[os.path.splitext(names[i])[1].lower()] += 1
         return take(names, np.flatnonzero(regular)), rows[regular]
+
+
+class ListedTree:
+    """A tree whose files have been listed elsewhere: what a `Walker` gives, without a file system.
+
+    Args:
+        files: path -> stamp (4,); hidden files and folders are left out.
+        name_of: what of a path is the file's name, where more stands in it.
+    """
+
+    def __init__(
+        self, files: Mapping[str, Stamp], extensions: Extensions, name_of: Callable[[str], str] = lambda path: path
+    ) -> None:
+        wanted = registered_extensions() if extensions == "all" else frozenset(extensions)
+        self.ignored: Counter[str] = Counter()
+        self.warnings: list[str] = []
+        self._files, self._wanted, self._name_of = files, wanted, name_of
+        self._names: dict[str, list[str]] = {"": []}
+        self._folders: dict[str, set[str]] = {}
+        for path in files:
+            folder, _, name = path.rpartition("/")
+            parts = path.split("/")
+            if any(part.startswith(".") and part != ".." for part in parts) or "__MACOSX" in parts[:-1]:
+                continue
+            self._names.setdefault(f"{folder}/" if folder else "", []).append(name)
+            for depth in range(len(parts) - 1):
+                parent = "".join(f"{part}/" for part in parts[:depth])
+                self._folders.setdefault(parent, set()).add(parts[depth])
+
+    def list_folder(self, prefix: str) -> Listing:
+        """As `Walker.list_folder`."""
+        names = []
+        for name in sorted(self._names.get(prefix, ())):
+            suffix = os.path.splitext(self._name_of(name))[1].lower()
+            if suffix in self._wanted:
+                names.append(name)
+            else:
+                self.ignored[suffix] += 1
+        stamps = np.array([self._files[prefix + name] for name in names], np.int64).reshape(len(names), 4)
+        return Listing(prefix, names, stamps, sorted(self._folders.get(prefix, ())), (0, 0))
+
+    def gather(self, prefix: str, parents: tuple[Identity, ...] = ()) -> list[Listing]:
+        """As `Walker.gather`."""
+        listing = self.list_folder(prefix)
+        below = [item for name in listing.folders for item in self.gather(f"{prefix}{name}/", parents)]
+        return [listing, *below]
+
+    def wrapper(self) -> str:
+        """The folders around everything, as ``photos/`` in an archive of one folder: "" or ending in ``/``."""
+        prefix = ""
+        while not self._names.get(prefix) and len(names := self._folders.get(prefix, set())) == 1:
+            (name,) = names
+            if not self._folders.get(f"{prefix}{name}/") or name in ("train", "val", "test"):
+                break
+            prefix = f"{prefix}{name}/"
+        return prefix
 
 
 def registered_extensions() -> frozenset[str]:

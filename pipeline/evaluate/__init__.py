@@ -11,17 +11,17 @@ from .compare import (
 from .intervals import wilson
 from .metrics import METRICS, Metric, ScoredImages, Weighted
 from .protocol import Provenance
-from .score import Classified, classify, metric_lines, score
+from .score import ClassifierOutput, apply_head, metric_lines, score
 
 __all__ = [
     "METRICS",
-    "Classified",
+    "ClassifierOutput",
     "Comparison",
     "Metric",
     "Provenance",
     "ScoredImages",
     "Weighted",
-    "classify",
+    "apply_head",
     "compare_runs",
     "comparison_markdown",
     "comparison_notes",

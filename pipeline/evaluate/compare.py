@@ -1,8 +1,8 @@
 """Runs side by side: one table, with marks for the differences that are real.
 
 Every pair is tested with McNemar's exact test on the images, matched by the digest of their bytes, that both were
-scored on, and Holm's correction is over all pairs. A pair without a mark is not shown to differ, which is not shown
-to be equal.
+scored on; where images come in groups, whole groups take its coin tosses. Holm's correction is over all pairs. A pair
+without a mark is not shown to differ, which is not shown to be equal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ..artifacts import Predictions, RunMetrics, RunModel, read_metrics, read_model, read_predictions
+from ..artifacts import (
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    Predictions,
+    RunMetrics,
+    RunModel,
+    read_metrics,
+    read_model,
+    read_predictions,
+)
+from ..data.splits import group_ids
 from ..errors import RunError, UsageError
 from .metrics import METRICS
 from .text import duration, printable
@@ -30,6 +40,8 @@ _SHOWN_NOTES = 6
 _MARK_TITLE = "beats"
 _INTERVAL_WIDTH = len("[95.4–100.0]")
 _ABSENT, _CONTRADICTED = -1, -2
+
+Right = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class PairTest:
 
     Args:
         n: shared images (different contents) whose label is the same in both; the test is on these.
+        groups: how many of them are independent: one of each group.
         labels_disagree: shared images left out because the runs do not agree on the label.
         only_first, only_second: images that only this one gets right.
         p: of McNemar's exact test; None where nothing is shared.
@@ -82,6 +95,7 @@ class PairTest:
     first: int
     second: int
     n: int
+    groups: int
     labels_disagree: int
     only_first: int
     only_second: int
@@ -169,13 +183,16 @@ def compare_runs(folders: Sequence[Path], *, sort: str = "accuracy", skip_damage
         try:
             metrics = read_metrics(folder)
             rows = read_predictions(folder, probabilities=False).of_split(metrics.split)
+            if metrics.groups is not None and len(rows) != metrics.n:
+                why = f"it has {len(rows)} images of {metrics.split}, and {METRICS_FILE} has {metrics.n}"
+                raise RunError(f"{PREDICTIONS_FILE} is damaged.", where=folder, why=why, remedy="make the run again")
             runs.append(ComparedRun(folder, read_model(folder), metrics, rows))
         except RunError as error:
             if not skip_damaged:
                 raise
             notes.append(f"{folder.name} is left out: {error.what} {error.why or ''}".rstrip())
     runs = _sorted(runs, column, reverse=sort.startswith("-"))
-    pairs = pair_tests([run.predictions for run in runs])
+    pairs = pair_tests([run.predictions for run in runs], [run.metrics.groups for run in runs])
     said = [note for pair in pairs for note in pair.notes(runs)]
     if len(said) > _SHOWN_NOTES:
         said[_SHOWN_NOTES:] = [f"{len(said) - _SHOWN_NOTES} more such pairs; --json has them all."]
@@ -193,13 +210,31 @@ def _sorted(runs: list[ComparedRun], column: str, *, reverse: bool) -> list[Comp
 # -- the test -------------------------------------------------------------------------------------------------------
 
 
-def mcnemar_exact(only_first_right: int, only_second_right: int) -> float:
-    """Two-sided p-value of McNemar's exact test from the images that exactly one of two classifiers gets right.
+def mcnemar_exact(first: Right, second: Right, groups: NDArray[np.int64] | None = None) -> float:
+    """Two-sided p-value of McNemar's exact test of which images (n,) two classifiers get right.
 
-    Under the null hypothesis each of them is a fair coin; images that both get right or wrong say nothing.
-    Source: Q. McNemar, Psychometrika 12 (1947); the exact form is the binomial sign test.
+    Under the null hypothesis each image that exactly one of them gets right is the toss of a fair coin; the others
+    say nothing. Images of one of ``groups`` (n,) are no independent tosses: there the coin decides for a whole group
+    which classifier is which (the sign-flip test, whose special case McNemar's is).
+    Source: Q. McNemar, Psychometrika 12 (1947); the exact form is the binomial sign test. Sign flips: R. A. Fisher,
+    The Design of Experiments (1935).
     """
-    n, smaller = only_first_right + only_second_right, min(only_first_right, only_second_right)
+    difference = np.subtract(first, second, dtype=np.int64)
+    tosses = difference if groups is None else np.bincount(np.unique(groups, return_inverse=True)[1], difference)
+    sizes, counts = np.unique(np.abs(tosses[tosses != 0]).astype(np.int64), return_counts=True)
+    if sizes.tolist() in ([], [1]):
+        return _sign_test(int((tosses > 0).sum()), int((tosses < 0).sum()))
+    # The sum of independent +-size has the characteristic function prod cos(size t)^count: back by a Fourier transform.
+    length = 2 * int(sizes @ counts) + 1
+    angles = 2 * np.pi * np.arange(length) / length
+    factors = [np.cos(size * angles) ** count for size, count in zip(sizes, counts, strict=True)]
+    chances = np.fft.fft(np.prod(factors, axis=0))
+    extreme = np.abs((np.arange(length) + length // 2) % length - length // 2) >= abs(int(tosses.sum()))
+    return float(np.clip(chances.real[extreme].sum() / length, 0, 1))
+
+
+def _sign_test(only_first: int, only_second: int) -> float:
+    n, smaller = only_first + only_second, min(only_first, only_second)
     # Logarithms, because 2**-n underflows from 1075 on; fsum keeps the many small terms.
     constant = math.lgamma(n + 1) - n * math.log(2)
     terms = (math.exp(constant - math.lgamma(k + 1) - math.lgamma(n - k + 1)) for k in range(smaller + 1))
@@ -211,38 +246,43 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Source: S. Holm, Scandinavian Journal of Statistics 6 (1979).
     """
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
+    order = np.argsort(p_values, kind="stable")
+    steps = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return adjusted.tolist()
 
 
-def pair_tests(runs: Sequence[Predictions]) -> list[PairTest]:
+def pair_tests(runs: Sequence[Predictions], groups: Sequence[list[int] | None] = ()) -> list[PairTest]:
     """McNemar's exact test for every pair of runs, Holm-corrected over all of them.
 
     All pairs, not only those with the best: the best is itself picked by these data, so that tests against it alone
     would promise too much.
+
+    Args:
+        groups: for each run the group of each row, None where each stands alone; none at all likewise.
     """
-    labels, right = _by_content(runs)
-    tests = [_test(labels, right, first, second) for first, second in combinations(range(len(runs)), 2)]
+    labels, right, units = _by_content(runs, groups)
+    tests = [_test(labels, right, units, first, second) for first, second in combinations(range(len(runs)), 2)]
     adjusted = iter(holm([test.p for test in tests if test.p is not None]))
     return [test if test.p is None else replace(test, p_adjusted=next(adjusted)) for test in tests]
 
 
-def _by_content(runs: Sequence[Predictions]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """What each run has for each of m different image contents, as two arrays (runs, m).
+def _by_content(
+    runs: Sequence[Predictions], groups: Sequence[list[int] | None]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
+    """What each run has for each of m different image contents, as two arrays (runs, m), and the group of each (m,).
 
     The first holds the code of the label, `_ABSENT` or, where a run has the content under two labels,
     `_CONTRADICTED`; the second whether the prediction is the label. Byte-identical copies within a run count once
     (they are no independent evidence), with the prediction of the first copy in the order of the paths. Rows without
-    a label are left out.
+    a label are left out. What is one group in any run is one group.
     """
     digests = np.concatenate([rows.digests for rows in runs]) if runs else np.empty((0, 16), np.uint8)
-    contents, flat = np.unique(np.ascontiguousarray(digests).view("V16").ravel(), return_inverse=True)
+    words = np.ascontiguousarray(digests).view("V16").ravel()
+    _, first, flat = np.unique(words, return_index=True, return_inverse=True)
     codes = {name: code for code, name in enumerate(sorted({label for rows in runs for label in rows.labels}))}
-    labels = np.full((len(runs), len(contents)), _ABSENT, dtype=np.int64)
+    labels = np.full((len(runs), len(first)), _ABSENT, dtype=np.int64)
     right = np.zeros(labels.shape, dtype=bool)
     starts = np.cumsum([0, *(len(rows) for rows in runs)])
     for run, rows in enumerate(runs):
@@ -253,24 +293,29 @@ def _by_content(runs: Sequence[Predictions]) -> tuple[NDArray[np.int64], NDArray
                 labels[run, place], right[run, place] = codes[label], rows.predicted[row] == label
             elif label and labels[run, place] != codes[label]:
                 labels[run, place] = _CONTRADICTED
-    return labels, right
+    if not any(groups):
+        return labels, right, np.arange(len(first))
+    given = zip(runs, groups, strict=True)
+    names = [f"{run} {name}" for run, (rows, own) in enumerate(given) for name in own or range(-len(rows), 0)]
+    return labels, right, group_ids(digests, names)[first]
 
 
-def _test(labels: NDArray[np.int64], right: NDArray[np.bool_], first: int, second: int) -> PairTest:
+def _test(
+    labels: NDArray[np.int64], right: NDArray[np.bool_], units: NDArray[np.int64], first: int, second: int
+) -> PairTest:
     one, two = labels[first], labels[second]
     shared = (one != _ABSENT) & (two != _ABSENT)
     agreed = shared & (one == two) & (one != _CONTRADICTED)
-    n = int(agreed.sum())
-    only_first = int((agreed & right[first] & ~right[second]).sum())
-    only_second = int((agreed & right[second] & ~right[first]).sum())
+    ours, theirs, n = right[first, agreed], right[second, agreed], int(agreed.sum())
     return PairTest(
         first=first,
         second=second,
         n=n,
+        groups=len(np.unique(units[agreed])),
         labels_disagree=int(shared.sum()) - n,
-        only_first=only_first,
-        only_second=only_second,
-        p=mcnemar_exact(only_first, only_second) if n else None,
+        only_first=int((ours & ~theirs).sum()),
+        only_second=int((theirs & ~ours).sum()),
+        p=mcnemar_exact(ours, theirs, units[agreed]) if n else None,
         p_adjusted=None,
         same_set=bool(((one == _ABSENT) == (two == _ABSENT)).all()),
     )
@@ -313,11 +358,13 @@ def comparison_notes(comparison: Comparison) -> list[str]:
     notes = [printable(note) for note in comparison.notes]
     if not tested:
         return notes
+    grouped = any(pair.groups < pair.n for pair in comparison.pairs)
     pairs = "1 pair" if tested == 1 else f"all {tested} pairs"
     return [
         f"`{_MARK_TITLE}`: McNemar's exact test on the same images, Holm-corrected over {pairs}, "
         f"at {100 * ALPHA:.0f} %. No mark means: not shown to differ.",
         "Brackets are 95 % intervals of each score alone; the test goes image by image and sees smaller differences.",
+        *(["Images of one group (data.group_pattern) count together, in the test and in the intervals."] * grouped),
         *notes,
     ]
 

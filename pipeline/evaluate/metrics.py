@@ -8,40 +8,62 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .intervals import centred_interval, percentile_interval, resample_weights, wilson
+from .calibration import calibration_error
+from .intervals import Floats, Interval, Ints, percentile_interval, resample_weights, share_interval
 from .text import percent, percent_range
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Values = dict[str, float | list[float] | None]
+Estimate = tuple[float, Interval | None]
 
-BINS: Final = 15
 TOP: Final = 5
+NO_IMAGES: Final = "there are no images to score"
 _SMALLEST = float(np.finfo(np.float64).eps)
 _ROWS = 1 << 16
 _NO_SPREAD = 1e-12  # rounding alone makes resamples differ by less
 
 
 class ScoredImages:
-    """What n images and a classifier's answers say, image by image.
+    """What n images and a classifier's output say, image by image.
 
     Args:
         y, predicted: (n,) true and predicted classes, each in [0, c).
         probabilities: (n, c), or None where the head gives none: then only `right` and the classes can be asked for.
+        groups: (n,) equal for images that are not independent of one another; None where all are. Kept from 0 on.
     """
 
-    def __init__(self, y: Ints, predicted: Ints, probabilities: Floats | None) -> None:
+    def __init__(self, y: Ints, predicted: Ints, probabilities: Floats | None, groups: Ints | None = None) -> None:
         self.y, self.predicted = y, predicted
         self._probabilities = probabilities
         self.right: NDArray[np.bool_] = y == predicted
+        numbered = np.arange(len(y)) if groups is None else np.unique(groups, return_inverse=True)[1]
+        self.units = int(numbered.max()) + 1 if len(y) else 0
+        self.groups: Ints = numbered if self.units < len(y) else np.arange(len(y))
 
     def __len__(self) -> int:
         return len(self.y)
+
+    def check(self, classes: int) -> None:
+        """Refuse what a mistake of the program would make.
+
+        Raises:
+            ValueError: classes outside [0, ``classes``), other shapes, or rows of probabilities that are none.
+        """
+        n, chances = len(self), self._probabilities
+        for name, array in (("y", self.y), ("predicted", self.predicted)):
+            if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
+                raise ValueError(f"{name} must be {n} rows of integers, not {array.dtype} of shape {array.shape}")
+            if n and (array.min() < 0 or array.max() >= classes):
+                raise ValueError(f"{name} must lie in [0, {classes}), but holds {array.min()} to {array.max()}")
+        if chances is not None and chances.shape != (n, classes):
+            raise ValueError(f"probabilities must have shape {(n, classes)}, not {chances.shape}")
+        # Summing catches NaN and infinity too. Heads that compute in float32 miss 1 by some 1e-6.
+        if chances is not None and n and not (np.abs(chances.sum(axis=1) - 1).max() < 1e-3 and chances.min() >= 0):
+            raise ValueError("each row of probabilities must be non-negative and sum to 1")
 
     @property
     def has_probabilities(self) -> bool:
@@ -80,11 +102,6 @@ class ScoredImages:
     def top_right(self) -> NDArray[np.bool_]:
         """(n,) whether the class of the largest probability is the true one."""
         return self._by_block(lambda chances, y: chances.argmax(axis=1) == y)
-
-    @cached_property
-    def bins(self) -> Ints:
-        """(n,) index of the confidence among `BINS` equal-width bins (low, high]."""
-        return np.clip(np.ceil(self.confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
 
     @cached_property
     def rank(self) -> Ints:
@@ -137,8 +154,23 @@ class Weighted:
         return np.array([np.bincount(places, row, minlength=size) for row in weights], dtype=np.float64)
 
 
-def _accuracy(of: Weighted) -> Floats:
-    return of.mean(of.images.right)
+def share(of: Callable[[ScoredImages], NDArray[np.bool_]]) -> Callable[[ScoredImages], Estimate]:
+    """The share of images for which ``of`` says yes (n,), with Wilson's interval."""
+
+    def estimate(images: ScoredImages) -> Estimate:
+        yes = of(images)
+        return float(yes.mean()), share_interval(yes, images.groups)
+
+    return estimate
+
+
+def resampled(compute: Callable[[Weighted], Floats], images: ScoredImages) -> Estimate:
+    """Any other score: ``compute`` gives its values (b,) for b weightings, and resampled groups its bounds."""
+    value = float(compute(Weighted(images, np.ones((1, len(images)))))[0])
+    if images.units < 2:
+        return value, None
+    values = [compute(Weighted(images, weights)) for weights in resample_weights(images.groups)]
+    return value, percentile_interval(np.concatenate(values), images.units)
 
 
 def _balanced_accuracy(of: Weighted) -> Floats:
@@ -160,42 +192,40 @@ def _log_loss(of: Weighted) -> Floats:
     return of.mean(of.images.loss)
 
 
-def _calibration_error(of: Weighted) -> Floats:
-    """The mean over images of |accuracy - confidence| of their bin.
-
-    Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
-    """
-    gaps, bins = of.images.top_right - of.images.confidence, of.images.bins
-    by_bin = np.array([np.bincount(bins, row * gaps, minlength=BINS) for row in of.weights])
-    return np.asarray(np.abs(by_bin).sum(axis=1) / of.total)
-
-
-def _top5(of: Weighted) -> Floats:
-    return of.mean(of.images.rank < TOP)
+def _calibration_error(images: ScoredImages) -> Estimate:
+    return calibration_error(images.confidence, images.top_right, images.groups)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is called, computed and shown.
+    """How a metric is called, estimated and shown.
 
     Attributes:
         title, short_title: for people; the short one (``title`` where it is empty) heads a column.
-        compute: its values (b,) for b weightings.
-        interval: ``wilson`` for a share of independent images; else 1000 bootstrap resamples, ``percentile`` or,
-            where noise can only raise the value, ``centred`` on it.
+        compute: its values (b,) for b weightings, from which its interval follows by the bootstrap (`resampled`).
+        estimate: its value and its 95 % interval at once, for a metric that has a better one.
         is_share: shown in per cent, other numbers with three decimals.
         needs_probabilities: None, with a reason, where the head gives none.
         above_classes: there only for more classes than this.
     """
 
     title: str
-    compute: Callable[[Weighted], Floats]
-    interval: Literal["wilson", "percentile", "centred"] = "percentile"
+    compute: Callable[[Weighted], Floats] | None = None
+    estimate: Callable[[ScoredImages], Estimate] | None = None
     short_title: str = ""
     is_share: bool = True
     lower_is_better: bool = False
     needs_probabilities: bool = False
     above_classes: int = 0
+
+    def measure(self, images: ScoredImages) -> Estimate:
+        """Its value, and its interval where that can be told."""
+        if self.estimate is not None:
+            value, bounds = self.estimate(images)
+        else:
+            assert self.compute is not None, f"{self.title} has neither compute nor estimate"
+            value, bounds = resampled(self.compute, images)
+        return value, bounds if bounds and bounds[1] - bounds[0] > _NO_SPREAD else None
 
     @property
     def heading(self) -> str:
@@ -215,19 +245,24 @@ class Metric:
 
 
 METRICS: Final[dict[str, Metric]] = {
-    "accuracy": Metric("accuracy", _accuracy, "wilson"),
+    "accuracy": Metric("accuracy", estimate=share(lambda images: images.right)),
     "balanced_accuracy": Metric("balanced accuracy", _balanced_accuracy, short_title="bal. acc."),
     "macro_f1": Metric("macro F1", _macro_f1),
     "log_loss": Metric("log loss", _log_loss, is_share=False, lower_is_better=True, needs_probabilities=True),
     "ece": Metric(
         "calibration error",
-        _calibration_error,
-        "centred",
+        estimate=_calibration_error,
         short_title="ECE",
         lower_is_better=True,
         needs_probabilities=True,
     ),
-    "top5": Metric("top-5 accuracy", _top5, "wilson", short_title="top-5", needs_probabilities=True, above_classes=TOP),
+    "top5": Metric(
+        "top-5 accuracy",
+        estimate=share(lambda images: images.rank < TOP),
+        short_title="top-5",
+        needs_probabilities=True,
+        above_classes=TOP,
+    ),
 }
 
 
@@ -238,43 +273,24 @@ def measure(images: ScoredImages, classes: int, why_no_probabilities: str | None
         classes: c, how many the classifier knows.
         why_no_probabilities: the head's reason, where ``images`` have none.
     """
-    there = {name: metric for name, metric in METRICS.items() if classes > metric.above_classes}
-    values: Values = {key: None for name in there for key in (name, f"{name}_ci95")}
-    reasons = {name: why for name, metric in there.items() if (why := _missing(metric, images, why_no_probabilities))}
-    given = {name: metric for name, metric in there.items() if name not in reasons}
-    once = Weighted(images, np.ones((1, len(images))))
-    resampled = _resampled(images, {name: metric for name, metric in given.items() if metric.interval != "wilson"})
-    for name, metric in given.items():
-        values[name] = value = float(metric.compute(once)[0])
-        values[f"{name}_ci95"] = bounds = _interval(metric, value, len(images), resampled.get(name))
-        if bounds is None:
-            reasons[f"{name}_ci95"] = "resampling the images changes nothing, so it cannot say how sure this is"
+    values: Values = {}
+    reasons: dict[str, str] = {}
+    for name, metric in METRICS.items():
+        if classes <= metric.above_classes:
+            continue
+        values[name] = values[f"{name}_ci95"] = None
+        if not len(images):
+            reasons[name] = NO_IMAGES
+        elif metric.needs_probabilities and not images.has_probabilities:
+            reasons[name] = why_no_probabilities or "the head gives no probabilities"
+        else:
+            values[name], values[f"{name}_ci95"] = metric.measure(images)
+            if values[f"{name}_ci95"] is None:
+                reasons[f"{name}_ci95"] = _why_no_interval(images)
     return values, reasons
 
 
-def _missing(metric: Metric, images: ScoredImages, why_no_probabilities: str | None) -> str | None:
-    """Why the metric cannot be given, or None."""
-    if metric.needs_probabilities and not images.has_probabilities:
-        return why_no_probabilities or "the head gives no probabilities"
-    return None if len(images) else "there are no images to score"
-
-
-def _resampled(images: ScoredImages, metrics: dict[str, Metric]) -> dict[str, Floats]:
-    """Each metric in every bootstrap resample of the images; {} for a single image, which has but one."""
-    if len(images) < 2:
-        return {}
-    found: dict[str, list[Floats]] = {name: [] for name in metrics}
-    for weights in resample_weights(len(images)):
-        block = Weighted(images, weights)
-        for name, metric in metrics.items():
-            found[name].append(metric.compute(block))
-    return {name: np.concatenate(blocks) for name, blocks in found.items()}
-
-
-def _interval(metric: Metric, value: float, n: int, resampled: Floats | None) -> list[float] | None:
-    if metric.interval == "wilson":
-        return wilson(round(value * n), n)
-    if resampled is None:
-        return None
-    bounds = centred_interval(resampled, value) if metric.interval == "centred" else percentile_interval(resampled)
-    return bounds if bounds[1] - bounds[0] > _NO_SPREAD else None
+def _why_no_interval(images: ScoredImages) -> str:
+    if 1 == images.units < len(images):
+        return "all images are of one group, so nothing says how sure this is"
+    return "resampling the images changes nothing, so it cannot say how sure this is"

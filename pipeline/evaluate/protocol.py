@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifacts import CurvePoint, Leak
-from .intervals import wilson
-from .metrics import METRICS, Ints
+from .intervals import Ints, share_interval
+from .metrics import METRICS
 from .text import images
 
 if TYPE_CHECKING:  # a comparison of finished runs needs no torch
@@ -41,8 +41,8 @@ class Provenance:
     warnings: Sequence[str] = ()
 
 
-def protocol_sentence(provenance: Provenance, *, reported_on: str, n: int) -> str:
-    """The protocol of a score on ``n`` images; it admits it when a choice was made on the reported set."""
+def protocol_sentence(provenance: Provenance, reported_on: str, n: int, groups: int) -> str:
+    """The protocol of a score on ``n`` images in so many ``groups``; it admits it when the reported set has chosen."""
     parts = [f"{choice.what} was chosen {choice.how} on {choice.on}" for choice in provenance.selections]
     parts.append(f"{provenance.fitted} was fitted on {images(int(provenance.train_counts.sum()))} of train")
     biased = [choice.what for choice in provenance.selections if choice.on == reported_on]
@@ -50,33 +50,56 @@ def protocol_sentence(provenance: Provenance, *, reported_on: str, n: int) -> st
         f"which also chose {_listed(biased)}, so the score is too good" if biased else "on which nothing was chosen"
     )
     sentence = f"{_listed(parts)}; reported are {images(n)} of {reported_on}, {verdict}."
-    return sentence[0].upper() + sentence[1:]
+    grouped = f" Intervals take the {groups:,} groups of these images, not the images, as independent."
+    return sentence[0].upper() + sentence[1:] + (grouped if groups < n else "")
 
 
-def find_leak(train_digests: NDArray[np.uint8], digests: NDArray[np.uint8], right: NDArray[np.bool_]) -> Leak | None:
-    """Scored images that train holds byte for byte, and the accuracy of the others; None where there are none.
+def find_leak(
+    train_digests: NDArray[np.uint8],
+    digests: NDArray[np.uint8],
+    groups: Ints,
+    rows: NDArray[np.bool_],
+    right: NDArray[np.bool_],
+) -> Leak | None:
+    """Scored images that train holds byte for byte or by their group, and the accuracy of the others.
 
     Args:
         train_digests: (m, 16).
-        digests: (n, 16) of the scored images.
-        right: (n,) which of them were classified rightly.
+        digests, groups: (n, 16) and (n,) of all images at hand.
+        rows: (n,) which of them are scored.
+        right: (s,) which of the scored ones were classified rightly.
+
+    Returns:
+        None where nothing has leaked.
     """
     known = {row.tobytes() for row in train_digests}
-    clean = np.array([row.tobytes() not in known for row in digests], dtype=bool)
-    n, hits = int(clean.sum()), int(right[clean].sum())
-    if n == len(clean):
+    in_train = np.array([row.tobytes() in known for row in digests], dtype=bool)
+    leaked = np.isin(groups[rows], groups[in_train])
+    if not leaked.any():
         return None
-    return Leak(leaked=len(clean) - n, n=n, accuracy=hits / n if n else None, accuracy_ci95=wilson(hits, n))
+    clean, by_group = right[~leaked], leaked & ~in_train[rows]
+    return Leak(
+        leaked=int(leaked.sum()),
+        by_group=int(by_group.sum()),
+        n=len(clean),
+        accuracy=float(clean.mean()) if len(clean) else None,
+        accuracy_ci95=share_interval(clean, groups[rows][~leaked]),
+    )
 
 
 def leak_sentence(leak: Leak, split: str) -> str:
     """What `find_leak` found, in a sentence or two."""
-    start = f"{leak.leaked:,} of the {leak.leaked + leak.n:,} images of {split} are also in train, byte for byte"
+    start = f"{leak.leaked:,} of the {leak.leaked + leak.n:,} images of {split} are"
+    if not leak.by_group:
+        start += " also in train, byte for byte"
+    else:
+        same = leak.leaked - leak.by_group
+        start += " of groups that train has too" + (f" ({same:,} of them byte for byte)" if same else "")
     if leak.accuracy is None:
         return f"{start}: this score says nothing about new images."
     accuracy = METRICS["accuracy"]
-    bounds = f"95 %: {accuracy.show_interval(leak.accuracy_ci95)} %, {images(leak.n)}"
-    return f"{start}. Without them the accuracy is {accuracy.show(leak.accuracy)} ({bounds})."
+    bounds = f"95 %: {accuracy.show_interval(leak.accuracy_ci95)} %, " if leak.accuracy_ci95 else ""
+    return f"{start}. Without them the accuracy is {accuracy.show(leak.accuracy)} ({bounds}{images(leak.n)})."
 
 
 def _listed(items: Sequence[str]) -> str:

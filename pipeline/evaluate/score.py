@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifacts import ClassScores, ConfusedPair, Predictions, ReliabilityBin, RunMetrics
+from ..artifacts import ClassScores, ConfusedPair, Leak, Predictions, ReliabilityBin, RunMetrics
 from ..data.source import SPLITS
-from .intervals import wilson
-from .metrics import BINS, METRICS, Floats, Ints, ScoredImages, measure
+from .calibration import BINS, bins_of
+from .intervals import Floats, Ints, share_interval
+from .metrics import METRICS, NO_IMAGES, ScoredImages, measure
 from .protocol import Provenance, find_leak, leak_sentence, protocol_sentence
 from .text import percent
 
@@ -21,13 +22,13 @@ if TYPE_CHECKING:  # a comparison of finished runs needs no torch
     from ..heads import Head
 
 MAX_CONFUSION = 1000
+FEW_GROUPS = 10
 _SHOWN_PAIRS = 50
-_NO_IMAGES = "there are no images to score"
 
 
 @dataclass(frozen=True)
-class Classified:
-    """A head's answers for n images.
+class ClassifierOutput:
+    """What a classifier makes of n images.
 
     Args:
         predicted: (n,) classes, each in [0, c).
@@ -40,14 +41,14 @@ class Classified:
     why_none: str | None = None
 
 
-def classify(head: Head, features: NDArray[np.float32], classes: int) -> Classified:
-    """The answers for features (n, d); a class that train did not hold gets probability 0."""
+def apply_head(head: Head, features: NDArray[np.float32], classes: int) -> ClassifierOutput:
+    """The output for features (n, d); a class that train did not hold gets probability 0."""
     predicted = head.predict(features)
     if not head.has_probabilities:
-        return Classified(predicted, None, head.why_no_probabilities)
+        return ClassifierOutput(predicted, None, head.why_no_probabilities)
     probabilities = np.zeros((len(features), classes))
     probabilities[:, head.classes_] = head.predict_proba(features)
-    return Classified(predicted, probabilities)
+    return ClassifierOutput(predicted, probabilities)
 
 
 def score(
@@ -60,57 +61,56 @@ def score(
         split: what the scored set is called.
         where: the same in the protocol's sentence, should that say more.
     """
-    answers = classify(head, table.features, len(table.class_names))
+    output, names = apply_head(head, table.features, len(table.class_names)), table.class_names
     rows = rows & (table.targets >= 0)
-    scored = Classified(
-        answers.predicted[rows],
-        None if answers.probabilities is None else answers.probabilities[rows],
-        answers.why_none,
+    probabilities = None if output.probabilities is None else output.probabilities[rows]
+    images = ScoredImages(table.targets[rows], output.predicted[rows], probabilities, table.groups[rows])
+    leak = find_leak(provenance.train_digests, table.digests, table.groups, rows, images.right)
+    return (
+        score_images(images, names, provenance, split=split, where=where, leak=leak, why_none=output.why_none),
+        _predictions(table, output),
     )
-    metrics = score_images(
-        table.targets[rows], scored, table.digests[rows], table.class_names, provenance, split=split, where=where
-    )
-    return metrics, _predictions(table, answers)
 
 
 def score_images(
-    y: Ints,
-    answers: Classified,
-    digests: NDArray[np.uint8],
+    images: ScoredImages,
     class_names: Sequence[str],
     provenance: Provenance,
     *,
     split: str,
     where: str = "",
+    leak: Leak | None = None,
+    why_none: str | None = None,
 ) -> RunMetrics:
-    """Everything that can be said about the answers for images of the classes ``y`` (n,) and ``digests`` (n, 16).
+    """Everything that can be said about a classifier's output for images.
 
     Raises:
         ValueError: shapes, classes or probabilities that do not fit together.
     """
-    _check(y, answers, class_names)
-    images = ScoredImages(y, answers.predicted, answers.probabilities)
+    images.check(len(class_names))
     n, majority = len(images), int(provenance.train_counts.argmax())
-    values, reasons = measure(images, len(class_names), answers.why_none)
+    values, reasons = measure(images, len(class_names), why_none)
     if not n:
-        reasons["baseline_accuracy"] = _NO_IMAGES
+        reasons["baseline_accuracy"] = NO_IMAGES
     if len(class_names) > MAX_CONFUSION:
         reasons["confusion"] = f"more than {MAX_CONFUSION} classes"
     matrix, pairs = _confusion(images, class_names)
+    grouped = images.units < n
     return RunMetrics(
         split=split,
         n=n,
         metrics=values,
         reasons=reasons,
-        baseline_accuracy=float((y == majority).mean()) if n else None,
+        baseline_accuracy=float((images.y == majority).mean()) if n else None,
         baseline_class=class_names[majority] if n else None,
         class_names=list(class_names),
         confusion=matrix,
         confused=pairs,
         per_class=_per_class(images, class_names),
         reliability=_reliability(images) if images.has_probabilities and n else None,
-        protocol=protocol_sentence(provenance, reported_on=where or split, n=n),
-        leak=find_leak(provenance.train_digests, digests, images.right),
+        protocol=protocol_sentence(provenance, where or split, n, images.units),
+        leak=leak,
+        groups=images.groups.tolist() if grouped else None,
         warnings=[*provenance.warnings, *_warnings(images, class_names)],
         selected=provenance.selected,
         leaderboard=list(provenance.leaderboard),
@@ -137,54 +137,40 @@ def metric_lines(metrics: RunMetrics) -> list[str]:
     return [*lines, metrics.protocol, *(f"Warning: {warning}" for warning in [*leak, *metrics.warnings])]
 
 
-def _check(y: Ints, answers: Classified, class_names: Sequence[str]) -> None:
-    n, classes = len(y), len(class_names)
-    for name, array in (("y", y), ("predicted", answers.predicted)):
-        if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"{name} must be {n} rows of integers, not {array.dtype} of shape {array.shape}")
-        if n and (array.min() < 0 or array.max() >= classes):
-            raise ValueError(f"{name} must lie in [0, {classes}), but holds {array.min()} to {array.max()}")
-    chances = answers.probabilities
-    if chances is None:
-        return
-    if chances.shape != (n, classes):
-        raise ValueError(f"probabilities must have shape {(n, classes)}, not {chances.shape}")
-    # Summing catches NaN and infinity too. Heads that compute in float32 miss 1 by some 1e-6.
-    if n and not (np.abs(chances.sum(axis=1) - 1).max() < 1e-3 and chances.min() >= 0):
-        raise ValueError("each row of probabilities must be non-negative and sum to 1")
-
-
-def _predictions(table: FeatureTable, answers: Classified) -> Predictions:
+def _predictions(table: FeatureTable, output: ClassifierOutput) -> Predictions:
     names = table.class_names
     return Predictions(
         paths=table.paths,
         digests=table.digests,
         splits=[SPLITS[split] for split in table.splits],
         labels=[names[target] if target >= 0 else "" for target in table.targets],
-        predicted=[names[target] for target in answers.predicted],
+        predicted=[names[target] for target in output.predicted],
         class_names=names,
-        probabilities=answers.probabilities,
+        probabilities=output.probabilities,
     )
 
 
 def _per_class(images: ScoredImages, class_names: Sequence[str]) -> list[ClassScores]:
     size = len(class_names)
-    there, chosen, hits = (
-        np.bincount(classes, minlength=size).tolist()
-        for classes in (images.y, images.predicted, images.y[images.right])
-    )
-    return [
-        ClassScores(
-            label=label,
-            n=n,
-            predicted=m,
-            precision=hit / m if m else None,
-            recall=hit / n if n else None,
-            recall_ci95=wilson(hit, n),
-            f1=2 * hit / (n + m) if n + m else None,
+    predicted = np.bincount(images.predicted, minlength=size).tolist()
+    order = np.argsort(images.y, kind="stable")
+    starts = np.searchsorted(images.y[order], np.arange(size + 1))
+    rows = []
+    for number, label in enumerate(class_names):
+        own = order[starts[number] : starts[number + 1]]
+        n, m, hit = len(own), predicted[number], int(images.right[own].sum())
+        rows.append(
+            ClassScores(
+                label=label,
+                n=n,
+                predicted=m,
+                precision=hit / m if m else None,
+                recall=hit / n if n else None,
+                recall_ci95=share_interval(images.right[own], images.groups[own]),
+                f1=2 * hit / (n + m) if n + m else None,
+            )
         )
-        for label, n, m, hit in zip(class_names, there, chosen, hits, strict=True)
-    ]
+    return rows
 
 
 def _confusion(images: ScoredImages, class_names: Sequence[str]) -> tuple[list[list[int]] | None, list[ConfusedPair]]:
@@ -205,9 +191,10 @@ def _confusion(images: ScoredImages, class_names: Sequence[str]) -> tuple[list[l
 
 
 def _reliability(images: ScoredImages) -> list[ReliabilityBin]:
-    count = np.bincount(images.bins, minlength=BINS)
-    sure = np.bincount(images.bins, images.confidence, minlength=BINS)
-    right = np.bincount(images.bins, images.top_right, minlength=BINS)
+    place = bins_of(images.confidence)
+    count, sure, right = (
+        np.bincount(place, values, minlength=BINS) for values in (None, images.confidence, images.top_right)
+    )
     return [
         ReliabilityBin(
             low=index / BINS,
@@ -221,12 +208,15 @@ def _reliability(images: ScoredImages) -> list[ReliabilityBin]:
 
 
 def _warnings(images: ScoredImages, class_names: Sequence[str]) -> list[str]:
+    warnings = []
+    if images.units < min(len(images), FEW_GROUPS):
+        few = "1 group" if images.units == 1 else f"{images.units} groups"
+        warnings.append(f"The scored images are of {few} only, so that their intervals are rough.")
     absent = np.flatnonzero(np.bincount(images.y, minlength=len(class_names)) == 0)
-    if not len(images) or not len(absent):
-        return []
-    named = ", ".join(class_names[index] for index in absent[:5].tolist())
-    more = ", ..." if len(absent) > 5 else ""
-    return [
-        f"{len(absent)} of {len(class_names)} classes have no images in the scored set ({named}{more}); "
-        "averages over classes leave them out."
-    ]
+    if len(images) and len(absent):
+        named = ", ".join(class_names[index] for index in absent[:5].tolist())
+        warnings.append(
+            f"{len(absent)} of {len(class_names)} classes have no images in the scored set"
+            f" ({named}{', ...' if len(absent) > 5 else ''}); averages over classes leave them out."
+        )
+    return warnings

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +19,9 @@ from ..data.images import Images
 from ..data.source import SPLITS, TEST, TRAIN, VAL
 from ..data.trial import find_killers
 from ..data.walk import read_file
-from ..errors import DataError, Interrupted, MissingFeaturesError
+from ..errors import CacheError, DataError, Interrupted, MissingFeaturesError
 from ..files import digest_bytes
-from ..params import CacheParams, ExtractParams
+from ..params import CacheParams, ExtractParams, Place
 from ..runtime.cores import worker_count
 from ..runtime.distributed import World, gather
 from ..runtime.interrupt import stop_after_batch
@@ -34,10 +33,9 @@ from .prepare import Preparation
 from .quarantine import BadContent, Quarantine, decoding_rule
 from .rounding import Features
 from .spec import FeatureSpec
-from .store import FeatureStore
+from .store import FeatureStore, PartWriter
 from .verify import Recomputed, recompute
 from .views import PLAIN, View
-from .writer import PartWriter
 
 INDEX_SECONDS = 60.0
 EXAMPLES = 5
@@ -57,7 +55,7 @@ class FeatureTable:
         views: each (rows of train, d): augmented views of the training images, in their order.
     """
 
-    root: Path
+    root: Place
     class_names: tuple[str, ...]
     features: Features
     targets: NDArray[np.int64]
@@ -230,7 +228,7 @@ class FeatureCache:
         Raises:
             MissingFeaturesError: an image has no feature, and is not known to be unreadable.
         """
-        self.images.read_unknown()
+        self.images.read_unknown(quiet=self._quiet)
         present = self.present
         missing = np.flatnonzero(~present & ~self.quarantined)
         if len(missing):
@@ -242,10 +240,14 @@ class FeatureCache:
     def table_of(self, rows: NDArray[np.int64]) -> FeatureTable:
         """The images at ``rows``, each with a feature."""
         images, digests = self.images, self.images.digests[rows]
+        features = self.store.read(digests)
+        finite = np.isfinite(features).all(axis=1)
+        if not finite.all():  # from before such features were refused
+            raise self._not_finite(digests[~finite], f"can be used: move {self.store.folder} away and extract again")
         return FeatureTable(
             root=images.root,
             class_names=images.class_names,
-            features=self.store.read(digests),
+            features=features,
             targets=images.class_indices(rows),
             paths=[images.paths[row] for row in rows],
             splits=images.splits_of(rows),
@@ -322,16 +324,20 @@ class FeatureCache:
 
     def _embed(self, positions: NDArray[np.int64], opened: Journal) -> Filled:
         computed: list[Digests] = []
+        refused: list[Digests] = []
         writer = PartWriter(self.store.publish, self._extract.part_seconds, after=self._remember_often())
 
         def sink(features: Features, digests: Digests) -> None:
-            writer(features, digests)
-            computed.append(digests)
+            finite = np.isfinite(features).all(axis=1)
+            writer(features[finite], digests[finite])
+            computed.append(digests[finite])
+            refused.append(digests[~finite])
 
         started = time.perf_counter()
         with (
             stop_after_batch() as interruption,
             ProgressBar("embedding", len(positions), quiet=self._quiet) as bar,
+            self.images.reading_ahead(positions.tolist()),
         ):
             try:
                 with writer:
@@ -351,7 +357,19 @@ class FeatureCache:
         clock.busy["write"] += writer.seconds
         if interruption:
             raise _interrupted(writer.published, len(positions))
+        if len(lost := np.concatenate([empty_digests(), *refused])):
+            raise self._not_finite(lost, "was put into the cache; those of the other images were")
         return Filled(np.concatenate([empty_digests(), *computed]), clock, seconds)
+
+    def _not_finite(self, digests: Digests, put: str) -> CacheError:
+        rows = np.flatnonzero(self.images.known & (locate(digests, self.images.digests) >= 0))
+        examples = ", ".join(repr(self.images.paths[row]) for row in rows[:EXAMPLES])
+        return CacheError(
+            f"The features of {len(digests)} images hold NaN or infinity; none of them {put}.",
+            where=f"{self.images.root}: {examples}{' ...' if len(rows) > EXAMPLES else ''}",
+            why="the network overflows on them, in float32 too",
+            remedy="check transform.mean and transform.std, and the weights file",
+        )
 
     def _preparation(self, opened: Journal) -> Preparation:
         return Preparation(
@@ -393,7 +411,7 @@ class FeatureCache:
     def _try_suspects(self) -> None:
         """Try what earlier processes were decoding when they were killed, and quarantine what did it."""
         with suspects_left_behind(self.store.cache_dir) as suspects:
-            paths = {suspect.digest: str(suspect.path) for suspect in suspects}
+            paths = {suspect.digest: suspect.path for suspect in suspects}
             contents = {digest: data for digest in paths if (data := self._suspect(digest, paths[digest]))}
             for digest, end in find_killers(contents, self.backbone.decoder).items():
                 reason = Reason.KILLS_DECODER

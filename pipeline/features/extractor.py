@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from ..backbones import Features, Pixels
+from ..backbones import Features, Forward, Pixels
 from ..data.digests import Digests, stack_digests
 from ..runtime.interrupt import Interruption
 from ..runtime.memory import reuse_freed_memory
@@ -28,7 +28,7 @@ CHUNK = 4
 
 
 @dataclass(frozen=True)
-class Content:
+class Prepared:
     """What reading one file gave: its digest (16 bytes), and pixels (3, h, w) where it has to be forwarded."""
 
     position: int
@@ -39,19 +39,7 @@ class Content:
 class Prepare(Protocol):
     """Read, digest and decode the file at a position; the seconds of each step go to the clock."""
 
-    def __call__(self, position: int, clock: Clock) -> Content: ...
-
-
-class Forward(Protocol):
-    """Features (n, d) of uint8 images (3, h, w), ``batch_size`` at a time on ``device``; called by several threads."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def batch_size(self) -> int: ...
-
-    def __call__(self, pixels: Sequence[Pixels]) -> Features: ...
+    def __call__(self, position: int, clock: Clock) -> Prepared: ...
 
 
 class Sink(Protocol):
@@ -100,7 +88,7 @@ def extract_features(
     *,
     workers: int,
     interruption: Interruption,
-    seen: Callable[[Content], None],
+    seen: Callable[[Prepared], None],
 ) -> Clock:
     """Prepare every position, forward what has pixels, hand rows to the sink in order.
 
@@ -157,14 +145,14 @@ class _Flow:
         sink: Sink,
         pool: Executor,
         forwards: Executor,
-        seen: Callable[[Content], None],
+        seen: Callable[[Prepared], None],
     ) -> None:
         self.prepare, self.forward, self.sink, self.seen = prepare, forward, sink, seen
         self.pool, self.forwards = pool, forwards
         self.clock = Clock()
-        self.preparing: deque[Future[tuple[list[Content], Clock]]] = deque()
-        self.waiting: list[Content] = []
-        self.forwarding: deque[tuple[Future[tuple[Features, float]], list[Content]]] = deque()
+        self.preparing: deque[Future[tuple[list[Prepared], Clock]]] = deque()
+        self.waiting: list[Prepared] = []
+        self.forwarding: deque[tuple[Future[tuple[Features, float]], list[Prepared]]] = deque()
 
     def run(self, positions: Sequence[int], *, ahead: int, interruption: Interruption) -> None:
         todo = iter(positions)
@@ -188,7 +176,7 @@ class _Flow:
         for batch, _ in self.forwarding:
             batch.cancel()
 
-    def _prepare_chunk(self, chunk: list[int]) -> tuple[list[Content], Clock]:
+    def _prepare_chunk(self, chunk: list[int]) -> tuple[list[Prepared], Clock]:
         clock = Clock()
         return [self.prepare(position, clock) for position in chunk], clock
 
@@ -206,7 +194,7 @@ class _Flow:
         batch, self.waiting = self.waiting[:count], self.waiting[count:]
         self.forwarding.append((self.forwards.submit(self._forward_batch, batch), batch))
 
-    def _forward_batch(self, batch: list[Content]) -> tuple[Features, float]:
+    def _forward_batch(self, batch: list[Prepared]) -> tuple[Features, float]:
         started = time.perf_counter()
         features = self.forward([content.pixels for content in batch if content.pixels is not None])
         return features, time.perf_counter() - started

@@ -8,7 +8,6 @@ cut is not the decoder's doing.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import DIGEST_BYTES, temporary_name
+from ..files import DIGEST_BYTES, lock_file, temporary_name
 from .store import cannot_write
 
 FOLDER, SUFFIX = "journal", ".slots"
@@ -29,7 +28,7 @@ EMPTY = b"\0\0"
 class Suspect:
     """A content that was being decoded when its process ended, and where it lay."""
 
-    path: Path
+    path: str
     digest: bytes
 
 
@@ -51,10 +50,11 @@ def journal(cache_dir: Path, slots: int) -> Iterator[Journal]:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             held.callback(os.close, descriptor)
             held.callback(_remove, path, final)
-            # Locked before it has the name that others look for: whoever can lock it knows that its process has ended.
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
             opened = Journal(descriptor, path, slots)
-            os.rename(path, final)
+            # Locked before it has the name that others look for: whoever can lock it knows that its process has ended.
+            # Where there are no locks nobody could know, and it stays nameless.
+            if lock_file(descriptor, shared=False, blocking=True):
+                os.rename(path, final)
         except OSError as error:
             raise cannot_write(path, error) from error
         yield opened
@@ -110,9 +110,9 @@ def suspects_left_behind(cache_dir: Path) -> Iterator[list[Suspect]]:
         for file in sorted((cache_dir / FOLDER).glob(f"*{SUFFIX}")):
             with suppress(OSError):  # in use, or gone, or not ours to read
                 descriptors.append(os.open(file, os.O_RDWR | os.O_CLOEXEC))
-                fcntl.flock(descriptors[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                suspects += _read_slots(file.read_bytes())
-                files.append(file)
+                if lock_file(descriptors[-1], shared=False, blocking=False):
+                    suspects += _read_slots(file.read_bytes())
+                    files.append(file)
         yield suspects
         for file in files:
             file.unlink(missing_ok=True)
@@ -127,4 +127,4 @@ def _read_slots(data: bytes) -> Iterator[Suspect]:
         length = int.from_bytes(slot[:2], "little")
         digest, name = slot[2 : 2 + DIGEST_BYTES], slot[2 + DIGEST_BYTES : 2 + DIGEST_BYTES + length]
         if length and len(name) == length and b"\0" not in name:
-            yield Suspect(Path(os.fsdecode(name)), digest)
+            yield Suspect(os.fsdecode(name), digest)

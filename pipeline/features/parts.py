@@ -41,11 +41,12 @@ class DamagedPart(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """One immutable file of rows; ``digests`` (n, 16) say whose features, of ``width`` values, they are."""
+    """One immutable file of rows; ``digests`` (n, 16) say whose features, ``width`` values of ``dtype``, they are."""
 
     path: Path
     digests: Digests
     width: int
+    dtype: str
 
     def read(self) -> Features:
         """Features (n, d) in float32, in the part's own order."""
@@ -170,6 +171,12 @@ def _is_plain(dataset: Any) -> bool:
     return bool(dataset.id.get_storage_size() == dataset.size * dataset.dtype.itemsize)
 
 
+def stored_rows(data: bytes) -> np.ndarray:
+    """The features (n, d) of a part's bytes, found whole by `check_part`, as they are stored."""
+    with h5py.File(io.BytesIO(data), "r") as file:
+        return np.asarray(file["features"][:])
+
+
 def part_of(path: Path, data: bytes) -> Part:
     """The part whose bytes, found whole by `check_part`, are ``data``."""
     with h5py.File(io.BytesIO(data), "r") as file:
@@ -187,7 +194,8 @@ def set_aside(path: Path, why: str) -> str:
 
 
 def _part(path: Path, file: h5py.File) -> Part:
-    return Part(path, np.asarray(file["digest"], np.uint8), int(file["features"].shape[1]))
+    features = file["features"]
+    return Part(path, np.asarray(file["digest"], np.uint8), int(features.shape[1]), features.dtype.name)
 
 
 def _stat(path: Path) -> Stat:

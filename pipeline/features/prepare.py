@@ -11,7 +11,7 @@ from PIL import Image
 from ..backbones import Pixels
 from ..data.decode import BadImage
 from ..data.images import Images
-from .extractor import Clock, Content
+from .extractor import Clock, Prepared
 from .quarantine import BadContent, Quarantine
 
 Decode = Callable[[bytes], Image.Image]
@@ -46,17 +46,17 @@ class Preparation:
         self._claimed, self._decode, self._crop, self._in_hand = have, decode, crop, in_hand
         self._lock = threading.Lock()
 
-    def __call__(self, position: int, clock: Clock) -> Content:
+    def __call__(self, position: int, clock: Clock) -> Prepared:
         """Read the file; decode it unless its content is known, claimed by an equal file, or in quarantine."""
         with clock.step("read"):
             data = self.images.read(position)
         if data is None:
-            return Content(position, None)
+            return Prepared(position, None)
         digest = self.images.digest(position)
         if not self._claim(digest):
-            return Content(position, digest)
+            return Prepared(position, digest)
         with clock.step("decode"):
-            return Content(position, digest, self._pixels(position, digest, data))
+            return Prepared(position, digest, self._pixels(position, digest, data))
 
     def _claim(self, digest: bytes) -> bool:
         with self._lock:

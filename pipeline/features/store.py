@@ -9,22 +9,42 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..data.digests import Digests, empty_digests, first_occurrences, locate
+from ..data.digests import Digests, DigestTable, empty_digests, first_occurrences
 from ..errors import CacheError, MissingFeaturesError
 from ..files import file_lock, publish_file
-from .parts import HDF5_ERRORS, DamagedPart, Part, Proofs, build_part, part_name, part_names, set_aside
+from .parts import (
+    HDF5_ERRORS,
+    PART_ROWS,
+    DamagedPart,
+    Part,
+    Proofs,
+    build_part,
+    check_part,
+    part_name,
+    part_names,
+    set_aside,
+    stored_rows,
+)
 from .rounding import Features, survives_float16
 from .spec import FeatureSpec
 
 SPEC_FILE = "spec.json"
 USED_FILE = "used"
 LOCK_FILE = ".lock"
+# So many small parts become one.
+MERGE_AT = 16
+READ_AGAIN = 3
 
 
 class FeatureStore:
@@ -38,6 +58,7 @@ class FeatureStore:
         self.folder = cache_dir / spec.folder_name
         self.warnings: list[str] = []
         self._parts: dict[str, Part] = {}
+        self._sorted: DigestTable | None = None
         self._check_spec()
         self.refresh()
 
@@ -50,13 +71,19 @@ class FeatureStore:
         """
         with ExitStack() as held:
             try:
-                held.enter_context(file_lock(self.cache_dir / LOCK_FILE, shared=True))
+                locked = held.enter_context(file_lock(self.cache_dir / LOCK_FILE, shared=True))
+                if not locked:
+                    self.warnings.append(
+                        f"The file system of {self.cache_dir} has no locks: run no `cache gc` while others write here."
+                    )
             except OSError as error:
                 raise cannot_write(self.cache_dir, error) from error
             self._write_spec()
             self.touch()
             self.refresh()
             yield
+            if locked:  # else a reader could still need what is merged
+                self._merge_small_parts()
 
     def _write_spec(self) -> None:
         self._check_spec()
@@ -94,6 +121,7 @@ class FeatureStore:
         proofs = Proofs(self.folder)
         opened = {name: self._parts.get(name) or self._open_part(self.folder / name, proofs) for name in names}
         self._parts = {name: part for name, part in opened.items() if part}
+        self._sorted = None
         proofs.save(set(self._parts))
 
     def _open_part(self, path: Path, proofs: Proofs) -> Part | None:
@@ -113,13 +141,20 @@ class FeatureStore:
         return [self._parts[name] for name in sorted(self._parts)]
 
     @property
+    def _table(self) -> DigestTable:
+        """All rows' digests, sorted when they are first looked for."""
+        if self._sorted is None:
+            self._sorted = DigestTable(np.concatenate([empty_digests(), *(part.digests for part in self.parts)]))
+        return self._sorted
+
+    @property
     def digests(self) -> Digests:
         """The digests (n, 16) of all rows, part after part; a content may occur twice after concurrent writers."""
-        return np.concatenate([empty_digests(), *(part.digests for part in self.parts)])
+        return self._table.digests
 
     def contains(self, digests: Digests) -> np.ndarray:
         """Which of (n, 16) have a feature, bool (n,)."""
-        return locate(self.digests, digests) >= 0
+        return self._table.locate(digests) >= 0
 
     def read(self, digests: Digests) -> Features:
         """The features (n, d), float32, of the contents ``digests`` (n, 16), row by row.
@@ -127,22 +162,31 @@ class FeatureStore:
         Raises:
             MissingFeaturesError: some have none; ``positions`` holds which.
         """
-        row = locate(self.digests, digests)
+        for _ in range(READ_AGAIN):
+            with suppress(FileNotFoundError):
+                return self._read(digests)
+            self.refresh()  # a part was merged into another
+        return self._read(digests)
+
+    def _read(self, digests: Digests) -> Features:
+        row = self._table.locate(digests)
         if (row < 0).any():
             missing = np.flatnonzero(row < 0)
             raise MissingFeaturesError(f"{len(missing)} of {len(digests)} images have no feature.", where=self.folder)
         features = np.empty((len(digests), self.feature_dim), np.float32)
-        start = 0
-        for part in self.parts:
-            mine = (row >= start) & (row < start + len(part.digests))
-            if mine.any():
-                features[mine] = self._rows(part)[row[mine] - start]
-            start += len(part.digests)
+        ends = np.cumsum([len(part.digests) for part in self.parts])
+        owner = np.searchsorted(ends, row, side="right")
+        order = np.argsort(owner, kind="stable")
+        for number, mine in zip(*_runs(owner[order], order), strict=True):
+            part = self.parts[number]
+            features[mine] = self._rows(part)[row[mine] - (ends[number] - len(part.digests))]
         return features
 
     def _rows(self, part: Part) -> Features:
         try:
             return part.read()
+        except FileNotFoundError:
+            raise
         except HDF5_ERRORS as error:
             raise CacheError(
                 "A part of the feature cache can no longer be read.",
@@ -176,8 +220,36 @@ class FeatureStore:
         data = build_part(features, digests, self.spec)
         path = self.folder / part_name(data)
         _publish(path, data)
-        self._parts[path.name] = Part(path, digests, self.feature_dim)
+        self._parts[path.name] = Part(path, digests, self.feature_dim, features.dtype.name)
+        self._sorted = None
         return path
+
+    def _merge_small_parts(self) -> None:
+        """Make one part of many, as log-structured stores do: of `MERGE_AT` of a size class, each class eight times the
+        last. Its rows keep their bytes, and its sources go when it is there; whoever misses one looks again."""
+        self.refresh()
+        classes: dict[tuple[str, int], list[Part]] = {}
+        for part in self.parts:
+            if 0 < len(part.digests) <= PART_ROWS // MERGE_AT:
+                classes.setdefault((part.dtype, (len(part.digests).bit_length() - 1) // 3), []).append(part)
+        for parts in classes.values():
+            if len(parts) >= MERGE_AT:
+                # It only saves time: what cannot be merged now stays as it is.
+                with suppress(OSError, CacheError):
+                    self._merge(parts)
+
+    def _merge(self, parts: list[Part]) -> None:
+        contents = [part.path.read_bytes() for part in parts]
+        for part, data in zip(parts, contents, strict=True):
+            if check_part(part.path.name, data, self.spec.key, self.feature_dim):
+                return  # damaged since it was opened: the next opening sets it aside
+        digests = np.concatenate([part.digests for part in parts])
+        once = first_occurrences(digests)
+        data = build_part(np.concatenate([stored_rows(data) for data in contents])[once], digests[once], self.spec)
+        publish_file(self.folder / part_name(data), data)
+        for part in parts:
+            part.path.unlink(missing_ok=True)
+        self.refresh()
 
 
 def read_spec(file: Path) -> FeatureSpec | None:
@@ -196,6 +268,12 @@ def _publish(path: Path, data: bytes) -> None:
         raise cannot_write(path, error) from error
 
 
+def _runs(owner: NDArray[np.int64], order: NDArray[np.int64]) -> tuple[list[int], list[NDArray[np.int64]]]:
+    """Sorted owners and, of each, the positions that are its."""
+    owners, starts = np.unique(owner, return_index=True)
+    return owners.tolist(), np.split(order, starts[1:]) if len(owners) else []
+
+
 def cannot_write(path: Path, error: OSError) -> CacheError:
     return CacheError(
         "The feature cache cannot be written.",
@@ -203,3 +281,70 @@ def cannot_write(path: Path, error: OSError) -> CacheError:
         why=str(error),
         remedy="free space or give write permission, or set cache.dir to another folder; what was published is kept",
     )
+
+
+class PartWriter:
+    """A sink that publishes at least every ``part_seconds`` or 4096 rows, and what is left when it closes.
+
+    ``published`` counts durable rows. An error while publishing is raised by the next call, or on closing.
+    """
+
+    def __init__(
+        self,
+        publish: Callable[[Features, Digests], list[Path]],
+        part_seconds: float,
+        *,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        self._publish, self._part_seconds, self._after = publish, part_seconds, after
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+        self._features: list[Features] = []
+        self._digests: list[Digests] = []
+        self._oldest = 0.0
+        self.published = 0
+        self.seconds = 0.0
+
+    def __call__(self, features: Features, digests: Digests) -> None:
+        """Take rows (n, d) and digests (n, 16)."""
+        if not self._features:
+            self._oldest = time.monotonic()
+        self._features.append(features)
+        self._digests.append(digests)
+        full = sum(map(len, self._features)) >= PART_ROWS
+        if full or time.monotonic() - self._oldest >= self._part_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Begin to publish what has come so far; waits for the part before, so at most one is in memory twice."""
+        self._wait()
+        if self._features:
+            rows = np.concatenate(self._features), np.concatenate(self._digests)
+            self._features, self._digests = [], []
+            self._pending = self._pool.submit(self._write, *rows)
+
+    def _write(self, features: Features, digests: Digests) -> None:
+        started = time.perf_counter()
+        self._publish(features, digests)
+        self.published += len(features)
+        if self._after:
+            self._after()
+        self.seconds += time.perf_counter() - started
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Publish the rest, also when the block failed: what was computed is kept."""
+        try:
+            self.flush()
+            self._wait()
+        finally:
+            self._pool.shutdown()

@@ -9,23 +9,37 @@ from .groups import describe_groups, first_groups
 from .history import EpochRow, SelectionScore, TensorboardLog, history_csv, history_plot
 from .images import LabelledImages
 from .lr_find import RateCurve, find_learning_rates, rate_curves_plot
-from .selection import Holdout, hold_out_selection
-from .start import Start, find_probe, probe_start, random_start
+from .selection import Holdout, SelectionSet, hold_out_selection
+from .start import Start, find_probe, probe_start, random_start, repeats
 from .step import Setup, resolve_setup
-from .training import Callbacks, TrainingResult, interpolate_result, process_group, train_classifier
+from .strength import resolve_augment
+from .training import (
+    Callbacks,
+    Choice,
+    TrainingResult,
+    choose,
+    mix_result,
+    plan_epochs,
+    process_group,
+    seconds_per_image,
+    train_classifier,
+)
 
 __all__ = [
     "Callbacks",
+    "Choice",
     "Classifier",
     "EpochRow",
     "Holdout",
     "LabelledImages",
     "RateCurve",
     "SelectionScore",
+    "SelectionSet",
     "Setup",
     "Start",
     "TensorboardLog",
     "TrainingResult",
+    "choose",
     "describe_groups",
     "find_learning_rates",
     "find_probe",
@@ -34,13 +48,17 @@ __all__ = [
     "history_csv",
     "history_plot",
     "hold_out_selection",
-    "interpolate_result",
     "make_random_head",
+    "mix_result",
+    "plan_epochs",
     "probe_start",
     "process_group",
     "random_start",
     "rate_curves_plot",
+    "repeats",
+    "resolve_augment",
     "resolve_setup",
+    "seconds_per_image",
     "train_classifier",
     "training_fingerprint",
 ]

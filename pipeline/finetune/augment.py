@@ -23,6 +23,7 @@ from ..params.sections import AugmentParams
 from ..runtime.seeds import make_generator
 
 RATIO = (3 / 4, 4 / 3)  # aspect ratios of random crops
+CROP_SCALE, FLIP = (0.35, 1.0), 0.5  # what `auto` is where no probe is asked
 ERASE_SCALE = (0.02, 0.33)
 ERASE_RATIO = (0.3, 3.3)
 ATTEMPTS = 10
@@ -58,16 +59,18 @@ class Augment:
 
     def __init__(self, params: AugmentParams, *, size: int, interpolation: str, fill: Sequence[float]) -> None:
         self.params, self.size = params, params.crop or size
+        self.crop_scale = CROP_SCALE if params.crop_scale == "auto" else params.crop_scale
+        self.flip = FLIP if params.horizontal_flip == "auto" else params.horizontal_flip
         self.interpolation = InterpolationMode(interpolation)
         self.fill = [round(255 * value) for value in fill]
 
     def pixels(self, image: Image.Image, *, seed: int, epoch: int, digest: bytes) -> NDArray[np.uint8]:
         """Augmented pixels of an RGB image, uint8 (size, size, 3)."""
         random = make_generator(seed, "augment", epoch, digest)
-        top, left, height, width = crop_box(random, image.height, image.width, self.params.crop_scale)
+        top, left, height, width = crop_box(random, image.height, image.width, self.crop_scale)
         image = F.resized_crop(image, top, left, height, width, [self.size, self.size], self.interpolation, True)
         pixels = np.array(self._recolour(self._turn(image, random), random))
-        if random.random() < self.params.horizontal_flip:
+        if random.random() < self.flip:
             pixels = pixels[:, ::-1]
         if random.random() < self.params.erasing:
             top, left, height, width = erase_box(random, self.size, self.size)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .batchnorm import batchnorm_modules
-from .history import SelectionScore
+from .history import Criterion, SelectionScore
 
 StateDict = dict[str, Tensor]
-SHARES = tuple(step / 10 for step in range(11))
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # each costs a pass over the images
 
 
 class MovingAverage:
@@ -69,12 +69,31 @@ def mix_states(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], share: 
     }
 
 
+def take_mix(
+    classifier: nn.Module,
+    start: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor],
+    share: float,
+    *,
+    images: Callable[[], Iterable[Tensor]],
+) -> StateDict:
+    """`mix_states`, which ``classifier`` ends up holding; where statistics moved, those of a mix are estimated anew."""
+    state = mix_states(start, tuned, share)
+    classifier.load_state_dict(state)
+    moved = any("running_" in name and not torch.equal(start[name], tuned[name]) for name in tuned)
+    if not moved or share in (0, 1):
+        return state
+    reestimate_statistics(classifier, images())
+    return {name: value.detach().cpu().clone() for name, value in classifier.state_dict().items()}
+
+
 def interpolate(
     classifier: nn.Module,
     start: StateDict,
     tuned: StateDict,
     score: Callable[[nn.Module], SelectionScore],
     *,
+    by: Criterion,
     images: Callable[[], Iterable[Tensor]],
 ) -> tuple[float, StateDict]:
     """The best point of the line between two states by ``score`` (WiSE-FT, Wortsman et al. 2022).
@@ -88,16 +107,11 @@ def interpolate(
     Returns:
         the share (0 is ``start``, 1 ``tuned``) and its state, which ``classifier`` ends up holding.
     """
-    moved = [name for name in tuned if "running_" in name and not torch.equal(start[name], tuned[name])]
     best: tuple[float, StateDict, SelectionScore] | None = None
     for share in SHARES:
-        state = mix_states(start, tuned, share)
-        classifier.load_state_dict(state)
-        if moved and 0 < share < 1:
-            reestimate_statistics(classifier, images())
-            state = {name: value.detach().cpu().clone() for name, value in classifier.state_dict().items()}
+        state = take_mix(classifier, start, tuned, share, images=images)
         reached = score(classifier)
-        if best is None or reached.beats(best[2]):
+        if best is None or reached.beats(best[2], by):
             best = share, state, reached
     assert best is not None
     classifier.load_state_dict(best[1])

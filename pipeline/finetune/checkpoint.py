@@ -27,9 +27,9 @@ from ..heads import Layers
 from ..params import FinetuneParams
 from ..runtime.distributed import World
 
-FORMAT = 1
+FORMAT = 2
 CHECKPOINT = "checkpoint.pt"
-WITHOUT_EFFECT = {"workers", "image_cache_mb", "checkpoint_minutes"}  # params that change no number
+WITHOUT_EFFECT = {"workers", "image_cache_mb", "checkpoint_minutes", "minutes", "tensorboard"}  # change no number
 Result = TypeVar("Result")
 
 

@@ -23,6 +23,10 @@ WARMUP_SHARE = 0.3  # of a one-cycle schedule, and its first and last factor: as
 FIRST_DIVISOR = 25.0
 LAST_DIVISOR = 1e4
 
+BACKBONE_LR, HEAD_LR, NEW_HEAD_LR = 3e-4, 1e-4, 1e-3  # what `auto` is for batches of USUAL_BATCH
+USUAL_BATCH = 32
+ATTENTION_SHARE = 0.1  # of the backbone's rate, for networks whose norms are LayerNorms
+
 Schedule = Callable[[int], float]
 
 
@@ -89,11 +93,36 @@ def unfrozen_blocks(unfreeze: str, blocks: int, *, epoch: int, epochs: int) -> r
     return range(blocks - count, blocks)
 
 
+def head_rate(params: FinetuneParams) -> float:
+    """``head_lr``; ``auto`` is 1e-4 for a head that is at its best already and 1e-3 for a new one, by batch size."""
+    if params.head_lr != "auto":
+        return params.head_lr
+    return _by_batch(HEAD_LR if params.start == "probe" else NEW_HEAD_LR, params)
+
+
+def backbone_rate(params: FinetuneParams, blocks: Sequence[Block]) -> float:
+    """``backbone_lr``; ``auto`` is 3e-4, and a tenth where most norms are LayerNorms, by batch size.
+
+    3e-4 was chosen on the development sets of benchmarks/finetune_quality.py. Transformers and ConvNeXts are usually
+    fine-tuned at a tenth of a convolutional network's rate (WiSE-FT: 3e-5).
+    """
+    if params.backbone_lr != "auto":
+        return params.backbone_lr
+    parts = (part for block in blocks for module in block.modules for part in module.modules())
+    norms = [part for part in parts if isinstance(part, NORMS)]
+    layered = sum(not isinstance(norm, nn.modules.batchnorm._NormBase) for norm in norms)
+    return _by_batch(BACKBONE_LR * (ATTENTION_SHARE if 2 * layered > len(norms) else 1.0), params)
+
+
+def _by_batch(rate: float, params: FinetuneParams) -> float:
+    """``rate`` of the usual batch for the one at hand, by the square root (Adam; Krizhevsky 2014, Malladi 2022)."""
+    return float(f"{rate * math.sqrt(params.batch_size * params.accumulate / USUAL_BATCH):.2g}")
+
+
 def head_groups(classifier: Classifier, params: FinetuneParams) -> list[Group]:
     """The head's parameters at ``head_lr``, its biases without decay; none at a rate of zero."""
-    if not params.head_lr:
-        return []
-    return _split("head", _named(classifier.head, "head"), params.head_lr, params)
+    rate = head_rate(params)
+    return _split("head", _named(classifier.head, "head"), rate, params) if rate else []
 
 
 def backbone_groups(blocks: list[Block], chosen: Iterable[int], params: FinetuneParams) -> list[Group]:
@@ -103,14 +132,15 @@ def backbone_groups(blocks: list[Block], chosen: Iterable[int], params: Finetune
     group: such a block is frozen.
     """
     chosen = list(chosen)
-    if not params.backbone_lr or not chosen:
+    highest = backbone_rate(params, blocks)
+    if not highest or not chosen:
         return []
     if params.layer_decay == 1 and params.unfreeze != "gradual":
         together = [item for index in chosen for item in blocks[index].parameters]
-        return _split("backbone", together, params.backbone_lr, params)
+        return _split("backbone", together, highest, params)
     groups: list[Group] = []
     for index in reversed(chosen):
-        rate = params.backbone_lr * params.layer_decay ** (len(blocks) - 1 - index)
+        rate = highest * params.layer_decay ** (len(blocks) - 1 - index)
         groups += _split(f"backbone.{blocks[index].name}", blocks[index].parameters, rate, params)
     return groups
 
@@ -226,9 +256,9 @@ def make_optimizer(groups: list[Group], params: FinetuneParams, device: torch.de
     items = [as_param_group(group) for group in groups]
     fused = device.type in ("cpu", "cuda")
     if params.optimizer == "sgd":
-        return torch.optim.SGD(items, lr=params.head_lr, momentum=params.momentum, fused=fused)
+        return torch.optim.SGD(items, lr=groups[0].lr, momentum=params.momentum, fused=fused)
     kind = torch.optim.AdamW if params.optimizer == "adamw" else torch.optim.Adam
-    return kind(items, lr=params.head_lr, fused=fused)
+    return kind(items, lr=groups[0].lr, fused=fused)
 
 
 def as_param_group(group: Group) -> dict[str, Any]:

@@ -8,26 +8,35 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import FinetuneError
+
+Criterion = Literal["log_loss", "accuracy"]
 
 
 @dataclass(frozen=True)
 class SelectionScore:
-    """Mean cross-entropy and accuracy on the selection set."""
+    """Mean cross-entropy and accuracy on the selection set.
+
+    Attributes:
+        cooled: the cross-entropy at the temperature that the classifier would be given; None where it is given none.
+    """
 
     loss: float
     accuracy: float
+    cooled: float | None = None
 
-    @property
-    def key(self) -> tuple[float, float]:
-        """What orders scores: higher accuracy first; at equal accuracy, lower loss. A loss that is NaN is the worst."""
-        return (self.accuracy, -self.loss) if math.isfinite(self.loss) else (-1.0, 0.0)
+    def key(self, by: Criterion) -> tuple[float, float]:
+        """What orders scores, the best highest: by one, at equality by the other. A loss that is NaN is the worst."""
+        loss = self.loss if self.cooled is None else self.cooled
+        if not math.isfinite(loss):
+            return (-math.inf, 0.0)
+        return (self.accuracy, -loss) if by == "accuracy" else (-loss, self.accuracy)
 
-    def beats(self, other: SelectionScore) -> bool:
+    def beats(self, other: SelectionScore, by: Criterion) -> bool:
         """Whether this is strictly the better one."""
-        return self.key > other.key
+        return self.key(by) > other.key(by)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +44,7 @@ class EpochRow:
     """One epoch. Epoch 0 is the start, before any step; its training columns are None.
 
     Attributes:
+        selection_loss, selection_accuracy: NaN where nothing selects; ``selection_cooled`` as in `SelectionScore`.
         train_loss, train_accuracy: running means over the augmented images of the epoch, as they were trained on.
         trainable: parameters that trained in this epoch.
         best: better than every earlier epoch, epoch 0 included.
@@ -45,6 +55,7 @@ class EpochRow:
     train_accuracy: float | None = None
     selection_loss: float
     selection_accuracy: float
+    selection_cooled: float | None = None
     seconds: float
     images_per_second: float | None = None
     head_lr: float | None = None
@@ -55,15 +66,17 @@ class EpochRow:
     @property
     def score(self) -> SelectionScore:
         """The score on the selection set."""
-        return SelectionScore(self.selection_loss, self.selection_accuracy)
+        return SelectionScore(self.selection_loss, self.selection_accuracy, self.selection_cooled)
 
     def as_text(self) -> str:
         """One line for the terminal."""
         train = "" if self.train_loss is None else f"train loss {self.train_loss:.4f} acc {self.train_accuracy:.4f}  "
         rate = "" if self.images_per_second is None else f"  {self.images_per_second:.1f} images/s"
         best = "  best" if self.best else ""
-        chosen = f"selection loss {self.selection_loss:.4f} acc {self.selection_accuracy:.4f}"
-        return f"epoch {self.epoch}  {train}{chosen}  {self.seconds:.1f} s{rate}{best}"
+        chosen = f"selection loss {self.selection_loss:.4f} acc {self.selection_accuracy:.4f}  "
+        if math.isnan(self.selection_accuracy):
+            chosen = ""
+        return f"epoch {self.epoch}  {train}{chosen}{self.seconds:.1f} s{rate}{best}"
 
 
 def history_csv(rows: Sequence[EpochRow]) -> str:

@@ -77,6 +77,25 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def take(self, rows: NDArray[np.int64]) -> LabelledImages:
+        """The images at ``rows``."""
+        return LabelledImages(_Taken(self.source, rows), self.targets[rows])
+
+
+@dataclass(frozen=True)
+class _Taken:
+    source: ImageSource
+    rows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, index: int) -> Image.Image:
+        return self.source.image(int(self.rows[index]))
+
+    def digest(self, index: int) -> bytes:
+        return self.source.digest(int(self.rows[index]))
+
 
 class CachedImages:
     """Keeps decoded images as uint8 arrays until ``budget`` bytes are full; the rest is decoded anew each time.

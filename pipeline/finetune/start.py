@@ -8,18 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from ..artifacts import BackboneRecord, RunModel, list_runs, read_model, resolve_run
 from ..errors import FinetuneError, RunError
 from ..features.cache import FeatureTable
-from ..heads import Head, Layers, kinds_of_layers, log_losses, make_head, standardisation
+from ..heads import kinds_of_layers, make_head, standardisation
+from ..heads.common import Features, Floats
 from ..params import FinetuneParams, HeadParams
 from ..runtime.cores import usable_cores
 from .classifier import make_head_module, make_random_head
 from .history import SelectionScore
-from .selection import Holdout
+from .selection import selection_score
+from .step import Setup
+
+# How far the live score of epoch 0 may lie from the probe's on cached features. Cached ones are rounded to float16,
+# which moves a hundredth of the images at most; computed in reduced precision they are others, and a few in a hundred
+# change sides.
+LOSS_GAP = 0.02
+FLIPS = 0.01
+REDUCED_LOSS_GAP = 0.1
+REDUCED_FLIPS = 0.03
+SMALLEST_SCALE = 0.1  # of the median one
 
 
 @dataclass(frozen=True)
@@ -43,29 +55,59 @@ def random_start(table: FeatureTable, params: FinetuneParams) -> Start:
     return Start(head, "mlp" if params.hidden else "linear")
 
 
-def probe_start(table: FeatureTable, holdout: Holdout, section: HeadParams, kind: str, *, dropout: float) -> Start:
-    """A head of the probe's ``kind`` with the probe's ``section``, fitted to what trains alone."""
-    section = section.model_copy(update={"kind": kind, "calibrate": "none"})
-    head = make_head(kind, section, class_names=table.class_names, jobs=usable_cores())
-    X, rows = table.features[holdout.train], holdout.train
-    head.fit(X, table.targets[rows], table.groups[rows])
-    # Its standardisation becomes a fixed layer again, which conditions the training of its weights.
-    mean, scale = standardisation(X, section.standardize)
-    scale = np.where(np.isfinite(scale), scale, 1.0)
+def probe_start(
+    table: FeatureTable,
+    rows: NDArray[np.int64],
+    selection: NDArray[np.int64],
+    section: HeadParams,
+    kind: str,
+    setup: Setup,
+    *,
+    dropout: float,
+) -> Start:
+    """A head of the probe's ``kind`` with the probe's ``section``, fitted to the images at ``rows`` alone.
+
+    Its standardisation stays a fixed layer, which conditions the training of its weights.
+    """
+    X = table.features[rows]
+    mean, scale = _moments(X, section.standardize)
+    changed = {"kind": kind, "calibrate": "none", "standardize": False}
+    head = make_head(kind, section.model_copy(update=changed), class_names=table.class_names, jobs=usable_cores())
+    head.fit(_scaled(X, mean, scale), table.targets[rows], table.groups[rows])
     layers = head.as_layers()
-    assert layers is not None
-    first, bias = layers.weights[0], layers.biases[0]
-    unfolded = Layers((first * scale, *layers.weights[1:]), (bias + first @ mean, *layers.biases[1:]))
-    module = make_head_module(unfolded, moments=(mean, scale), dropout=dropout)
-    return Start(module, kind, _score(head, table, holdout.selection))
+    assert layers is not None and len(head.classes_) == len(table.class_names)
+    logits = layers.logits(_scaled(table.features[selection], mean, scale))
+    score = selection_score(logits, table.targets[selection], setup.class_weights)
+    return Start(make_head_module(layers, moments=(mean, scale), dropout=dropout), kind, score)
 
 
-def _score(head: Head, table: FeatureTable, rows: NDArray[np.int64]) -> SelectionScore:
-    y = table.targets[rows]
-    probabilities = head.predict_proba(table.features[rows])
-    index = np.searchsorted(head.classes_, y)
-    accuracy = float((head.classes_[probabilities.argmax(axis=1)] == y).mean())
-    return SelectionScore(float(log_losses(probabilities, index).mean()), accuracy)
+def _moments(X: Features, standardize: bool) -> tuple[Floats, Floats]:
+    """Mean and scale (d,) of features (n, d); no scale is below a tenth of the median one.
+
+    Features that hardly vary would otherwise be blown up: augmented images and moving weights were seen to reach
+    40,000 deviations.
+    """
+    mean, scale = standardisation(X, standardize)
+    usual = float(np.median(scale[np.isfinite(scale)])) if np.isfinite(scale).any() else 1.0
+    return mean, np.where(np.isfinite(scale), np.maximum(scale, SMALLEST_SCALE * usual), usual)
+
+
+def _scaled(X: Features, mean: Floats, scale: Floats) -> Features:
+    scaled: Features = ((X - mean) / scale).astype(np.float32)
+    return scaled
+
+
+def repeats(live: SelectionScore, expected: SelectionScore, n: int, *, precision: str, dtype: torch.dtype) -> bool:
+    """Whether the live score of a start is that of its head on cached features, as far as ``n`` images can tell.
+
+    Args:
+        precision: that the cached features were computed in.
+        dtype: that the live ones are computed in.
+    """
+    exact = precision == "float32" and dtype == torch.float32
+    gap, flips = (LOSS_GAP, FLIPS) if exact else (REDUCED_LOSS_GAP, REDUCED_FLIPS)
+    close = abs(live.loss - expected.loss) <= gap * max(1.0, expected.loss)
+    return close and abs(live.accuracy - expected.accuracy) * n <= 1.5 + flips * n
 
 
 def find_probe(
@@ -77,7 +119,7 @@ def find_probe(
     class_names: Sequence[str],
     data_digest: str,
 ) -> Path:
-    """The run to start from: the one ``wanted``, or the latest stage-two run that fits.
+    """The run to start from: the one ``wanted``, or the latest run of train-head that fits.
 
     Args:
         backbone, transform: what made the features at hand.
@@ -114,7 +156,8 @@ def find_probe(
             model = read_model(entry.path)
         except RunError:
             continue  # damaged, or removed since it was listed
-        if misfit(model) is None and model.data.digest == data_digest:
+        stage_two = model.verb == "train-head"  # a fine-tuned run that kept its probe would fit, too
+        if stage_two and misfit(model) is None and model.data.digest == data_digest:
             return entry.path.resolve()
     raise FinetuneError(
         "No stage-two run fits these params.",

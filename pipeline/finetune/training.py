@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,15 +19,17 @@ from ..params import FinetuneParams
 from ..runtime.distributed import World
 from ..runtime.interrupt import Interruption
 from ..runtime.memory import reuse_freed_memory
-from .averaging import MovingAverage, StateDict, interpolate
+from .averaging import MovingAverage, StateDict, interpolate, take_mix
 from .batchnorm import fused
 from .checkpoint import Checkpoints
 from .classifier import Classifier
 from .groups import highest_rates, make_schedule
-from .history import EpochRow
+from .history import EpochRow, SelectionScore
 from .images import LabelledImages, PixelTransform
-from .selection import SelectionSet
+from .selection import SelectionSet, selection_temperature
 from .step import Setup, Stepper, TrainableClassifier
+
+OVERHEAD = 1.2  # scoring, mixing and decoding, beside the steps of a training
 
 
 @dataclass(frozen=True)
@@ -96,22 +99,24 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
 def train_classifier(
     classifier: Classifier,
     train: LabelledImages,
-    selection: LabelledImages,
+    selection: LabelledImages | None,
     transform: PixelTransform,
     params: FinetuneParams,
     setup: Setup,
     *,
     folder: Path,
     fingerprint: str,
+    until: int | None = None,
     callbacks: Callbacks | None = None,
 ) -> TrainingResult:
     """Train, or go on from the checkpoint in ``folder``; ``classifier`` ends up holding the best weights.
 
-    The best epoch is that of the highest accuracy on ``selection``, of equal ones that of the lower loss. The random
-    state of torch is left as it was.
+    The best epoch is that of the lowest loss or highest accuracy on ``selection``, as ``params.select`` says; without
+    a selection set it is the last. The random state of torch is left as it was.
 
     Args:
         fingerprint: of all that the result depends on; a checkpoint with another one is refused.
+        until: end after this epoch of ``params.epochs``.
 
     Raises:
         FinetuneError: nothing trains, or the checkpoint belongs to another run.
@@ -123,11 +128,29 @@ def train_classifier(
     reuse_freed_memory()
     with checkpoints.lock(), torch.random.fork_rng(devices=devices):
         model = TrainableClassifier(classifier, params, setup)
-        scorer = SelectionSet(selection, transform, params, setup)
-        return _Training(model, Stepper(model, train, transform), scorer, checkpoints, callbacks or Callbacks()).run()
+        scorer = None if selection is None else SelectionSet(selection, transform, params, setup)
+        stepper, callbacks = Stepper(model, train, transform), callbacks or Callbacks()
+        return _Training(model, stepper, scorer, checkpoints, callbacks, until or params.epochs).run()
 
 
-def interpolate_result(
+@dataclass(frozen=True)
+class Choice:
+    """What is best on the selection set.
+
+    Attributes:
+        epoch: how long to train; 0 for not at all.
+        share: of the way from the start to what training made of it; 0 for the start.
+        temperature: what logits are to be divided by.
+        weights: of that classifier.
+    """
+
+    epoch: int
+    share: float
+    temperature: float
+    weights: StateDict
+
+
+def choose(
     result: TrainingResult,
     classifier: Classifier,
     train: LabelledImages,
@@ -135,17 +158,79 @@ def interpolate_result(
     transform: PixelTransform,
     params: FinetuneParams,
     setup: Setup,
-) -> tuple[TrainingResult, float]:
-    """The result with the best point between its start and end as ``tuned``, and that point's share; in float32."""
+    *,
+    calibrate: bool,
+) -> Choice:
+    """The best of the start, the best epoch and, where asked for, mixes of both (WiSE-FT); ``classifier`` holds it."""
     scorer = SelectionSet(selection, transform, params, replace(setup, dtype=torch.float32))
+    share, weights = float(bool(result.best_epoch)), result.best
+    if params.interpolate and params.start == "probe":
+        images = _normalised(train, transform, params, setup)
+        start, tuned = result.start, result.tuned
+        share, weights = interpolate(classifier, start, tuned, scorer.score, by=params.select, images=images)
+    classifier.load_state_dict(weights)
+    temperature = selection_temperature(scorer.logits(classifier), selection.targets) if calibrate else 1.0
+    return Choice(result.tuned_epoch if share else 0, share, temperature, weights)
+
+
+def mix_result(
+    result: TrainingResult,
+    share: float,
+    classifier: Classifier,
+    train: LabelledImages,
+    transform: PixelTransform,
+    params: FinetuneParams,
+    setup: Setup,
+) -> StateDict:
+    """The weights at ``share`` of the way from the start to the end, which ``classifier`` ends up holding."""
+    images = _normalised(train, transform, params, setup)
+    return take_mix(classifier, result.start, result.tuned, share, images=images)
+
+
+def _normalised(
+    train: LabelledImages, transform: PixelTransform, params: FinetuneParams, setup: Setup
+) -> Callable[[], Iterator[Tensor]]:
     everything = SelectionSet(train, transform, params, replace(setup, world=World()))
 
     def images() -> Iterator[Tensor]:
         for batch in everything.pixels():
             yield transform.normalise(batch.to(setup.device), torch.float32)
 
-    share, state = interpolate(classifier, result.start, result.tuned, scorer.score, images=images)
-    return replace(result, tuned=state, best_epoch=result.tuned_epoch if share else 0), share
+    return images
+
+
+def plan_epochs(params: FinetuneParams, seconds: float, refit_seconds: float) -> int:
+    """The epochs that fit into ``params.minutes``, of those that ``params`` ask for; at least one.
+
+    Args:
+        seconds: of an epoch of the training that chooses, and ``refit_seconds`` of one on all of train.
+    """
+    if params.minutes is None:
+        return params.epochs
+    fitting = 60 * params.minutes / max(OVERHEAD * (seconds + refit_seconds), 1e-9)
+    return max(1, min(params.epochs, int(fitting)))
+
+
+def seconds_per_image(
+    classifier: Classifier, train: LabelledImages, transform: PixelTransform, params: FinetuneParams, setup: Setup
+) -> float:
+    """What an image of an epoch takes here, as the first process sees it; measured on a copy with part of a batch."""
+    model = TrainableClassifier(copy.deepcopy(classifier), params, setup)
+    stepper = Stepper(model, train, transform)
+    model.train_mode()
+    batch = replace(stepper.plan(1)[0], closes=True)
+    times = []
+    with torch.random.fork_rng(devices=[setup.device] if setup.device.type == "cuda" else []), fused(model.pairs):
+        for rows in (batch.rows[: max(1, len(batch.rows) // 4)], batch.rows[: max(1, len(batch.rows) // 2)]):
+            started = time.perf_counter()
+            part = replace(batch, rows=rows)
+            for pixels in stepper.prepare([part], 1):
+                stepper.add_gradients(part, pixels, 1).tolist()
+            times.append((time.perf_counter() - started) / len(rows))
+    seconds = [times[-1]]
+    if setup.world.size > 1:
+        torch.distributed.broadcast_object_list(seconds)
+    return seconds[0] / setup.world.size
 
 
 class _Training:
@@ -153,12 +238,13 @@ class _Training:
         self,
         model: TrainableClassifier,
         stepper: Stepper,
-        selection: SelectionSet,
+        selection: SelectionSet | None,
         checkpoints: Checkpoints,
         callbacks: Callbacks,
+        last: int,
     ) -> None:
         self.model, self.stepper, self.selection = model, stepper, selection
-        self.checkpoints, self.callbacks = checkpoints, callbacks
+        self.checkpoints, self.callbacks, self.last = checkpoints, callbacks, last
         self.params, self.setup = model.params, model.setup
         self.schedule = make_schedule(self.params, sum(batch.closes for batch in stepper.plan(1)))
         self.average = MovingAverage(model.classifier, self.params.ema) if self.params.ema else None
@@ -177,11 +263,12 @@ class _Training:
 
     def _score_start(self) -> None:
         started = time.monotonic()
-        score = self.selection.score(self.model.classifier)
+        score = self._score()
         row = EpochRow(
             epoch=0,
             selection_loss=score.loss,
             selection_accuracy=score.accuracy,
+            selection_cooled=score.cooled,
             seconds=time.monotonic() - started,
             trainable=self.model.trainable,
             best=True,
@@ -219,8 +306,8 @@ class _Training:
         state = self.state
         loss, weights, correct, count = state.sums
         with self._averaged():
-            score = self.selection.score(self.model.classifier)
-            if state.epoch == 1 or score.beats(self._best_row(first=1).score):
+            score = self._score()
+            if state.epoch == 1 or self._improves(score, first=1):
                 self.checkpoints.save_weights(state.epoch, self.model.classifier)
         row = EpochRow(
             epoch=state.epoch,
@@ -228,25 +315,27 @@ class _Training:
             train_accuracy=correct / max(count, 1),
             selection_loss=score.loss,
             selection_accuracy=score.accuracy,
+            selection_cooled=score.cooled,
             seconds=state.seconds,
             images_per_second=images_per_second,
             **highest_rates(self.model.optimizer),
             trainable=self.model.trainable,
-            best=score.beats(self._best_row(first=0).score),
+            best=self._improves(score, first=0),
         )
         self._record(row)
         state.epoch, state.batch, state.seconds, state.sums = state.epoch + 1, 0, 0.0, [0.0] * 4
-        state.finished = state.epoch > self.params.epochs or self._stops_early(row)
+        state.finished = state.epoch > self.last or self._stops_early(row)
         self._save()
 
     def _stops_early(self, row: EpochRow) -> bool:
-        if not math.isfinite(row.train_loss or 0.0) or not math.isfinite(row.selection_loss):
+        selects = self.selection is not None
+        if not math.isfinite(row.train_loss or 0.0) or (selects and not math.isfinite(row.selection_loss)):
             self.state.warnings.append(
                 f"training diverged in epoch {row.epoch} (loss not finite) and was stopped; lower the learning rates"
             )
             return True
         waited = row.epoch - self._tuned_epoch
-        if self.params.patience and waited >= self.params.patience:
+        if selects and self.params.patience and waited >= self.params.patience:
             self.state.warnings.append(f"stopped after epoch {row.epoch}: no better for {waited} epochs")
             return True
         return False
@@ -270,8 +359,19 @@ class _Training:
         self.history.append(row)
         self.callbacks.on_epoch(row)
 
+    def _score(self) -> SelectionScore:
+        if self.selection is None:
+            return SelectionScore(math.nan, math.nan)
+        return self.selection.score(self.model.classifier)
+
+    def _improves(self, score: SelectionScore, *, first: int) -> bool:
+        """Whether ``score`` is better than all from epoch ``first`` on; every epoch is where nothing selects."""
+        return self.selection is None or score.beats(self._best_row(first=first).score, self.params.select)
+
     def _best_row(self, *, first: int) -> EpochRow:
-        return max(self.history[first:], key=lambda row: row.score.key)
+        if self.selection is None:
+            return self.history[-1]
+        return max(self.history[first:], key=lambda row: row.score.key(self.params.select))
 
     @property
     def _tuned_epoch(self) -> int:

@@ -60,7 +60,17 @@ def hold_out(y: Ints, groups: Ints | None, fraction: float, seed: int) -> Fold:
         members = order[group_class[order] == target]
         taken = np.cumsum(sizes[members]) <= max(fraction * sizes[members].sum(), sizes[members[0]])
         held[members[taken & (np.arange(len(members)) < len(members) - 1)]] = True
+    _keep_every_class(held, group, sizes, y)
     return np.flatnonzero(~held[group]), np.flatnonzero(held[group])
+
+
+def _keep_every_class(held: NDArray[np.bool_], group: Ints, sizes: Ints, y: Ints) -> None:
+    """Give train a group of each class that is nowhere the most frequent of its group, and would be held out whole."""
+    targets, target = np.unique(y, return_inverse=True)
+    kept = np.bincount(target[~held[group]], minlength=len(targets))
+    for lost in np.flatnonzero(kept == 0):
+        holders = np.unique(group[target == lost])
+        held[holders[sizes[holders].argmin()]] = False
 
 
 def missing_rows(y: Ints, folds: list[Fold]) -> np.ndarray:

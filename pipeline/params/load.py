@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from ..errors import ParamsError, Problem
 from .parse import NotYamlError, Repeated, dump_yaml, parse_yaml
 from .problems import problems_of, section_at, short
-from .sections import Params
+from .sections import Params, is_url
 
-PATH_KEYS = ("data.root", "backbone.weights", "cache.dir", "runs.dir")
+PATH_KEYS = ("data.root", "data.images", "backbone.weights", "cache.dir", "runs.dir")
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt")
 LARGEST = 1 << 24  # bytes of a params file
 Tree = dict[str, Any]
@@ -98,12 +98,13 @@ def _anchor_paths(tree: Tree, base: Path) -> None:
             values[name] = _anchored(key, values.get(name, _default(section, name)), base)
 
 
-def _default(section: str, name: str) -> str:
-    return str(getattr(getattr(Params(), section), name))
+def _default(section: str, name: str) -> str | None:
+    value = getattr(getattr(Params(), section), name)
+    return None if value is None else str(value)
 
 
 def _anchored(key: str, value: Any, base: Path) -> Any:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or is_url(value):
         return value
     if key == "backbone.weights" and not (os.sep in value or value.endswith(WEIGHTS_SUFFIXES)):
         return value

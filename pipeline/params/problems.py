@@ -37,11 +37,13 @@ RULES = {
     "list_type": "must be a list",
     "tuple_type": "must be a list",
     "path_type": "must be a path",
+    "secret": "must be a URL without a password or a signature, which the store's own settings are for",
     "greater_than": "must be above {gt:.12g}",
     "greater_than_equal": "must be at least {ge:.12g}",
     "less_than": "must be below {lt:.12g}",
     "less_than_equal": "must be at most {le:.12g}",
 }
+HIDDEN = "one, which is not repeated here"
 OF_THE_WHOLE_LIST = {"missing", "too_long"}
 
 
@@ -56,9 +58,13 @@ def problems_of(error: ValidationError) -> list[Problem]:
         key, rule = ".".join(path) or "(file)", _rule(kind, message, item.get("ctx") or {})
         if kind == "value_error" and isinstance(got, dict):
             got = {name: value for name, value in got.items() if str(name) in rule}
+        if kind == "secret":
+            got = HIDDEN
         earlier = by_key.get(key)
         hint = nearest(path) if kind == "extra_forbidden" else _quotes(kind, got)
-        by_key[key] = Problem(key, _either(earlier.rule, rule) if earlier else rule, short(got), hint)
+        by_key[key] = Problem(
+            key, _either(earlier.rule, rule) if earlier else rule, got if got is HIDDEN else short(got), hint
+        )
     return list(by_key.values())
 
 

@@ -10,12 +10,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 # The extensions of torchvision's ImageFolder, repeated here so that reading params does not import torch.
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+SECRETS = re.compile(
+    r"://[^/@]*:[^/@]*@|[?&][^=]*(sig|token|key|secret|password|credential|policy)[^=]*=", re.IGNORECASE
+)
 SHARD_PATTERN = r"^\d+/[1-9]\d*$"
 UNFREEZE_PATTERN = r"^(none|all|gradual|last-[1-9]\d*)$"
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -43,6 +47,29 @@ Folder = Annotated[Path, Field(strict=False), AfterValidator(_without_nul)]
 Auto = Literal["auto"]
 
 
+def is_url(place: object) -> bool:
+    """Whether a place is an fsspec URL rather than a path of this machine."""
+    return isinstance(place, str) and "://" in place
+
+
+def as_place(value: object) -> Path | str:
+    """A path of this machine as a `Path`, an fsspec URL as the text it is: a `Path` would make ``s3:/`` of ``s3://``.
+
+    Raises:
+        PydanticCustomError: a URL with a password or a signature, which would end up in runs and messages.
+    """
+    if isinstance(value, str) and is_url(value):
+        if SECRETS.search(value):
+            raise PydanticCustomError("secret", "a URL with a password or a signature")
+        return value.rstrip("/")
+    if not isinstance(value, str | Path):
+        raise PydanticCustomError("path_type", "no path")
+    return Path(value)
+
+
+Place = Annotated[Path | str, BeforeValidator(as_place), AfterValidator(_without_nul)]
+
+
 class Section(BaseModel):
     """A frozen section: unknown keys are errors, numbers are not read from text, NaN and infinity are refused."""
 
@@ -51,9 +78,20 @@ class Section(BaseModel):
     )
 
 
+class ColumnParams(Section):
+    """Names of columns; ``None`` means: found by the names that people give them."""
+
+    path: Name | None = None
+    label: Name | None = None
+    split: Name | None = None
+    group: Name | None = None
+
+
 class DataParams(Section):
-    root: Folder = Path("data/demo")
+    root: Place = Path("data/demo")
     layout: Literal["auto", "flat", "split"] = "auto"
+    columns: ColumnParams = ColumnParams()
+    images: Place | None = None
     extensions: list[str] | Literal["all"] = list(IMAGE_EXTENSIONS)
     group_pattern: str | None = None
     val_fraction: Fraction = 0.2
@@ -219,8 +257,8 @@ class AugmentParams(Section):
     """Random changes of training images (torchvision v2); 0 or false switches one off."""
 
     crop: Count | None = None
-    crop_scale: tuple[Probability, Probability] = Field((0.35, 1.0), strict=False)
-    horizontal_flip: Probability = 0.5
+    crop_scale: Annotated[tuple[Probability, Probability], Field(strict=False)] | Auto = "auto"
+    horizontal_flip: Probability | Auto = "auto"
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
     brightness: NonNegative = 0.0
     contrast: NonNegative = 0.0
@@ -231,14 +269,15 @@ class AugmentParams(Section):
 
     @field_validator("crop_scale")
     @classmethod
-    def _from_low_to_high(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1]:
+    def _from_low_to_high(cls, value: tuple[float, float] | Auto) -> tuple[float, float] | Auto:
+        if value != "auto" and not 0 < value[0] <= value[1]:
             raise ValueError("must be the smallest and the largest share, above 0, the smallest first")
         return value
 
 
 class FinetuneParams(Section):
     epochs: Count = 5
+    minutes: Positive | None = None
     batch_size: Count = 32
     device: str = Field("auto", pattern=DEVICE_PATTERN)
     precision: Precision = "auto"
@@ -247,8 +286,10 @@ class FinetuneParams(Section):
     start: Literal["probe", "random"] = "probe"
     hidden: list[Count] = []
     selection_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    backbone_lr: NonNegative = 1e-5
-    head_lr: NonNegative = 1e-3
+    select: Literal["log_loss", "accuracy"] = "log_loss"
+    refit: bool = True
+    backbone_lr: NonNegative | Auto = "auto"
+    head_lr: NonNegative | Auto = "auto"
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     unfreeze: str = Field("all", pattern=UNFREEZE_PATTERN)
     batchnorm: Literal["auto", "frozen", "train"] = "auto"
@@ -270,7 +311,8 @@ class FinetuneParams(Section):
     accumulate: Count = 1
     patience: Annotated[int, Field(ge=0)] = 0
     class_weight: Literal["balanced"] | dict[str, Positive] | None = None
-    interpolate: bool = False
+    interpolate: bool = True
+    calibrate: Literal["none", "temperature"] = "temperature"
     checkpoint_minutes: Positive = 10.0
     image_cache_mb: Annotated[int, Field(ge=0)] | Auto = "auto"
     tensorboard: bool = False

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 from .distributed import World
 
 
 def usable_cores() -> int:
-    """Cores this process may run on (affinity and cgroup masks respected)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use, as joblib finds out: its affinity, its container's quota, LOKY_MAX_CPU_COUNT."""
+    from joblib import cpu_count  # here, as importing it takes a while
+
+    return int(cpu_count())
 
 
 def worker_count(workers: int | Literal["auto"], world: World | None = None) -> int:
-    """Threads to work with: as asked for, or this process's share of the usable cores."""
-    return max(usable_cores() // (world.size if world else 1), 1) if workers == "auto" else workers
+    """Threads to work with: as asked for, or this process's share of this machine's usable cores."""
+    return max(usable_cores() // (world.local_size if world else 1), 1) if workers == "auto" else workers

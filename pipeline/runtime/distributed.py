@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 T = TypeVar("T")
+WAIT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's ``rank`` among ``size`` processes; ``local_rank`` numbers those on one machine."""
+    """This process's ``rank`` among ``size`` processes; ``local_rank`` numbers the ``local_size`` on one machine."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -32,13 +35,14 @@ class World:
 
 
 def world_from_environment() -> World:
-    """torchrun's RANK, WORLD_SIZE and LOCAL_RANK; a single process without them."""
+    """torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a single process without them."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World()
     return World(
         rank=int(os.environ["RANK"]),
         size=int(os.environ["WORLD_SIZE"]),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
 
 
@@ -49,7 +53,8 @@ def gather(value: T, world: World) -> list[T]:
     import torch.distributed as dist  # only where it is needed: most of what asks for a world runs without torch
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        # The others may be at work for days yet, and whoever waits must not give them up.
+        dist.init_process_group("gloo", timeout=WAIT)
     values: list[T | None] = [None] * world.size
     dist.all_gather_object(values, value)
     dist.destroy_process_group()

@@ -12,8 +12,18 @@ import numpy as np
 
 from ..data.digests import Digests, first_occurrences
 from ..errors import CacheError, PipelineError, VerifyError
-from ..features.garbage import Garbage, find_garbage, keys_named_by_runs, remove_garbage
-from ..features.inventory import KeyEntry, key_folders, list_keys, size_of, temporaries, verify_key
+from ..features.inventory import (
+    Garbage,
+    KeyEntry,
+    find_garbage,
+    key_folders,
+    keys_named_by_runs,
+    list_keys,
+    remove_garbage,
+    size_of,
+    temporaries,
+    verify_key,
+)
 from ..features.spec import FeatureSpec, differences
 from ..features.store import FeatureStore
 from ..files import canonical_json, human_bytes

@@ -10,8 +10,8 @@ import numpy as np
 from ..backbones import Features, Forward, build_classifier, make_decoder
 from ..backbones.backbone import CPU_BATCH, DECODER_RULES
 from ..data.digests import Digests
-from ..data.images import open_paths
-from ..evaluate import Classified
+from ..data.images import open_given
+from ..evaluate import ClassifierOutput
 from ..features.extractor import extract_features
 from ..features.prepare import Preparation
 from ..features.quarantine import Quarantine, decoding_rule
@@ -24,7 +24,7 @@ from ..runtime.progress import ProgressBar
 from .run import Prediction, label_images
 
 
-def classify(params: Params, paths: Sequence[Path], *, top: int = 5, quiet: bool = False) -> list[Prediction]:
+def classify(params: Params, paths: Sequence[Path | str], *, top: int = 5, quiet: bool = False) -> list[Prediction]:
     """The ``top`` classes of each image by the pretrained model ``backbone.name`` with ``backbone.weights``.
 
     Raises:
@@ -32,7 +32,7 @@ def classify(params: Params, paths: Sequence[Path], *, top: int = 5, quiet: bool
         DataError: a path does not exist, or there is no image.
     """
     module, transform, categories = build_classifier(params.backbone.name, params.backbone.weights)
-    images = open_paths(paths, params.data, params.cache.dir)
+    images = open_given(paths, params.data, params.cache.dir)
     decoder = make_decoder(transform, params.data.max_pixels, DECODER_RULES[params.extract.decoder])
     quarantine = Quarantine(params.cache.dir, decoding_rule(decoder, transform.resize, transform.crop))
     device = resolve_device(params.extract.device)
@@ -57,5 +57,5 @@ def classify(params: Params, paths: Sequence[Path], *, top: int = 5, quiet: bool
     rows = [row for row in np.flatnonzero(images.known).tolist() if images.digest(row) in logits]
     scores = np.array([logits[images.digest(row)] for row in rows]).reshape(len(rows), len(categories))
     probabilities = softmax(scores.astype(np.float64))
-    answers = Classified(probabilities.argmax(axis=1), probabilities)
-    return label_images(images, rows, answers, categories, top, problem=quarantine.problem_with)
+    output = ClassifierOutput(probabilities.argmax(axis=1), probabilities)
+    return label_images(images, rows, output, categories, top, problem=quarantine.problem_with)

@@ -33,7 +33,7 @@ def demo(params: Params, say: Say = print, *, quiet: bool = False) -> dict[str, 
         seconds[name] = time.perf_counter() - started
         return result
 
-    root = params.data.root
+    root = Path(params.data.root)
     timed("demo data", lambda: write_demo_data(root))
     first = timed("extract", lambda: extract(params, say, quiet=quiet))
     probe = timed("train-head", lambda: train_head(params, say))

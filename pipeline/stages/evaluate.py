@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +14,13 @@ from ..data.source import SPLITS
 from ..errors import DataError
 from ..evaluate import Provenance, score
 from ..features.cache import FeatureTable
+from ..params import Place, as_place
 from .run import Run
 
 Say = Callable[[str], None]
 
 
-def evaluate_run(run: Run, root: Path | None = None, *, quiet: bool = False) -> RunMetrics:
+def evaluate_run(run: Run, root: Place | None = None, *, quiet: bool = False) -> RunMetrics:
     """The metrics of ``run`` on the images under ``root``, embedded first where the cache lacks them.
 
     A folder without splits is scored whole; one with splits on its test, or else its val. Without ``root`` the run's
@@ -29,7 +29,8 @@ def evaluate_run(run: Run, root: Path | None = None, *, quiet: bool = False) -> 
     Raises:
         DataError: no labelled images, or a class that the run does not know.
     """
-    data = run.params.data if root is None else run.params.data.model_copy(update={"root": root, "layout": "auto"})
+    elsewhere = {} if root is None else {"root": as_place(root), "images": None, "layout": "auto"}
+    data = run.params.data.model_copy(update=elsewhere)
     images = open_images(data, run.params.cache.dir)
     cache = run.cache(images, quiet=quiet)
     cache.fill()

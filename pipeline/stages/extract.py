@@ -29,11 +29,12 @@ ADVICE = {
 }
 
 
-def extract(params: Params, say: Say = print, *, quiet: bool = False) -> dict[str, Any]:
+def extract(params: Params, say: Say = print, *, retry: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Embed every image of ``data.root`` that the cache does not hold yet.
 
     Args:
         say: takes the lines meant for the user.
+        retry: try images again that are known to be unreadable.
         quiet: no progress bar.
 
     Returns:
@@ -45,15 +46,21 @@ def extract(params: Params, say: Say = print, *, quiet: bool = False) -> dict[st
         Interrupted: Ctrl-C; everything finished is kept.
     """
     world = _world(params.extract)
-    cache = open_cache(params, world=world, quiet=quiet or not world.is_main)
+    cache = open_cache(params, begins=True, world=world, quiet=quiet or not world.is_main)
+    if retry:
+        cache.images.read_unknown()
+        cache.quarantine.release(cache.images.digests)
     missing = cache.missing()
     for line in _plan(cache, missing):
         say(line)
     filled = cache.fill(missing)
+    if params.extract.views:
+        say(f"{_train_of(cache).sum():,} training images in {params.extract.views} views, each under a key of its own")
     views = _fill_views(cache)
     summary = _summary(cache, filled, views)
     bad = _bad_images(cache)
-    for line in [*cache.store.warnings, *_report(cache, summary, bad)]:
+    notes = [f"Weights: {note}." for note in cache.backbone.notes]
+    for line in [*notes, *cache.store.warnings, *_report(cache, summary, bad)]:
         say(line)
     if params.data.on_bad_image == "raise" and (bad or cache.images.failures):
         raise _bad_images_error(cache, bad)
@@ -69,10 +76,16 @@ def _world(extract: ExtractParams) -> World:
 
 def _fill_views(cache: FeatureCache) -> list[tuple[FeatureCache, Filled]]:
     """Embed the augmented views of the training images, each under a key of its own."""
+    train = _train_of(cache)
+    return [(view, view.fill(view.missing(train))) for view in cache.views()]
+
+
+def _train_of(cache: FeatureCache) -> NDArray[np.bool_]:
+    """Which images (n,) with a feature are of train."""
     rows = np.flatnonzero(cache.present)
     train = np.zeros(len(cache.images), bool)
     train[rows[cache.images.splits_of(rows) == TRAIN]] = True
-    return [(view, view.fill(view.missing(train))) for view in cache.views()]
+    return train
 
 
 def _plan(cache: FeatureCache, missing: NDArray[np.int64]) -> Iterator[str]:
@@ -81,8 +94,8 @@ def _plan(cache: FeatureCache, missing: NDArray[np.int64]) -> Iterator[str]:
     if ignored := sorted(images.samples.ignored.items()):
         counts = ", ".join(f"{count} {extension or '(no extension)'}" for extension, count in ignored)
         yield f"Ignored files: {counts}."
-    if backbone.verdict:
-        yield f"Precision auto: {backbone.verdict}"
+    if backbone.choice:
+        yield f"Precision auto: {backbone.choice}"
     yield f"{len(images)} images in {len(images.samples.class_names)} classes under {images.root}"
     new = int((~images.known[missing]).sum())
     size = len(missing) * (store.feature_dim * (2 if store.spec.dtype == "float16" else 4) + 16)

@@ -1,7 +1,8 @@
 """Stage three: backbone and head trained together from the probe, and whether that was worth it.
 
-`finetune` reads from top to bottom: features, rows, probe, classifier, training, score, comparison, run. What touches
-images, backbone and cache is in the helpers of the last section; training itself is in `pipeline.finetune`.
+`finetune` reads from top to bottom: features, rows, probe, classifier, training, choice, training on all of train,
+score, comparison, run. What touches images, backbone and cache is in the helpers below; training itself is in
+`pipeline.finetune`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,16 @@ from ..features.cache import FeatureCache, FeatureTable
 from ..files import publish_file
 from ..finetune import (
     Callbacks,
+    Choice,
     Classifier,
     EpochRow,
-    Holdout,
     LabelledImages,
     SelectionScore,
     Setup,
     Start,
     TensorboardLog,
     TrainingResult,
+    choose,
     describe_groups,
     find_learning_rates,
     find_probe,
@@ -46,20 +49,24 @@ from ..finetune import (
     history_csv,
     history_plot,
     hold_out_selection,
-    interpolate_result,
+    mix_result,
+    plan_epochs,
     probe_start,
     process_group,
     random_start,
     rate_curves_plot,
+    repeats,
+    resolve_augment,
     resolve_setup,
+    seconds_per_image,
     train_classifier,
     training_fingerprint,
 )
 from ..heads import Head, Selection, head_of_layers
-from ..params import Params, dump_params, load_params
+from ..params import FinetuneParams, Params, dump_params, load_params
 from ..runtime.device import resolve_device
 from ..runtime.distributed import World, world_from_environment
-from ..runtime.interrupt import stop_after_batch
+from ..runtime.interrupt import Interruption, stop_after_batch
 from ..runtime.progress import ProgressBar
 from .open import open_cache
 from .run import BACKBONE_FILE, Run, backbone_record, load_run, publish_run, run_model
@@ -67,8 +74,7 @@ from .run import BACKBONE_FILE, Run, backbone_record, load_run, publish_run, run
 Say = Callable[[str], None]
 TRAINING_FOLDER = ".training"
 START_FILE = "start.json"
-# How far the live score of epoch 0 may lie from the probe's score on cached features: storage is float16.
-MAX_LOSS_GAP = 0.02
+REFIT_FOLDER = "all-of-train"
 
 
 def finetune(
@@ -79,7 +85,10 @@ def finetune(
     resume: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train backbone and head together, keep the best epoch, compare with the probe, publish a run.
+    """Train backbone and head together from the probe, choose, train on all of train, compare, publish a run.
+
+    A part of train (val, where test is reported) chooses between the probe, the epochs and mixes of both (WiSE-FT,
+    Wortsman et al. 2022) by log loss. The start is the probe's own head (LP-FT, Kumar et al. 2022).
 
     Args:
         from_run: the stage-two run to start from; by default the latest that fits.
@@ -99,33 +108,37 @@ def finetune(
         folder = params.runs.dir / TRAINING_FOLDER / _run_name(params)
     else:
         folder, params, from_run = _unfinished(params.runs.dir / TRAINING_FOLDER, resume)
-    section, name = params.finetune, folder.name
-    device = resolve_device(section.device, world)
+    name = folder.name
+    device = resolve_device(params.finetune.device, world)
     tell: Say = say if world.is_main else lambda _line: None
 
     with process_group(world, device):
-        # The images with their cached features, and which of them train, select the epoch and are reported.
+        # The images with their cached features, and which of them train, choose and are reported.
         cache = open_cache(params)
         table, backbone = cache.table(), cache.backbone
         reported = table.reported_split()
-        holdout = hold_out_selection(table, section, reported=reported)
+        holdout = hold_out_selection(table, params.finetune, reported=reported)
+        train, selection = _labelled(cache, table, holdout.train), _labelled(cache, table, holdout.selection)
 
-        # The classifier: the backbone under the probe's head, refitted without the images that select.
+        # The classifier: the backbone under the probe's head, refitted without the images that choose.
         probe = _find_probe(params, backbone, table, from_run, tell)
-        start = _start(params, table, holdout, probe)
+        job = _Job(params, cache, table, probe, device, world)
+        setup = job.setup(holdout.train)
+        start = job.start(holdout.train, holdout.selection, setup)
         classifier = Classifier(backbone.trainable(), start.head)
         total = sum(parameter.numel() for parameter in classifier.parameters())
-        setup = _setup(params, backbone, table, holdout, probe, device=device, world=world)
+        if resume is None:
+            params = job.resolve(classifier, train, selection, setup, tell)
+            job = replace(job, params=params)
+        section = params.finetune
         for line in describe_groups(first_groups(classifier, section), total).splitlines():
             tell(line)
-        counts = f"{len(holdout.train):,} images train, {len(holdout.selection):,} of {holdout.name} select the epoch"
+        counts = f"{len(train):,} images train, {len(selection):,} of {holdout.name} choose"
         tell(f"{counts}; BatchNorm {setup.batchnorm}; training folder {folder}")
 
         # Training, epoch by epoch; a killed one goes on from its folder.
         if world.is_main:
             _remember(folder, params, probe)
-        train = _labelled(cache, table, holdout.train)
-        selection = _labelled(cache, table, holdout.selection)
         log = TensorboardLog(params.runs.dir / "tensorboard" / name) if section.tensorboard and world.is_main else None
 
         def on_epoch(row: EpochRow) -> None:
@@ -133,48 +146,68 @@ def finetune(
             if log:
                 log.write(row)
             if row.epoch == 0 and probe is not None and start.expected is not None:
-                _check_repeats(row.score, start.expected, len(holdout.selection), probe, tell)
+                same = partial(repeats, n=len(selection), precision=backbone.precision, dtype=setup.dtype)
+                _check_repeats(row.score, start.expected, same, probe, tell)
 
-        images = section.epochs * len(holdout.train) // world.size
-        with stop_after_batch() as stop, ProgressBar("training", images, quiet=quiet or not world.is_main) as bar:
-            result = train_classifier(
-                classifier,
-                train,
-                selection,
-                backbone.transform,
-                section,
-                setup,
-                folder=folder,
-                fingerprint=_fingerprint(params, backbone, table, holdout, start),
-                callbacks=Callbacks(on_epoch, bar.advance, stop),
-            )
-        if log:
-            log.close()
-        if section.interpolate:
+        with stop_after_batch() as stop:
+            images = section.epochs * len(train) // world.size
+            with ProgressBar("training", images, quiet=quiet or not world.is_main) as bar:
+                result = train_classifier(
+                    classifier,
+                    train,
+                    selection,
+                    backbone.transform,
+                    section,
+                    setup,
+                    folder=folder,
+                    fingerprint=job.fingerprint(holdout.train, holdout.selection, start),
+                    callbacks=Callbacks(on_epoch, bar.advance, stop),
+                )
+            if log:
+                log.close()
+
+            # What is best on the images that choose: the probe, an epoch, or a mix of both; then that on all of train.
+            calibrates = "temperature" in (section.calibrate, params.head.calibrate)
             transform = backbone.transform
-            result, share = interpolate_result(result, classifier, train, selection, transform, section, setup)
-            tell(f"Interpolation: {100 * share:.0f} % of the way from the probe is best on the selection set")
+            choice = choose(result, classifier, train, selection, transform, section, setup, calibrate=calibrates)
+            tell(_choice_line(choice, probe))
+            every = np.flatnonzero(table.train)
+            refits, warnings = section.refit and bool(choice.epoch) and len(every) > len(holdout.train), list[str]()
+            if refits:
+                end = _refit(job, choice, every, folder / REFIT_FOLDER, stop, tell, quiet=quiet)
+                if end is None:
+                    warnings.append("training on all of train diverged: the weights are those of the part")
+                    refits = False
+                classifier = end or classifier
         if not world.is_main:
             return {}
 
-        # The score of the best weights, through the one predict path; the probe itself where no epoch beat it.
-        classifier.load_state_dict(result.best)
+        # The score of the best weights, through the one predict path; the probe itself where nothing beat it.
         weights = _backbone_bytes(classifier, backbone)
         publish_file(folder / BACKBONE_FILE, weights)
-        tuned = open_cache(_with_weights(params, folder / BACKBONE_FILE) if result.best_epoch else params, cache.images)
+        tuned_params = _with_weights(params, folder / BACKBONE_FILE) if choice.epoch else params
+        tuned = open_cache(tuned_params, cache.images, begins=True)
         tuned.fill()
         features = tuned.read(table.digests)
-        head = _head(classifier, start, table) if result.best_epoch or probe is None else probe.head
+        kept = not choice.epoch and probe is not None
+        head = probe.head if kept and probe is not None else _head(classifier, start, table, choice.temperature)
 
         # The comparison with the probe, on the same images.
         rows = table.labelled(reported)
         selected = {
-            "epoch": result.best_epoch,
+            "epoch": choice.epoch,
             "selection": holdout.name,
-            "kept_probe": not result.best_epoch and probe is not None,
+            "kept_probe": kept,
+            "share": choice.share,
+            **({"temperature": choice.temperature} if calibrates and not kept else {}),
+            "refit": refits,
             **(_compare(probe, head, table, features, rows) if probe is not None else {}),
         }
-        provenance = _provenance(table, holdout, head, result, selected, cache.warnings)
+        if kept and probe is not None and probe.model.data.digest != table.data_digest:
+            warnings.append(f"the probe that was kept was fitted to other images, of {probe.model.data.root}")
+        fitted = every if refits or kept else holdout.train
+        selections = _selections(selected, section, holdout.name, weighted=setup.class_weights is not None)
+        provenance = _provenance(table, fitted, head, result, selected, selections, [*cache.warnings, *warnings])
         split = SPLITS[reported]
         metrics, predictions = score(head, replace(table, features=features), rows, provenance, split=split)
         for line in [*_verdict_lines(selected, split, metrics.metrics["accuracy"], probe), *metric_lines(metrics)]:
@@ -185,6 +218,7 @@ def finetune(
             update={
                 "verb": "finetune",
                 "parent": None if probe is None else probe.folder.name,
+                "feature_keys": list(dict.fromkeys([tuned.key, cache.key])),
                 "seconds": time.perf_counter() - started,
                 "parameters": ParameterCounts(trainable=max(row.trainable for row in result.history), total=total),
             }
@@ -207,9 +241,10 @@ def find_lr(params: Params, say: Say = print, *, from_run: str | None = None) ->
     table, backbone = cache.table(), cache.backbone
     holdout = hold_out_selection(table, section, reported=table.reported_split())
     probe = _find_probe(params, backbone, table, from_run, say)
-    classifier = Classifier(backbone.trainable(), _start(params, table, holdout, probe).head)
     device = resolve_device(section.device)
-    setup = _setup(params, backbone, table, holdout, probe, device=device, world=World())
+    job = _Job(params, cache, table, probe, device, World())
+    setup = job.setup(holdout.train)
+    classifier = Classifier(backbone.trainable(), job.start(holdout.train, holdout.selection, setup).head)
     train = _labelled(cache, table, holdout.train)
     curves = find_learning_rates(classifier, train, backbone.transform, section, setup)
     plot = params.runs.dir / f"{default_run_name(params.data.root, params.backbone.name, 'find-lr')}.svg"
@@ -280,21 +315,113 @@ def _find_probe(params: Params, backbone: Backbone, table: FeatureTable, wanted:
     return probe
 
 
-def _start(params: Params, table: FeatureTable, holdout: Holdout, probe: Run | None) -> Start:
-    if probe is None:
-        return random_start(table, params.finetune)
-    kind, dropout = probe.model.head.kind, params.finetune.dropout
-    return probe_start(table, holdout, probe.params.head, kind, dropout=dropout)
+@dataclass(frozen=True)
+class _Job:
+    """What the training that chooses and the one on all of train have in common."""
+
+    params: Params
+    cache: FeatureCache
+    table: FeatureTable
+    probe: Run | None
+    device: torch.device
+    world: World
+
+    def setup(self, rows: NDArray[np.int64]) -> Setup:
+        """How the images at ``rows`` are trained on."""
+        random = self.cache.backbone.identity.weights.startswith("random")
+        return resolve_setup(
+            self.params.finetune,
+            self.device,
+            targets=self.table.targets[rows],
+            class_names=self.table.class_names,
+            from_scratch=random and self.probe is None,
+            world=self.world,
+        )
+
+    def start(self, rows: NDArray[np.int64], selection: NDArray[np.int64], setup: Setup) -> Start:
+        """The head that training on the images at ``rows`` begins with."""
+        section = self.params.finetune
+        if self.probe is None:
+            return random_start(self.table, section)
+        head, kind = self.probe.params.head, self.probe.model.head.kind
+        return probe_start(self.table, rows, selection, head, kind, setup, dropout=section.dropout)
+
+    def fingerprint(self, rows: NDArray[np.int64], selection: NDArray[np.int64], start: Start) -> str:
+        """Of all that the result depends on."""
+        backbone = self.cache.backbone
+        return training_fingerprint(
+            self.params.finetune,
+            backbone=backbone.identity.as_dict(),
+            transform=backbone.transform.as_dict(),
+            images=self.table.digests[rows],
+            selection=self.table.digests[selection],
+            head=fold_head(start.head),
+        )
+
+    def resolve(
+        self, classifier: Classifier, train: LabelledImages, selection: LabelledImages, setup: Setup, say: Say
+    ) -> Params:
+        """The params with the augmentation that the probe bears and the epochs that there is time for."""
+        section, transform = self.params.finetune, self.cache.backbone.transform
+        classifier.to(setup.device)
+        if self.probe is not None:
+            augment = resolve_augment(classifier, selection, transform, section, setup)
+            section = section.model_copy(update={"augment": augment})
+            say(f"Augmentation: crops of {augment.crop_scale} of the area, mirrored {augment.horizontal_flip}")
+        seconds = seconds_per_image(classifier, train, transform, section, setup)
+        every = int(self.table.train.sum())
+        refitted = every if section.refit and every > len(train) else 0
+        epochs = plan_epochs(section, seconds * len(train), seconds * refitted)
+        minutes = epochs * seconds * (len(train) + refitted) / 60
+        then = f", then on all {every:,} of train" if refitted else ""
+        say(f"An epoch takes about {seconds * len(train):.0f} s here. Planned: {epochs}{then}; about {minutes:.1f} min")
+        if epochs < section.epochs:
+            say(f"finetune.minutes={section.minutes:g} leaves time for {epochs} of {section.epochs} epochs")
+        return self.params.model_copy(update={"finetune": section.model_copy(update={"epochs": epochs})})
 
 
-def _check_repeats(live: SelectionScore, expected: SelectionScore, n: int, probe: Run, say: Say) -> None:
+def _refit(
+    job: _Job, choice: Choice, rows: NDArray[np.int64], folder: Path, stop: Interruption, say: Say, *, quiet: bool
+) -> Classifier | None:
+    """The classifier trained on the images at ``rows``, all of train, as was chosen; None where that diverged."""
+    say(f"Training on all {len(rows):,} images of train, {choice.epoch} epochs")
+    section, backbone = job.params.finetune, job.cache.backbone
+    setup, none = job.setup(rows), np.empty(0, np.int64)
+    start = job.start(rows, none, setup)
+    classifier, train = Classifier(backbone.trainable(), start.head), _labelled(job.cache, job.table, rows)
+    images = choice.epoch * len(rows) // job.world.size
+    with ProgressBar("training on all", images, quiet=quiet or not job.world.is_main) as bar:
+        result = train_classifier(
+            classifier,
+            train,
+            None,
+            backbone.transform,
+            section,
+            setup,
+            folder=folder,
+            fingerprint=job.fingerprint(rows, none, start),
+            until=choice.epoch,
+            callbacks=Callbacks(lambda row: say(row.as_text()) if row.epoch else None, bar.advance, stop),
+        )
+    if result.warnings:
+        return None
+    mix_result(result, choice.share, classifier, train, backbone.transform, section, setup)
+    return classifier
+
+
+def _check_repeats(
+    live: SelectionScore,
+    expected: SelectionScore,
+    same: Callable[[SelectionScore, SelectionScore], bool],
+    probe: Run,
+    say: Say,
+) -> None:
     """Epoch 0 is the probe on live features: another score means that cache or transform are not what they should be.
 
     Raises:
         FinetuneError: the two scores differ.
     """
-    gap = abs(live.loss - expected.loss)
-    close = gap <= MAX_LOSS_GAP and abs(live.accuracy - expected.accuracy) * n <= 1.5
+    gap, close = abs(live.loss - expected.loss), same(live, expected)
     verdict = "repeats" if close else "DIFFERS FROM"
     cached = f"accuracy {expected.accuracy:.4f}, loss {expected.loss:.4f}"
     say(f"Epoch 0 {verdict} the probe on cached features: {cached} (live loss differs by {gap:.1e})")
@@ -310,8 +437,9 @@ def _check_repeats(live: SelectionScore, expected: SelectionScore, n: int, probe
 # -- the score, and the probe's --------------------------------------------------------------------------------------
 
 
-def _head(classifier: Classifier, start: Start, table: FeatureTable) -> Head:
-    return head_of_layers(start.kind, fold_head(classifier.head.cpu()), np.arange(len(table.class_names)))
+def _head(classifier: Classifier, start: Start, table: FeatureTable, temperature: float) -> Head:
+    layers = fold_head(classifier.head.cpu()).fold_temperature(temperature)
+    return head_of_layers(start.kind, layers, np.arange(len(table.class_names)))
 
 
 def _compare(
@@ -332,26 +460,47 @@ def _compare(
         "difference": float(after.mean() - before.mean()),
         "only_probe_right": only_probe,
         "only_finetuned_right": only_tuned,
-        "mcnemar_p": mcnemar_exact(only_probe, only_tuned),
+        "mcnemar_p": mcnemar_exact(before, after, table.groups[rows]),
     }
+
+
+def _choice_line(choice: Choice, probe: Run | None) -> str:
+    if not choice.epoch:
+        return "No epoch and no mix beat epoch 0 on the images that choose: the run keeps what training started from."
+    mix = f", {100 * choice.share:.0f} % of the way from the probe" if probe is not None else ""
+    return f"Chosen: epoch {choice.epoch}{mix}, temperature {choice.temperature:.2f}"
+
+
+def _selections(selected: dict[str, Any], section: FinetuneParams, on: str, *, weighted: bool) -> list[Selection]:
+    """The choices, in their order, for the sentence on the protocol."""
+    how = f"by its {'class-weighted ' if weighted else ''}{section.select.replace('_', ' ')}"
+    kept = selected["kept_probe"]
+    chosen = ["the probe rather than an epoch of fine-tuning" if kept else "the epoch"]
+    if section.interpolate and "probe_run" in selected and not kept:
+        chosen.append("the mix with the probe")
+    selections = [Selection(what, how, on) for what in chosen]
+    if "temperature" in selected:
+        selections.append(Selection("the temperature", "by its log loss", on))
+    return selections
 
 
 def _provenance(
     table: FeatureTable,
-    holdout: Holdout,
+    rows: NDArray[np.int64],
     head: Head,
     result: TrainingResult,
     selected: dict[str, Any],
+    selections: list[Selection],
     warnings: list[str],
 ) -> Provenance:
     fitted = np.zeros(len(table), bool)
-    fitted[holdout.train] = True
+    fitted[rows] = True
     return Provenance(
-        fitted=f"the backbone with its {head.kind} head",
+        fitted=f"the {head.kind} head" if selected["kept_probe"] else f"the backbone with its {head.kind} head",
         # All of train counts as seen for the leak check: the selection part chose the epoch.
         train_digests=table.digests[table.train],
         train_counts=table.class_counts(fitted),
-        selections=[Selection("the epoch", "by its accuracy", holdout.name)],
+        selections=selections,
         selected=selected,
         history=[_finite(asdict(row)) for row in result.history],
         warnings=[*warnings, *result.warnings],
@@ -365,14 +514,10 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _verdict_lines(selected: dict[str, Any], split: str, tuned: object, probe: Run | None) -> list[str]:
-    lines = []
-    if not selected["epoch"]:
-        lines.append("No epoch beat epoch 0 on the selection set: the run keeps what training started from.")
     if probe is None or not isinstance(tuned, float):
-        return lines
+        return []
     verdict = "the difference is real" if selected["mcnemar_p"] < 0.05 else "they are not shown to differ"
     return [
-        *lines,
         f"The probe took {probe.model.seconds:.1f} s on cached features.",
         f"On {split}: probe {100 * selected['probe_accuracy']:.1f} %, fine-tuned {100 * tuned:.1f} %"
         f" ({100 * selected['difference']:+.1f} points; exact McNemar p = {selected['mcnemar_p']:.3g}: {verdict})",
@@ -380,37 +525,6 @@ def _verdict_lines(selected: dict[str, Any], split: str, tuned: object, probe: R
 
 
 # -- images, backbone, cache -----------------------------------------------------------------------------------------
-
-
-def _setup(
-    params: Params,
-    backbone: Backbone,
-    table: FeatureTable,
-    holdout: Holdout,
-    probe: Run | None,
-    *,
-    device: torch.device,
-    world: World,
-) -> Setup:
-    return resolve_setup(
-        params.finetune,
-        device,
-        targets=table.targets[holdout.train],
-        class_names=table.class_names,
-        from_scratch=backbone.identity.weights.startswith("random") and probe is None,
-        world=world,
-    )
-
-
-def _fingerprint(params: Params, backbone: Backbone, table: FeatureTable, holdout: Holdout, start: Start) -> str:
-    return training_fingerprint(
-        params.finetune,
-        backbone=backbone.identity.as_dict(),
-        transform=backbone.transform.as_dict(),
-        images=table.digests[holdout.train],
-        selection=table.digests[holdout.selection],
-        head=fold_head(start.head),
-    )
 
 
 class _TableImages:

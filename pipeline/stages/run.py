@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -32,10 +32,11 @@ from ..artifacts import (
 )
 from ..backbones import Backbone, BackboneIdentity, BuiltNetwork, Transform, build_network, make_decoder
 from ..backbones.backbone import DECODER_RULES
-from ..data.images import Images, open_paths
+from ..data.images import Given, Images, open_given
 from ..data.source import SPLITS
 from ..errors import RunError
-from ..evaluate import Classified, classify
+from ..evaluate import ClassifierOutput, apply_head
+from ..export.card import CARD_FILE, render_card
 from ..features.cache import FeatureCache, FeatureTable
 from ..heads import Head, load_head
 from ..params import Params, dump_params, load_params
@@ -98,6 +99,7 @@ class Run:
             precision=self.model.precision,
             batch_size=self.model.forward_shape[0],
             source=self._build_network,
+            compiled=params.extract.compile,
         )
 
     def _decoding_rule(self) -> str:
@@ -134,22 +136,37 @@ class Run:
         extract = self.params.extract.model_copy(update={"views": 0})
         return FeatureCache(images, self.backbone, storage, extract, quiet=quiet)
 
-    def predict(self, paths: Sequence[Path | str], *, top: int = 5, quiet: bool = True) -> list[Prediction]:
-        """Classify image files and folders of them, in sorted order; bad files get an ``error``.
+    def predict(
+        self,
+        images: Given | Iterable[Given],
+        *,
+        top: int = 5,
+        say: Callable[[str], None] = lambda _line: None,
+        quiet: bool = True,
+    ) -> list[Prediction]:
+        """Classify images in the order given, those of a folder by name; bad ones get an ``error``.
 
         Args:
+            images: a path of a file or folder, bytes, a uint8 array (h, w), (h, w, 3) or (h, w, 4), a PIL image, or
+                a list of them.
             top: how many classes to list for an image, most probable first.
+            say: takes what the user should be warned of.
 
         Raises:
+            TypeError: something is no image and no path.
             DataError: a path does not exist, or there is no image.
         """
-        images = open_paths([Path(path) for path in paths], self.params.data, self.params.cache.dir)
+        return self._predict(open_given(images, self.params.data, self.params.cache.dir), top, say, quiet)
+
+    def _predict(self, images: Images, top: int, say: Callable[[str], None], quiet: bool) -> list[Prediction]:
         cache = self.cache(images, quiet=quiet)
         cache.fill()
+        for warning in cache.warnings:
+            say(f"Warning: {warning}")
         rows = np.flatnonzero(cache.present)
-        answers = classify(self.head, cache.read(images.digests[rows]), len(self.class_names))
+        output = apply_head(self.head, cache.read(images.digests[rows]), len(self.class_names))
         problem = cache.quarantine.problem_with
-        return label_images(images, rows.tolist(), answers, self.class_names, top, problem=problem)
+        return label_images(images, rows.tolist(), output, self.class_names, top, problem=problem)
 
 
 def load_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
@@ -170,30 +187,30 @@ def load_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
 def label_images(
     images: Images,
     rows: Sequence[int],
-    answers: Classified,
+    output: ClassifierOutput,
     names: Sequence[str],
     top: int,
     *,
     problem: Callable[[Images, int], str],
 ) -> list[Prediction]:
-    """A prediction for each image: ``answers`` holds those at ``rows``, ``problem`` says what ails the others."""
+    """A prediction for each image: ``output`` holds those at ``rows``, ``problem`` says what ails the others."""
     place = {row: index for index, row in enumerate(rows)}
     return [
-        _prediction(images.path(row), answers, place[row], names, top)
+        _prediction(images.path(row), output, place[row], names, top)
         if row in place
         else Prediction(images.path(row), error=problem(images, row))
         for row in range(len(images))
     ]
 
 
-def _prediction(path: str, answers: Classified, index: int, names: Sequence[str], top: int) -> Prediction:
-    label = names[int(answers.predicted[index])]
-    if answers.probabilities is None:
+def _prediction(path: str, output: ClassifierOutput, index: int, names: Sequence[str], top: int) -> Prediction:
+    label = names[int(output.predicted[index])]
+    if output.probabilities is None:
         return Prediction(path, label, None, ((label, None),))
-    row = answers.probabilities[index]
+    row = output.probabilities[index]
     order = np.argsort(-row, kind="stable")[:top]
     best = tuple((names[target], float(row[target])) for target in order)
-    return Prediction(path, label, float(row[int(answers.predicted[index])]), best)
+    return Prediction(path, label, float(row[int(output.predicted[index])]), best)
 
 
 # -- a run from what a stage made -------------------------------------------------------------------------------------
@@ -215,6 +232,7 @@ def run_model(cache: FeatureCache, table: FeatureTable, head: Head) -> RunModel:
         feature_dim=backbone.feature_dim,
         forward_shape=[backbone.batch_size, 3, crop, crop],
         feature_key=cache.key,
+        feature_keys=[cache.key, *(view.key for view in cache.views())],
         head=HeadRecord(kind=head.kind),
         data=DataRecord(
             root=str(table.root),
@@ -274,5 +292,7 @@ def publish_run(
             write_predictions(file, predictions)
         report = render_report(Content(path.name, model, metrics, dump_params(params)))
         (folder / REPORT_FILE).write_text(report, encoding="utf-8")
+        card = render_card(path.name, model, metrics, predictions, params)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
         fill(folder)
     return path

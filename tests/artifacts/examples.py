@@ -21,7 +21,7 @@ from pipeline.artifacts import (
     write_predictions,
 )
 from pipeline.data.digests import data_digest as digest_of
-from pipeline.evaluate import Classified, Provenance
+from pipeline.evaluate import Provenance, ScoredImages
 from pipeline.evaluate.score import score_images
 
 NAMES = ("ant", "bee")
@@ -69,14 +69,15 @@ def score_of(
     *,
     train_counts: ArrayLike | None = None,
     why_none: str | None = None,
+    groups: ArrayLike | None = None,
 ) -> RunMetrics:
     """The metrics of images of val that have contents of their own; by default train held one image a class."""
     y, predicted = (np.asarray(values, np.int64 if np.size(values) == 0 else None) for values in (y, predicted))
     chances = None if probabilities is None else np.asarray(probabilities, np.float64)
-    digests = np.zeros((len(y), 16), np.uint8)
     counts = np.ones(len(names), np.int64) if train_counts is None else np.asarray(train_counts)
-    provenance = Provenance("the head", digests[:0], counts)
-    return score_images(y, Classified(predicted, chances, why_none), digests, names, provenance, split="val")
+    provenance = Provenance("the head", np.zeros((0, 16), np.uint8), counts)
+    images = ScoredImages(y, predicted, chances, None if groups is None else np.asarray(groups))
+    return score_images(images, names, provenance, split="val", why_none=why_none)
 
 
 def predictions(y: list[int], predicted: list[int], names: tuple[str, ...] = NAMES, first: int = 0) -> Predictions:

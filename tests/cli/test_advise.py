@@ -107,3 +107,13 @@ def test_torch_is_not_imported(root: Path, tmp_path: Path) -> None:
     (tmp_path / "p").write_text("")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "training images" in done.stdout and done.stdout.endswith("set()\n"), done.stderr
+
+
+def test_groups_that_cross_the_users_splits_count_as_leaks(
+    advise: Advise, root: Path, run_extract: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.index.SAFE_NS", 0)  # the index trusts files this young
+    run_extract("backbone.name=starter", "backbone.weights=DEFAULT")
+    assert read(advise)["leaked"] == 0
+    values = read(advise, "-s", r"data.group_pattern=cat/0?(\d)")
+    assert values["leaked"] > 0 and any("by their group" in warning for warning in values["warnings"])

@@ -374,3 +374,27 @@ def test_mutations_end_in_a_picture_or_a_reason(shared: Path) -> None:
 def test_decoder_versions_name_the_libraries() -> None:
     versions = decoder_versions()
     assert {"pillow", "libjpeg_turbo"} <= set(versions) and all(isinstance(v, str) for v in versions.values())
+
+
+@pytest.mark.parametrize("options", [{"quality": 80}, {"lossless": True}, {"quality": 80, "exif": b"Exif\0\0x"}])
+def test_a_webp_without_memory_for_it_is_not_condemned(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libwebp says the same of damage as of a lack of memory."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (70, 50), (9, 90, 200)).save(buffer, "WEBP", **options)
+    asked: list[int] = []
+
+    def refuse(*_arguments: Any, **_named: Any) -> None:
+        raise OSError("could not create decoder object")
+
+    def no_memory(size: int) -> None:
+        asked.append(size)
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.WebPImagePlugin.WebPImageFile._open", refuse)
+    assert outcome_of(buffer.getvalue()) == Reason.CORRUPT
+    monkeypatch.setattr("pipeline.data.decode._require_memory", no_memory)
+    with pytest.raises(MemoryError):
+        outcome_of(buffer.getvalue())
+    assert asked == [8 * 70 * 50]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.folder import list_files, scan_folder
+from pipeline.data.folder import scan_folder
 from pipeline.data.source import UNLABELLED, Samples
 from pipeline.data.walk import FileChanged, as_int64, read_file
 from pipeline.errors import DataError
@@ -187,20 +187,6 @@ def test_a_folder_out_of_reach_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 def test_all_extensions(tmp_path: Path) -> None:
     make(tmp_path, "a/x.jp2", "a/y.QOI", "a/z.txt", "a/w.gif")
     assert scan(tmp_path, extensions="all").paths == ["a/w.gif", "a/x.jp2", "a/y.QOI"]
-
-
-def test_list_files_takes_files_and_folders_once_in_order(tmp_path: Path) -> None:
-    make(tmp_path, "z.xyz", "dir/b.jpg", "dir/a.jpg", "dir/sub/c.jpg", "dir/n.txt")
-    tree = list_files([tmp_path / "z.xyz", tmp_path / "dir", tmp_path / "dir/a.jpg"], extensions=EXTENSIONS)
-    relative = str(tmp_path)[1:]
-    assert tree.paths == [f"{relative}/{name}" for name in ("z.xyz", "dir/a.jpg", "dir/b.jpg", "dir/sub/c.jpg")]
-    assert (tree.root / tree.paths[1]).read_bytes() == b"dir/a.jpg"
-    assert set(tree.targets.tolist()) == {UNLABELLED} and tree.ignored == {".txt": 1}
-    assert tree.stamps[0].tolist()[3] == (tmp_path / "z.xyz").stat().st_ino
-    with pytest.raises(DataError, match="No such file"):
-        list_files([tmp_path / "nothing.jpg"], extensions=EXTENSIONS)
-    with pytest.raises(DataError, match="No image"):
-        list_files([make(tmp_path / "empty", "x.txt")], extensions=EXTENSIONS)
 
 
 def test_real_images_in_the_order_of_image_folder(shared: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.data.splits import assign_splits, group_ids, groups_of, leaked
+from pipeline.data.splits import assign_splits, group_ids, groups_of
 from pipeline.errors import DataError
 from pipeline.files import digest_bytes
 
@@ -125,12 +125,3 @@ def test_groups_of() -> None:
     assert groups_of(paths, None) is None
     with pytest.raises(DataError, match="group_pattern"):
         groups_of(paths, r"(nobody\d+)")
-
-
-def test_leaked_rows_are_found_in_val_and_test() -> None:
-    digests = make_digests(8)
-    digests[5], digests[6], digests[7] = digests[0], digests[3], digests[1]
-    splits = np.array([0, 0, 0, 1, 1, 1, 2, 2], np.int8)
-    found = leaked(digests, splits)
-    assert found["val"].tolist() == [5] and found["test"].tolist() == [7]
-    assert leaked(digests, splits, against=("train", "val"))["test"].tolist() == [6, 7]

@@ -11,14 +11,12 @@ import pytest
 from pipeline.artifacts import CurvePoint
 from pipeline.evaluate.advice import (
     DOMAINS,
-    RULES,
-    STEPS,
+    TABLE,
     TUNABLE_HEADS,
-    WHYS,
     Domain,
     Facts,
+    Finetuned,
     Probe,
-    Tuned,
     TypedOptions,
     advice_lines,
     find_rule,
@@ -34,7 +32,7 @@ def curve(*points: tuple[int, float, float]) -> tuple[CurvePoint, ...]:
 
 RISING = curve((40, 0.7, 0.72), (70, 0.75, 0.76), (100, 0.8, 0.8))
 FLAT = curve((40, 0.8, 0.82), (70, 0.81, 0.82), (100, 0.8, 0.8))
-GOOD = Probe("one", "resnet50", "val", 500, 0.97, (0.95, 0.98), 0.5)
+GOOD = Probe("one", "resnet50", "val", 500, 0.97, [0.95, 0.98], 0.5)
 
 
 def facts(*counts: int, **changes: Any) -> Facts:
@@ -74,15 +72,16 @@ def texts(advice: dict[str, Any]) -> str:
     ],
 )
 def test_the_table_goes_by_size_and_domain(train: int, similar: str, different: str) -> None:
-    assert [find_rule(train, domain).strategy for domain in DOMAINS] == [similar, different]
+    assert [find_rule(train, domain)["strategy"] for domain in DOMAINS] == [similar, different]
 
 
 def test_every_rule_names_its_sources_and_settings_that_exist() -> None:
-    assert all(why.source for why in WHYS.values())
-    for rule in RULES:
-        assert rule.whys and set(rule.whys.split()) <= set(WHYS)
-        for step in rule.steps.split():
-            load_params("params.yaml", STEPS[step].settings.split())
+    for rule in TABLE["rules"]:
+        assert rule["domain"] in DOMAINS and rule["strategy"] in TABLE["strategies"]
+        assert rule["reasons"] and all(reason["text"] and reason["source"] for reason in rule["reasons"])
+        for step in rule["steps"]:
+            assert step["what"] and set(step["verbs"].split()) <= {"extract", "train-head", "finetune", "compare"}
+            load_params("params.yaml", step.get("settings", "").split())
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -103,32 +102,29 @@ def test_without_a_domain_both_answers_are_given_until_a_probe_tells() -> None:
     ("changes", "verdict"),
     [
         ({}, "similar"),
-        ({"interval": (0.7, 0.98)}, None),
-        ({"accuracy": 0.6, "interval": (0.55, 0.65)}, "different"),
-        ({"accuracy": 0.6, "interval": (0.55, 0.65), "backbone": "starter"}, None),
+        ({"interval": [0.7, 0.98]}, None),
+        ({"accuracy": 0.6, "interval": [0.55, 0.65]}, "different"),
+        ({"accuracy": 0.6, "interval": [0.55, 0.65], "backbone": "starter"}, None),
     ],
 )
 def test_a_probes_score_is_held_against_chance(changes: dict[str, Any], verdict: str | None) -> None:
-    assert facts(300, 300, probe=replace(GOOD, **changes)).judged == verdict
+    assert advise(facts(300, 300, probe=GOOD._replace(**changes)))["domain"] == verdict
 
 
 def test_a_probe_no_better_than_chance_sends_to_the_labels() -> None:
-    poor = replace(GOOD, accuracy=0.52, interval=(0.48, 0.56))
+    poor = GOOD._replace(accuracy=0.52, interval=[0.48, 0.56])
     assert "Check the labels" in texts(advise(facts(300, 300, probe=poor)))
 
 
 def test_random_weights_tell_nothing_of_the_domain() -> None:
-    random = facts(300, 300, probe=GOOD, pretrained=False)
-    assert random.judged is None
-    assert "nothing is transferred" in texts(advise(random))
+    random = advise(facts(300, 300, probe=GOOD, pretrained=False))
+    assert random["domain"] is None
+    assert "nothing is transferred" in texts(random)
 
 
 def test_a_rising_and_a_flat_curve_are_told_apart() -> None:
-    assert facts(300, 300, curve=RISING).curve_rises is True
-    assert facts(300, 300, curve=FLAT).curve_rises is False
-    assert facts(300, 300, curve=RISING[1:]).curve_rises is None
-    assert facts(300, 300).curve_rises is None
-    rising, flat = (advise(facts(300, 300, curve=points), "similar") for points in (RISING, FLAT))
+    rising, flat, short = (advise(facts(300, 300, curve=points), "similar") for points in (RISING, FLAT, RISING[1:]))
+    assert "learning curve" not in texts(short)
     assert "more labelled images are the surest way" in texts(rising)
     assert "more images of the same kind would not help" in texts(flat)
     ranks = [any("--rank" in step["shell"] for step in each["recommendations"][0]["steps"]) for each in (rising, flat)]
@@ -142,11 +138,11 @@ def test_a_probe_that_is_there_is_not_asked_for_again() -> None:
 
 
 def test_a_noisy_rise_is_no_rise() -> None:
-    assert facts(300, 300, curve=curve((40, 0.7, 0.83), (100, 0.8, 0.8))).curve_rises is False
+    assert "is flat" in texts(advise(facts(300, 300, curve=curve((40, 0.7, 0.83), (100, 0.8, 0.8)))))
 
 
 def test_what_fine_tuning_brought_before_is_said() -> None:
-    assert "+1.5 points" in texts(advise(facts(300, 300, tuned=Tuned("two", 0.015, 0.4)), "similar"))
+    assert "+1.5 points" in texts(advise(facts(300, 300, finetuned=Finetuned("two", 0.015, 0.4)), "similar"))
 
 
 def test_imbalance_brings_class_weights_into_the_commands() -> None:

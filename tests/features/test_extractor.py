@@ -17,8 +17,8 @@ from pipeline.data.digests import Digests
 from pipeline.features.extractor import (
     CHUNK,
     Clock,
-    Content,
     Prepare,
+    Prepared,
     extract_features,
     single_threaded_torch,
 )
@@ -54,10 +54,10 @@ def make_forward(network: nn.Module = NETWORK, *, batch_size: int = 8) -> Forwar
     return Forward(lambda: network, normalise, torch.device("cpu"), batch_size)
 
 
-def prepare_image(position: int, clock: Clock) -> Content:
+def prepare_image(position: int, clock: Clock) -> Prepared:
     """The image at a position, as if it were read from a file."""
     with clock.step("decode"):
-        return Content(position, DIGESTS[position % 60], IMAGES[position % 60])
+        return Prepared(position, DIGESTS[position % 60], IMAGES[position % 60])
 
 
 class Table:
@@ -108,7 +108,7 @@ def test_features_of_different_images_differ() -> None:
 def test_every_row_lands_on_its_digest_in_order(count: int, workers: int) -> None:
     positions = np.random.default_rng(count).permutation(60)[:count].tolist()
 
-    def slow_at_times(position: int, clock: Clock) -> Content:
+    def slow_at_times(position: int, clock: Clock) -> Prepared:
         time.sleep(0.002 * (position % 3 == 0))
         return prepare_image(position, clock)
 
@@ -146,10 +146,10 @@ def test_the_forward_pass_agrees_with_plain_torch() -> None:
 
 
 def test_what_needs_no_forward_pass_gets_none() -> None:
-    def prepare(position: int, clock: Clock) -> Content:
+    def prepare(position: int, clock: Clock) -> Prepared:
         if position % 3 == 0:
-            return Content(position, None)
-        return Content(position, DIGESTS[position], IMAGES[position] if position % 3 == 1 else None)
+            return Prepared(position, None)
+        return Prepared(position, DIGESTS[position], IMAGES[position] if position % 3 == 1 else None)
 
     seen: list[int] = []
     table = extract(range(40), prepare, seen=lambda content: seen.append(content.position))
@@ -163,7 +163,7 @@ def test_memory_stays_bounded(slow: str) -> None:
     """Pixels that were decoded and have not come out as features: a few batches, however many files there are."""
     lock, held, most = threading.Lock(), [0], [0]
 
-    def prepare(position: int, clock: Clock) -> Content:
+    def prepare(position: int, clock: Clock) -> Prepared:
         with lock:
             held[0] += 1
             most[0] = max(most[0], held[0])
@@ -189,7 +189,7 @@ def test_memory_stays_bounded(slow: str) -> None:
 def test_an_interruption_finishes_what_was_read_and_reads_nothing_more() -> None:
     interruption, read = Interruption(), []
 
-    def prepare(position: int, clock: Clock) -> Content:
+    def prepare(position: int, clock: Clock) -> Prepared:
         read.append(position)
         if position == 10:
             interruption.request()
@@ -229,7 +229,7 @@ class FullTable(Table):
         super().__call__(features, digests)
 
 
-def failing_prepare(position: int, clock: Clock) -> Content:
+def failing_prepare(position: int, clock: Clock) -> Prepared:
     if position == 50:
         raise RuntimeError("no more")
     return prepare_image(position, clock)
@@ -241,7 +241,7 @@ def test_an_error_ends_it_at_once_and_keeps_the_rows_before(where: str, workers:
     table = FullTable() if where == "sink" else Table()
     read: list[int] = []
 
-    def prepare(position: int, clock: Clock) -> Content:
+    def prepare(position: int, clock: Clock) -> Prepared:
         read.append(position)
         return failing_prepare(position, clock) if where == "prepare" else prepare_image(position, clock)
 

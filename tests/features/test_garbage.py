@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import CacheError
-from pipeline.features.garbage import DAY, Garbage, find_garbage, keys_named_by_runs, remove_garbage
+from pipeline.features.inventory import DAY, Garbage, find_garbage, keys_named_by_runs, remove_garbage
+from pipeline.features.quarantine import BadContent, Quarantine
 from pipeline.features.store import USED_FILE
 
 from .examples import SPEC, fill, make_digests, make_store, spec_with
@@ -136,7 +138,7 @@ def test_a_key_is_gone_for_readers_in_one_step(cache: Path, monkeypatch: pytest.
     def killed(_folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.features.garbage.shutil.rmtree", killed)
+    monkeypatch.setattr("pipeline.features.inventory.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         remove(cache)
     assert not (cache / SPEC.folder_name).exists()
@@ -164,3 +166,33 @@ def test_runs_name_their_keys(tmp_path: Path) -> None:
     assert keys == {"0123456789abcdef", "fedcba9876543210"}
     assert len(warnings) == 1 and "broken" in warnings[0]
     assert keys_named_by_runs(tmp_path / "nowhere") == (set(), [])
+
+
+def test_old_notes_of_unreadable_images_can_go(cache: Path) -> None:
+    quarantine = Quarantine(cache, "rule")
+    quarantine.add(b"d" * 16, BadContent("/a.jpg", "truncated", "cut", "copy it again"))
+    quarantine.save()
+    (folder,) = (cache / "quarantine").iterdir()
+    assert folder.name not in proposed(cache)
+    for path in (*folder.iterdir(), folder):
+        set_age(path, 40)
+    assert proposed(cache)[folder.name] == "quarantine"
+    remove(cache)
+    assert Quarantine(cache, "rule").digests == []
+
+
+def test_all_keys_that_went_into_a_run_stay(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "model.json").write_text(json.dumps({"feature_key": "a", "feature_keys": ["a", "b", 7]}))
+    assert keys_named_by_runs(tmp_path) == ({"a", "b"}, [])
+
+
+def test_where_there_are_no_locks_nothing_is_removed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(CacheError, match="no locks"):
+        remove(cache)
+    assert len(proposed(cache)) == 1
+
+
+def no_locks(_descriptor: int, _operation: int) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")

@@ -52,10 +52,10 @@ def test_interpolation_finds_the_better_middle() -> None:
         seen.append(module.head.linear0.weight[0, 0].item())
         return SelectionScore(abs(seen[-1] - 0.3), 0.5)
 
-    share, state = interpolate(classifier, start, tuned, score, images=lambda: [])
-    assert share == pytest.approx(0.3) and seen[0] == 0 and seen[-1] == 1
-    assert classifier.head.linear0.weight[0, 0].item() == pytest.approx(0.3)
-    assert float(state["head.linear0.weight"][0, 0]) == pytest.approx(0.3)
+    share, state = interpolate(classifier, start, tuned, score, by="log_loss", images=lambda: [])
+    assert share == pytest.approx(0.25) and seen[0] == 0 and seen[-1] == 1
+    assert classifier.head.linear0.weight[0, 0].item() == pytest.approx(0.25)
+    assert float(state["head.linear0.weight"][0, 0]) == pytest.approx(0.25)
 
 
 def test_the_ends_of_the_line_are_the_two_states(tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_moved_statistics_are_estimated_anew(tmp_path: Path) -> None:
         return [images]
 
     selection = SelectionSet(labelled(9), TRANSFORM, tiny_params(), Setup())
-    interpolate(classifier, result.start, result.tuned, selection.score, images=batches)
-    assert calls == 9
+    interpolate(classifier, result.start, result.tuned, selection.score, by="log_loss", images=batches)
+    assert calls == 3
 
 
 def test_estimated_statistics_are_those_of_the_images() -> None:

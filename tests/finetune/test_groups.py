@@ -10,16 +10,18 @@ from pipeline.backbones import make_module
 from pipeline.errors import FinetuneError
 from pipeline.finetune.groups import (
     backbone_groups,
+    backbone_rate,
     describe_groups,
     find_blocks,
     first_groups,
     head_groups,
+    head_rate,
     make_schedule,
     unfrozen_blocks,
 )
 from pipeline.finetune.step import Setup, TrainableClassifier
 
-from .support import tiny_classifier, tiny_params
+from .support import tiny_backbone, tiny_classifier, tiny_params
 
 
 @pytest.mark.parametrize(
@@ -141,3 +143,14 @@ def test_step_and_none() -> None:
 def test_a_single_step_has_a_rate() -> None:
     for name in ("one_cycle", "cosine", "step", "none"):
         assert make_schedule(tiny_params(schedule=name, epochs=1), 1)(0) > 0
+
+
+def test_automatic_rates_follow_batch_start_and_kind() -> None:
+    def rates(backbone: torch.nn.Module, **changes: object) -> tuple[float, float]:
+        params = tiny_params(backbone_lr="auto", head_lr="auto", **changes)
+        return backbone_rate(params, find_blocks(backbone)), head_rate(params)
+
+    layered = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4))
+    assert rates(tiny_backbone(), batch_size=32) == (3e-4, 1e-4)
+    assert rates(tiny_backbone(), batch_size=32, accumulate=4) == (6e-4, 2e-4)
+    assert rates(layered, batch_size=32, start="random") == (3e-5, 1e-3)

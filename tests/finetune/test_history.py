@@ -9,10 +9,12 @@ from pipeline.finetune.history import EpochRow, SelectionScore, history_csv, his
 
 
 def test_scores_are_ordered_by_accuracy_then_loss() -> None:
-    assert SelectionScore(9.0, 0.8).beats(SelectionScore(0.1, 0.7))
-    assert SelectionScore(0.1, 0.8).beats(SelectionScore(0.2, 0.8))
-    assert not SelectionScore(0.1, 0.8).beats(SelectionScore(0.1, 0.8))
-    assert not SelectionScore(float("nan"), 0.9).beats(SelectionScore(0.2, 0.5))
+    assert SelectionScore(9.0, 0.8).beats(SelectionScore(0.1, 0.7), "accuracy")
+    assert SelectionScore(0.1, 0.7).beats(SelectionScore(9.0, 0.8), "log_loss")
+    assert SelectionScore(9.0, 0.8, 0.1).beats(SelectionScore(0.2, 0.8, 0.2), "log_loss")
+    assert SelectionScore(0.1, 0.8).beats(SelectionScore(0.2, 0.8), "accuracy")
+    assert not SelectionScore(0.1, 0.8).beats(SelectionScore(0.1, 0.8), "accuracy")
+    assert not SelectionScore(float("nan"), 0.9).beats(SelectionScore(0.2, 0.5), "accuracy")
 
 
 def test_history_as_table_and_picture() -> None:

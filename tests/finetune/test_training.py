@@ -11,7 +11,7 @@ import torch
 
 from pipeline.errors import FinetuneError, Interrupted
 from pipeline.files import file_lock
-from pipeline.finetune import Callbacks, Setup, train_classifier
+from pipeline.finetune import Callbacks, Setup, TrainingResult, plan_epochs, seconds_per_image, train_classifier
 from pipeline.finetune.batchnorm import batchnorm_modules
 
 from .support import STILL, TRANSFORM, labelled, state_digest, tiny_classifier, tiny_params, train_tiny
@@ -19,7 +19,7 @@ from .support import STILL, TRANSFORM, labelled, state_digest, tiny_classifier, 
 
 def test_it_learns_and_returns_the_best_epoch(tmp_path: Path) -> None:
     result, classifier = train_tiny(tmp_path, tiny_params(epochs=6, backbone_lr=3e-2, head_lr=3e-2, batch_size=6))
-    scores = [(row.selection_accuracy, -row.selection_loss) for row in result.history]
+    scores = [-row.selection_cooled for row in result.history]
     assert result.history[0].epoch == 0 and result.history[0].train_loss is None
     assert result.history[result.best_epoch].selection_accuracy > 0.8
     assert scores[result.best_epoch] == max(scores)
@@ -185,3 +185,37 @@ def test_other_params_or_data_cannot_go_on_from_a_checkpoint(tmp_path: Path) -> 
 def test_two_trainings_in_one_folder_are_refused(tmp_path: Path) -> None:
     with file_lock(tmp_path / ".lock", shared=False), pytest.raises(BlockingIOError):
         train_tiny(tmp_path, tiny_params(epochs=1))
+
+
+def test_without_a_selection_set_the_last_epoch_is_kept_wherever_it_ends(tmp_path: Path) -> None:
+    """The epochs are those of the longer training: one that ends early is its beginning."""
+
+    def train(until: int) -> TrainingResult:
+        return train_classifier(
+            tiny_classifier(),
+            labelled(24),
+            None,
+            TRANSFORM,
+            tiny_params(epochs=3),
+            Setup(),
+            folder=tmp_path / str(until),
+            fingerprint="x",
+            until=until,
+        )
+
+    short, long = train(2), train(3)
+    assert (short.best_epoch, long.best_epoch) == (2, 3)
+    assert [row.train_loss for row in short.history] == [row.train_loss for row in long.history[:3]]
+    assert "selection" not in short.history[2].as_text()
+
+
+@pytest.mark.parametrize(("minutes", "epochs"), [(None, 5), (10.0, 5), (1.0, 2), (0.01, 1)])
+def test_epochs_are_planned_by_time(minutes: float | None, epochs: int) -> None:
+    assert plan_epochs(tiny_params(epochs=5, minutes=minutes), 10.0, 12.0) == epochs
+
+
+def test_the_pace_is_measured_on_a_copy() -> None:
+    classifier = tiny_classifier()
+    before = state_digest(dict(classifier.state_dict()))
+    assert seconds_per_image(classifier, labelled(12), TRANSFORM, tiny_params(), Setup(batchnorm="train")) > 0
+    assert state_digest(dict(classifier.state_dict())) == before

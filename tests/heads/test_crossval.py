@@ -73,3 +73,14 @@ def test_calibration_error_and_temperature() -> None:
     sure = np.eye(3)[np.zeros(10, int)]
     assert expected_calibration_error(sure, np.r_[np.zeros(5, int), np.ones(5, int)]) == pytest.approx(0.5)
     assert 0 < fit_temperature(np.eye(3) * 3, np.arange(3)) < 0.1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_class_that_is_always_the_minority_of_its_group_stays_in_train(seed: int) -> None:
+    """Four patients with mostly one class and four with mostly another; one of each has an image of a third."""
+    y = np.array([0, 0, 0] * 4 + [1, 1, 1] * 4)
+    groups = np.repeat(np.arange(8), 3)
+    y[[0, 12]] = 2
+    train, held = hold_out(y, groups, 0.5, seed)
+    assert set(y[train]) == {0, 1, 2}
+    assert not set(groups[train]) & set(groups[held]) and sorted([*train, *held]) == list(range(len(y)))

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.errors import CacheError, MissingFeaturesError, VerifyError
 from pipeline.features.cache import FeatureCache
-from pipeline.features.garbage import DAY
+from pipeline.features.inventory import DAY
 from pipeline.features.parts import build_part, part_name
 from pipeline.features.store import read_spec
 from pipeline.params import Params, load_params

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -15,13 +17,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import ImageChops
 
-from pipeline.data.decode import Decoder
-from pipeline.errors import BadImagesError, DriftError, MissingFeaturesError
+from pipeline.backbones import Forward
+from pipeline.data.decode import BadImage, Decoder, Reason
+from pipeline.errors import BadImagesError, CacheError, DriftError, MissingFeaturesError
 from pipeline.params import Params
 from pipeline.stages.extract import extract
 from pipeline.stages.open import load_features
+from pipeline.stages.train_head import train_head
 
 from .conftest import FAST, write_image
 
@@ -290,3 +296,93 @@ def test_a_killed_first_extraction_goes_on_under_its_own_pixels_only(
     decode_otherwise(monkeypatch)
     with pytest.raises(DriftError, match="other pixels"):
         run_extract()
+
+
+def test_a_file_system_without_locks_and_folder_syncs_is_said_and_works(
+    make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse_locks(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("fcntl.flock", refuse_locks)
+    monkeypatch.setattr("os.fsync", refuse_folders)
+    lines: list[str] = []
+    assert extract(make_params(), lines.append, quiet=True)["embedded"] == 24
+    assert any("has no locks" in line for line in lines)
+
+
+def test_keys_of_views_stay_as_long_as_a_run_names_them(run_extract: Extract, make_params: MakeParams) -> None:
+    summary = run_extract("extract.views=2")
+    model = json.loads((Path(train_head(make_params("extract.views=2"), print)["run"]) / "model.json").read_text())
+    assert model["feature_keys"] == [summary["key"], *(view["key"] for view in summary["views"])]
+
+
+def test_views_of_cached_images_are_computed_and_counted(run_extract: Extract) -> None:
+    run_extract()
+    summary = run_extract("extract.views=1")
+    assert (summary["embedded"], summary["reused"], summary["forwarded"]) == (0, 24, 16)
+    assert summary["bound_by"] in ("read", "decode", "forward") and summary["images_per_second"] > 0
+    assert run_extract("extract.views=1")["forwarded"] == 0
+
+
+def test_the_plan_counts_the_views(make_params: MakeParams) -> None:
+    lines: list[str] = []
+    extract(make_params("extract.views=2"), lines.append, quiet=True)
+    assert any("16 training images in 2 views" in line for line in lines)
+
+
+def test_unreadable_images_are_tried_again_when_asked(
+    make_params: MakeParams, run_extract: Extract, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_self: Decoder, _data: bytes) -> None:
+        raise BadImage(Reason.CORRUPT, "a bad day")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "__call__", fail)
+        assert run_extract()["quarantined"] == 24
+    assert run_extract()["quarantined"] == 24
+    summary = extract(make_params(), lambda _line: None, quiet=True, retry=True)
+    assert (summary["embedded"], summary["quarantined"]) == (24, 0)
+
+
+def test_what_overflows_in_float16_is_computed_in_float32(run_extract: Extract, make_params: MakeParams) -> None:
+    tiny = ("transform.std=[0.00001, 0.00001, 0.00001]", "cache.dtype=float32")
+    run_extract("extract.precision=float16", *tiny)
+    reduced = load_features(make_params("extract.precision=float16", *tiny)).features
+    run_extract("extract.precision=float32", *tiny)
+    exact = load_features(make_params("extract.precision=float32", *tiny)).features
+    assert np.isfinite(reduced).all() and (np.abs(exact).max(axis=1) > 0).all()
+    assert (reduced == exact).all(axis=1).any(), "no image overflowed, so this shows nothing"
+
+
+def test_not_a_number_is_never_cached(
+    run_extract: Extract, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Forward._forward
+    spoilt = ("bad.jpg", 100)
+    write_image(root / "train" / "cat" / spoilt[0], spoilt[1], (500, 40))
+
+    def forward(self: Forward, pixels: list[np.ndarray], size: int) -> np.ndarray:
+        features = real(self, pixels, size)
+        features[[each.mean() > 128 for each in pixels]] = np.nan
+        return features
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Forward, "_forward", forward)
+        with pytest.raises(CacheError, match=r"\d+ images hold NaN") as caught:
+            run_extract()
+    assert ".jpg" in str(caught.value) and "transform.std" in str(caught.value)
+    again = run_extract()
+    assert 0 < again["embedded"] < 25 and again["reused"] == 25 - again["embedded"], "the finite ones were kept"
+
+
+def test_what_was_dropped_from_the_weights_is_said(make_params: MakeParams, tmp_path: Path) -> None:
+    network = torchvision.models.mobilenet_v3_small(num_classes=5)
+    torch.save(network.state_dict(), tmp_path / "five.pth")
+    lines: list[str] = []
+    extract(make_params(f"backbone.weights={tmp_path / 'five.pth'}"), lines.append, quiet=True)
+    assert "Weights: the classifier of the weights (5 outputs) was dropped." in lines

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline import load_run
-from pipeline.errors import FinetuneError
+from pipeline.errors import FinetuneError, Interrupted
 from pipeline.params import Params, load_params
+from pipeline.stages import finetune as stage
 from pipeline.stages.extract import extract
 from pipeline.stages.finetune import find_lr, finetune
 from pipeline.stages.train_head import train_head
@@ -102,7 +105,7 @@ def test_a_probe_of_random_weights_is_tuned_with_the_statistics_it_was_fitted_to
 def test_interpolation_is_chosen_on_the_selection_set(probe: Path, make_params: MakeParams) -> None:
     lines: list[str] = []
     finetune(make_params(*QUICK, "finetune.interpolate=true"), lines.append)
-    assert any(line.startswith("Interpolation:") for line in lines)
+    assert any("of the way from the probe" in line or "no mix beat" in line for line in lines)
 
 
 def test_without_a_fitting_probe_the_message_says_what_to_do(run_extract: Extract, make_params: MakeParams) -> None:
@@ -176,3 +179,81 @@ def test_every_recipe_runs_a_step(recipe: Path, root: Path, tmp_path: Path) -> N
         summary = finetune(params, silent)
     metrics = json.loads((Path(summary["run"]) / "metrics.json").read_text())
     assert metrics["n"] == 8
+
+
+def metrics_of(summary: dict[str, Any]) -> dict[str, Any]:
+    return dict(json.loads((Path(summary["run"]) / "metrics.json").read_text()))
+
+
+MOVING = ("finetune.backbone_lr=3e-3", "finetune.head_lr=1e-2")
+RUIN = ("finetune.head_lr=100", "finetune.backbone_lr=1", "finetune.optimizer=sgd", "finetune.clip_norm=0")
+
+
+def test_a_kept_probe_is_reported_with_the_images_that_it_was_fitted_to(probe: Path, make_params: MakeParams) -> None:
+    protocol = metrics_of(finetune(make_params(*QUICK, *RUIN), silent))["protocol"]
+    assert "the logistic head was fitted on 16 images of train" in protocol
+    assert "The probe rather than an epoch of fine-tuning was chosen" in protocol
+
+
+def test_a_fine_tuned_run_that_kept_its_probe_is_no_start_for_the_next(probe: Path, make_params: MakeParams) -> None:
+    finetune(make_params(*QUICK, *RUIN), silent)
+    again = finetune(make_params(*QUICK, *RUIN), silent)
+    assert again["selected"]["probe_run"] == probe.name
+
+
+def test_the_share_of_the_mix_is_in_the_protocol(
+    probe: Path, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.finetune.averaging.SHARES", (0.5, 1.0))  # the probe is no choice
+    summary = finetune(make_params(*QUICK, "finetune.interpolate=true", "finetune.backbone_lr=1e-3"), silent)
+    assert summary["selected"]["share"] in (0.5, 1.0)
+    assert "the mix with the probe was chosen" in metrics_of(summary)["protocol"]
+
+
+def test_a_tuned_head_is_calibrated_where_the_params_ask_for_it(
+    probe: Path, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.finetune.averaging.SHARES", (1.0,))  # the probe is no choice
+    monkeypatch.setattr("pipeline.finetune.training.selection_temperature", lambda _logits, _targets: 2.0)
+    quick = (*QUICK, *MOVING, "finetune.calibrate=none", "finetune.refit=false")
+    plain, cooled = (finetune(make_params(*quick, f"head.calibrate={how}"), silent) for how in ("none", "temperature"))
+    temperature = cooled["selected"]["temperature"]
+    assert temperature == 2 and "temperature" not in plain["selected"]
+    first, second = (load_run(summary["run"]).head.as_layers() for summary in (plain, cooled))
+    assert first is not None and second is not None
+    assert second.biases[0] * temperature == pytest.approx(first.biases[0])
+    assert "the temperature was chosen" in metrics_of(cooled)["protocol"]
+
+
+def test_what_was_chosen_is_trained_on_all_of_train(
+    probe: Path, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it trains on all of train, it goes on to the same weights; the protocol says what was fitted."""
+    monkeypatch.setattr("pipeline.finetune.averaging.SHARES", (0.5, 1.0))  # the probe is no choice
+    whole = finetune(make_params(*QUICK, *MOVING, "runs.name=whole"), silent)
+    real, refits = stage.train_classifier, 0
+
+    def dies_on_all_of_train(*arguments: Any, **options: Any) -> Any:
+        nonlocal refits
+        refits += arguments[2] is None
+        if refits == 1:
+            options["callbacks"] = replace(
+                options["callbacks"], on_batch=lambda _count: os.kill(os.getpid(), signal.SIGINT)
+            )
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(stage, "train_classifier", dies_on_all_of_train)
+    with pytest.raises(Interrupted):
+        finetune(make_params(*QUICK, *MOVING, "runs.name=cut"), silent)
+    resumed = finetune(make_params(), silent, resume="cut")
+    assert whole["selected"]["refit"] and whole["selected"]["epoch"]
+    assert "was fitted on 16 images of train" in metrics_of(whole)["protocol"]
+    one, two = (load_file(Path(summary["run"]) / "backbone.safetensors") for summary in (whole, resumed))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_minutes_leave_fewer_epochs(probe: Path, make_params: MakeParams) -> None:
+    lines: list[str] = []
+    finetune(make_params(*QUICK, "finetune.epochs=50", "finetune.minutes=0.001"), lines.append)
+    assert any(line.startswith("An epoch takes about") for line in lines)
+    assert any("leaves time for 1 of 50 epochs" in line for line in lines)

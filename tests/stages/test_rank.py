@@ -13,7 +13,12 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.errors import BackboneError
+from pipeline.evaluate import wilson
+from pipeline.evaluate.intervals import share_interval
+from pipeline.heads import make_head
+from pipeline.heads.crossval import stratified_group_folds
 from pipeline.params import Params
+from pipeline.stages.open import load_features
 from pipeline.stages.rank import Ranked, rank_backbones, recommend, stratified_sample
 
 Extract = Callable[..., dict[str, Any]]
@@ -37,6 +42,21 @@ def test_backbones_are_ranked_on_the_same_images_of_train(make_params: MakeParam
     again = quietly(params, "squeezenet1_1=random", images=10)["backbones"]
     assert [row["forwarded"] for row in again] == [0]
     assert again[0]["accuracy"] == next(row["accuracy"] for row in rows if row["name"] == "squeezenet1_1")
+
+
+def test_the_accuracy_is_not_that_of_the_folds_that_chose(run_extract: Extract, make_params: MakeParams) -> None:
+    """Each fold is predicted by a head whose strength was chosen within the other folds, whole groups apart."""
+    run_extract()
+    params = make_params("head.folds=4", r"data.group_pattern=/(\d)")
+    table = load_features(params)
+    X, y, groups = table.training_rows()
+    right = np.zeros(len(y), bool)
+    for train, test in stratified_group_folds(y, groups, 4, params.head.seed):
+        head = make_head("logistic", params.head, class_names=table.class_names).fit(X[train], y[train], groups[train])
+        right[test] = head.predict(X[test]) == y[test]
+    (row,) = quietly(params, "mobilenet_v3_small")["backbones"]
+    assert row["accuracy"] == right.mean()
+    assert row["interval"] == share_interval(right, groups) != wilson(int(right.sum()), len(right))
 
 
 def test_features_of_extract_are_used_again(run_extract: Extract, make_params: MakeParams) -> None:

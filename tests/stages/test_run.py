@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline import load_run
 from pipeline.errors import RunError
@@ -63,3 +65,18 @@ def test_a_decoder_of_another_version_is_refused(draft_run: Path, others: Path) 
     change_model(draft_run, lambda model: model.update(decoder="pillow-rgb-9"))
     with pytest.raises(RunError, match="pillow-rgb-9"):
         load_run(draft_run).predict([others])
+
+
+def test_predict_takes_what_a_program_has(run_extract: Extract, make_params: MakeParams, root: Path) -> None:
+    run_extract()
+    run = load_run(train_head(make_params(*QUICK), lambda _line: None)["run"])
+    file = root / "val" / "cat" / "00.jpg"
+    (from_path,) = run.predict(str(file))
+    assert from_path == run.predict([file])[0] and len(run.predict(str(root / "val"))) == 8
+    image = Image.open(file)
+    found = run.predict([file.read_bytes(), np.asarray(image), image, file])
+    assert [each.label for each in found] == [from_path.label] * 4
+    assert [each.probability for each in found] == [from_path.probability] * 4
+    assert [each.path for each in found] == ["image 0", "image 1", "image 2", str(file)]
+    with pytest.raises(TypeError, match="a list of them"):
+        run.predict(7)  # type: ignore[arg-type]

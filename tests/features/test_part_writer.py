@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pipeline.data.digests import Digests
-from pipeline.features import writer as writer_module
+from pipeline.features import store as writer_module
 from pipeline.features.rounding import Features
-from pipeline.features.writer import PartWriter
+from pipeline.features.store import PartWriter
 
 from .examples import features_of, make_digests, make_store
 

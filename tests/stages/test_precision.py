@@ -1,0 +1,93 @@
+"""What precision `auto` stands for is decided by whoever begins, and followed by every machine."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.backbones import Verdict
+from pipeline.params import Params
+from pipeline.stages.extract import extract
+from pipeline.stages.open import load_features
+from pipeline.stages.train_head import train_head
+
+from .conftest import write_image
+
+Extract = Callable[..., dict[str, Any]]
+MakeParams = Callable[..., Params]
+QUICK = ("head.logistic.strengths=3", "head.folds=2")
+
+
+@pytest.fixture
+def on_a_fast_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Whether this machine is one that computes bfloat16 fast, and the backbone bears it."""
+
+    def be(fast: bool) -> None:
+        verdict = Verdict("bfloat16", True, 1.0, 1.0)
+        monkeypatch.setattr("pipeline.backbones.backbone.reduced_precision_of", lambda _d: "bfloat16" if fast else None)
+        monkeypatch.setattr("pipeline.backbones.backbone.accept_precision", lambda *_a, **_k: verdict)
+
+    return be
+
+
+def test_a_login_node_follows_the_machine_that_extracted(
+    run_extract: Extract, make_params: MakeParams, root: Path, on_a_fast_machine: Callable[[bool], None]
+) -> None:
+    on_a_fast_machine(True)
+    first = run_extract()
+    on_a_fast_machine(False)
+    assert len(load_features(make_params())) == 24
+    train_head(make_params(*QUICK), lambda _line: None)
+    write_image(root / "train" / "cat" / "new.jpg", 100)
+    lines: list[str] = []
+    second = extract(make_params(), lines.append, quiet=True)
+    assert (second["key"], second["forwarded"]) == (first["key"], 1)
+    assert any(line.startswith("Precision auto: bfloat16 (begun on cpu") for line in lines)
+
+
+def test_nodes_of_a_job_array_share_one_key(run_extract: Extract, on_a_fast_machine: Callable[[bool], None]) -> None:
+    keys = []
+    for shard, fast in enumerate((False, True)):
+        on_a_fast_machine(fast)
+        keys.append(run_extract(f"extract.shard={shard}/2")["key"])
+    assert keys[0] == keys[1]
+
+
+def test_an_older_cache_has_the_precision_of_most_of_its_features(
+    run_extract: Extract, root: Path, tmp_path: Path, on_a_fast_machine: Callable[[bool], None]
+) -> None:
+    most = run_extract("extract.precision=bfloat16")
+    for image in sorted(root.rglob("*.jpg"))[5:]:
+        image.rename(tmp_path / image.name)
+    run_extract("extract.precision=float32")
+    on_a_fast_machine(False)
+    assert run_extract()["key"] == most["key"]
+
+
+def test_who_only_reads_decides_nothing(
+    run_extract: Extract, make_params: MakeParams, tmp_path: Path, on_a_fast_machine: Callable[[bool], None]
+) -> None:
+    on_a_fast_machine(False)
+    with pytest.raises(Exception, match="no feature yet"):
+        load_features(make_params())
+    on_a_fast_machine(True)
+    first = run_extract()
+    assert "bfloat16" in next((tmp_path / "cache").glob("*/spec.json")).read_text() and first["embedded"] == 24
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff"])
+def test_a_damaged_choice_is_made_again(
+    run_extract: Extract, tmp_path: Path, on_a_fast_machine: Callable[[bool], None], content: bytes
+) -> None:
+    on_a_fast_machine(True)
+    run_extract()
+    (file,) = (tmp_path / "cache" / "precision").iterdir()
+    file.write_bytes(content)
+    shutil.rmtree(next((tmp_path / "cache").glob("*-*/")))
+    on_a_fast_machine(False)
+    run_extract()
+    assert b"float32" in file.read_bytes()
