@@ -127,7 +127,7 @@ def verdict_key(identity: BackboneIdentity, crop: int, *, device: torch.device, 
     """What a verdict depends on: the key to remember it under."""
     return {
         "about": "precision",
-        "backbone": asdict(identity),
+        "backbone": identity.as_dict(),
         "crop": crop,
         "device": kind_of_device(device),
         "precision": precision,

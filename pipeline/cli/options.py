@@ -43,6 +43,24 @@ class Reporter:
             click.echo(json.dumps(summary))
 
 
+class Count(click.ParamType):  # type: ignore[type-arg]
+    """A whole number, also written 300k or 30M."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number.
+
+        Raises:
+            click.BadParameter: it is none.
+        """
+        text = str(value).replace(",", "")
+        try:
+            return round(float(text.rstrip("kMG")) * {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1))
+        except ValueError:
+            self.fail(f"{value!r} is no number such as 300k or 30M", param, ctx)
+
+
 Verb = Callable[..., None]
 DEFAULT_FILE = Path("params.yaml")
 

@@ -351,7 +351,7 @@ class _Job:
         backbone = self.cache.backbone
         return training_fingerprint(
             self.params.finetune,
-            backbone=asdict(backbone.identity),
+            backbone=backbone.identity.as_dict(),
             transform=backbone.transform.as_dict(),
             images=self.table.digests[rows],
             selection=self.table.digests[selection],

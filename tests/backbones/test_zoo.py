@@ -70,6 +70,12 @@ class ToyZoo:
     def version(self, name: str) -> str:
         return "toys 1"
 
+    def code_digest(self, name: str) -> None:
+        return None
+
+    def licence(self, name: str) -> str | None:
+        return "MIT"
+
     def tags(self, name: str) -> Sequence[str]:
         return ["first", "second"]
 
@@ -77,8 +83,8 @@ class ToyZoo:
         tag = "second" if weights in ("DEFAULT", "newest") else weights
         return WeightsSource(tag, self.folder / f"{tag}.safetensors", tag) if tag in self.tags(name) else None
 
-    def preset(self, name: str, tag: str | None, image_size: int | None = None) -> Transform:
-        return PRESET if tag != "first" else Transform(resize=None, crop=24)
+    def preset(self, name: str, source: WeightsSource, image_size: int | None = None) -> Transform:
+        return PRESET if source.tag != "first" else Transform(resize=None, crop=24)
 
     def make(
         self,
@@ -86,6 +92,7 @@ class ToyZoo:
         *,
         layer: str | None = None,
         pooling: str = "default",
+        image_size: int | None = None,
         tensors: Tensors | None = None,
         initialise: bool = False,
     ) -> FeatureNetwork:
@@ -107,8 +114,8 @@ class ToyZoo:
         network = FeatureNetwork(model, input_size=16, classifier="head", shapes=shapes, blocks=blocks)
         return network, ("ball", "doll", "kite")
 
-    def rename(self, name: str, key: str) -> str | None:
-        return None if key.startswith("teacher.") else key.replace("trunk", "body")
+    def adapt(self, name: str, network: FeatureNetwork, tensors: Tensors) -> Tensors:
+        return {key.replace("trunk", "body"): tensors[key] for key in tensors if not key.startswith("teacher.")}
 
 
 @pytest.fixture
@@ -145,7 +152,7 @@ def plain_features(state: dict[str, Tensor]) -> Tensor:
 
 def test_it_is_listed_with_its_size() -> None:
     assert backbone_names()[-1] == NAME
-    row = list_backbones()[-1]
+    row = list(list_backbones())[-1]
     assert (row.name, row.feature_dim, row.weights, row.input_size) == (NAME, 6, ("first", "second"), 16)
     assert (
         row.parameters
