@@ -9,7 +9,7 @@ VENV_LOWEST ?= .venv-lowest
 PARAMS ?= params.yaml
 DEMO_DATA ?= data/demo
 BENCH ?= benchmarks/*.py
-EXTRAS ?= dev,export,serve,tensorboard
+EXTRAS ?= dev,export,parquet,remote,serve,tensorboard
 FILE ?= model.onnx
 
 VALUES := PYTHON VENV VENV_LOWEST PARAMS DEMO_DATA BENCH EXTRAS SET RUN DATA IMAGES FILE TESTS ARGS

@@ -114,7 +114,8 @@ def leaderboard(content: Content) -> str:
     chosen = frozenset(place for place, row in enumerate(rows) if row.get("selected") is True)
     cells = [[esc(_value(row.get(key))) for key in headings] for row in rows]
     titles = [heading.replace("_", " ") for heading in headings]
-    return page.table(titles, cells, caption="The chosen head is shaded." if chosen else "", chosen=chosen)
+    caption = "Scores that chose a head or its settings are a little too good; the reported ones chose nothing."
+    return page.table(titles, cells, caption=f"The chosen head is shaded. {caption}" if chosen else "", chosen=chosen)
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,7 +251,10 @@ def learning_curve(content: Content) -> str:
     """Accuracy by the number of training images."""
     if len(content.metrics.curve) < 2:
         return ""
-    caption = "Accuracy against the number of training images, with a 95 % band; where it still climbs, labels help."
+    caption = (
+        "Accuracy against the number of training images: the mean of three draws of so many, shaded from the lowest to"
+        " the highest (all of train is one draw). Where it still climbs, more labels help."
+    )
     return page.figure(curve_plot(content.metrics.curve), caption)
 
 
@@ -258,8 +262,13 @@ def calibration(content: Content) -> str:
     """Accuracy by confidence."""
     if not content.metrics.reliability:
         return ""
-    caption = "Bars below the dashed line: the classifier is surer than it is right."
-    return page.figure(reliability_plot(content.metrics.reliability), caption)
+    bins = content.metrics.reliability
+    plain = sum(row.n * abs(row.accuracy - row.confidence) for row in bins) / sum(row.n for row in bins)
+    caption = (
+        "Bars below the dashed line: the classifier is surer than it is right. The calibration error above is free of"
+        f" what chance adds in so few images; computed plainly from these bars it is {percent(plain)}."
+    )
+    return page.figure(reliability_plot(bins), caption)
 
 
 # -- how it was made ------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline import load_run
+from pipeline.artifacts import Leak
 from pipeline.errors import DataError, HeadError, MissingFeaturesError, RunError
 from pipeline.params import Params
 from pipeline.stages.evaluate import evaluate_run
@@ -106,6 +107,18 @@ def test_several_kinds_make_a_leaderboard_and_one_winner(run_extract: Extract, m
     assert sum(row["selected"] for row in metrics["leaderboard"]) == 1
     assert "kind of head was chosen" in metrics["protocol"]
     assert "on which nothing was chosen" in metrics["protocol"]
+    too_good = "a little too good"
+    assert any(line.startswith("Heads") and too_good in line for line in lines)
+    assert too_good in (Path(summary["run"]) / "report.html").read_text()
+
+
+def test_a_head_that_nothing_was_chosen_for_is_not_called_too_good(
+    run_extract: Extract, make_params: MakeParams
+) -> None:
+    run_extract()
+    lines: list[str] = []
+    train_head(make_params(*QUICK, "head.kind=nearest_centroid"), lines.append)
+    assert "Heads:" in lines
 
 
 def test_a_leak_of_train_into_val_is_reported(run_extract: Extract, make_params: MakeParams, root: Path) -> None:
@@ -136,6 +149,36 @@ def test_views_are_embedded_once_and_trained_on(run_extract: Extract, make_param
     assert summary["n"] == 8
     plain = train_head(make_params(*QUICK), lambda _line: None)
     assert plain["metrics"]["log_loss"] != summary["metrics"]["log_loss"]
+
+
+def test_a_learning_curve_counts_images_not_their_views(run_extract: Extract, make_params: MakeParams) -> None:
+    run_extract("extract.views=2")
+    run = Path(train_head(make_params(*QUICK, "extract.views=2"), lambda _line: None, curve=True)["run"])
+    curve = json.loads((run / "metrics.json").read_text())["curve"]
+    assert curve[-1]["images"] == 16 and all(point["images"] <= 16 for point in curve)
+    assert "95 % band" not in (run / "report.html").read_text()
+
+
+def test_groups_that_cross_the_users_splits_are_leaks_and_the_score_is_given_without(
+    run_extract: Extract, make_params: MakeParams, root: Path
+) -> None:
+    """Images of val are named after patients of whom the cats 00 and 06 have images in train."""
+    run_extract()
+    for number, patient in ((0, "P1"), (6, "P2"), (12, "P9"), (18, "P9")):
+        (root / "val" / "cat" / f"{number:02}.jpg").rename(root / "val" / "cat" / f"{patient}-{number}.jpg")
+    for number, patient in ((2, "P1"), (4, "P2")):
+        (root / "train" / "cat" / f"{number:02}.jpg").rename(root / "train" / "cat" / f"{patient}-{number}.jpg")
+    params = make_params(*QUICK, r"data.group_pattern=(P\d)-")
+    lines: list[str] = []
+    summary = train_head(params, lines.append)
+    assert {key: summary["leak"][key] for key in ("leaked", "by_group", "n")} == {"leaked": 2, "by_group": 2, "n": 6}
+    assert any("2 of the 8 images of val are of groups that train has too" in line for line in lines)
+    assert "7 groups of these images" in summary["protocol"]
+    again = evaluate_run(load_run(summary["run"]), quiet=True)
+    assert (again.leak, again.metrics["accuracy_ci95"]) == (
+        Leak.model_validate(summary["leak"]),
+        summary["metrics"]["accuracy_ci95"],
+    )
 
 
 def test_one_class_says_why_training_cannot_go_on(
