@@ -70,6 +70,11 @@ def find_zoo(name: str) -> Zoo:
     )
 
 
+def is_own_code(name: str) -> bool:
+    """Whether the backbone is the user's own network, for which a module of that name is imported."""
+    return isinstance(find_zoo(name), OwnZoo)
+
+
 def locate_weights(name: str, weights: str, *, seed: int = 0) -> WeightsSource:
     """Resolve ``backbone.weights`` (aliases included) without opening or downloading anything.
 

@@ -140,8 +140,8 @@ def fold_batchnorm(network: nn.Module) -> tuple[nn.Module, int]:
 
 
 def _without_activations(network: nn.Module) -> nn.Module:
-    """A copy whose BatchNorms with an activation inside (timm's `BatchNormAct2d`) are two layers each."""
-    split = copy.deepcopy(network)
+    """A copy in eval mode whose BatchNorms with an activation inside (timm's `BatchNormAct2d`) are two layers each."""
+    split = copy.deepcopy(network).eval()
     for path, module in list(split.named_modules()):
         drop, act = getattr(module, "drop", None), getattr(module, "act", None)
         if isinstance(module, nn.BatchNorm2d) and isinstance(drop, nn.Module) and isinstance(act, nn.Module):

@@ -110,9 +110,11 @@ def run_options(verb: Verb) -> Verb:
     """
 
     @_params_options
+    @click.option("--backbone", metavar="MODULE:FUNCTION", help="Import this network of your own, which the run names.")
     @reporting_options
     @functools.wraps(verb)
-    def wrapped(file: Path | None, overrides: tuple[str, ...], **arguments: Any) -> None:
+    def wrapped(file: Path | None, overrides: tuple[str, ...], backbone: str | None, **arguments: Any) -> None:
+        overrides += (f"backbone.name={backbone}",) if backbone else ()
         there = file is not None or DEFAULT_FILE.exists()
         runs_dir = load_params(file or DEFAULT_FILE, overrides).runs.dir if there else Path("runs")
         verb(runs_dir=runs_dir, overrides=overrides, **arguments)

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from ..artifacts import Predictions, RunMetrics, RunModel
-from ..backbones.catalogue import locate_weights
+from ..backbones.catalogue import find_zoo, locate_weights
 from ..evaluate.metrics import METRICS
 from ..evaluate.protocol import leak_sentence
 from ..evaluate.text import images, percent, printable
@@ -58,7 +58,9 @@ def licence_of(model: RunModel, params: Params) -> tuple[str, str]:
     if model.verb == "finetune":
         label = locate_weights(name, params.backbone.weights, seed=params.backbone.seed).label
     label = f"{name} {label}" if name == "starter" else label
-    return next((value for key, value in LICENCES.items() if key in label), UNKNOWN)
+    known = next((value for key, value in LICENCES.items() if key in label), None)
+    stated = find_zoo(name).licence(name) if known is None else None
+    return known or ((stated, f"The library of the weights states the licence {stated}.") if stated else UNKNOWN)
 
 
 # -- front matter ----------------------------------------------------------------------------------------------------
