@@ -2,8 +2,8 @@
 
     python benchmarks/sources.py --data FOLDER [--images N] [--rounds 3] [--backbone starter]
 
-The folder is the baseline of each ratio, measured in the same run, interleaved; each first extraction has a cache of its
-own, and the second repeats it there. Then each place is read without decoding (`Images.read_unknown`), which is what a
+The folder is the baseline of each ratio, measured in the same run, interleaved; each first extraction has a cache of
+its own, and the second repeats it there. Then each place is read without decoding (`Images.read_unknown`): what a
 source alone can cost. Parquet needs pyarrow.
 """
 
