@@ -14,7 +14,7 @@ from .openclip import OpenClipZoo
 from .own import OwnZoo
 from .timm import TimmZoo
 from .torchvision import TorchvisionZoo
-from .zoo import WeightsSource, Zoo, measure_features
+from .zoo import WALL, WeightsSource, Zoo, measure_features
 
 # Which backbones there are: a new zoo is a file beside this one, and an entry here.
 ZOOS: dict[str, Zoo] = {
@@ -25,10 +25,6 @@ ZOOS: dict[str, Zoo] = {
 }
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-
-
-# A zoo with more names than this is listed only as far as it is asked for.
-WALL = 150
 
 
 @dataclass(frozen=True)
@@ -135,9 +131,10 @@ def list_backbones(
 
 def matching_names(patterns: Sequence[str] = ()) -> list[str]:
     """The names for `list_backbones`."""
-    every = {name: len(zoo.names()) for zoo in ZOOS.values() for name in zoo.names()}
+    zoos = [zoo.names() for zoo in ZOOS.values()]
+    every = [name for names in zoos for name in names if patterns or len(names) <= WALL]
     if not patterns:
-        return [name for name, count in every.items() if count <= WALL]
+        return every
     wanted = [pattern if set(pattern) & set("*?[") else f"*{pattern}*" for pattern in patterns]
     return [name for name in every if name in patterns or any(fnmatchcase(name, pattern) for pattern in wanted)]
 

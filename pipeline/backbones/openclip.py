@@ -7,7 +7,6 @@ Features are what open_clip's `encode_image` gives, after the projection into th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import BackboneError, WeightsError
-from .timm import pooling_words, timm_blocks
+from .timm import make_lightly, pooling_words, timm_blocks
 from .transform import Transform
 from .weights import hub_source
 from .zoo import (
@@ -30,7 +29,6 @@ from .zoo import (
     import_extra,
     layer_error,
     pooling_error,
-    without_storage,
 )
 
 PREFIX = "openclip/"
@@ -113,11 +111,12 @@ class OpenClipZoo:
         if layer not in (None, POOLED):
             raise layer_error(name, layer, {POOLED}, "a tower gives its features before or after the projection")
         config = _open_clip().get_model_config(_split(name)[0])
-        vision = {**config["vision_cfg"], **({"image_size": image_size} if image_size else {})}
+        vision = config["vision_cfg"]
+        if image_size and "timm_model_name" not in vision:  # timm's take what they can, as they are
+            vision = {**vision, "image_size": image_size}
         build = _open_clip().model._build_vision_tower
         make = partial(build, config["embed_dim"], vision, config.get("quick_gelu", False))
-        with nullcontext() if initialise else without_storage():
-            tower = make().eval()
+        tower = make_lightly(make, initialise=initialise)
         shapes = {key: tensor.shape for key, tensor in tower.state_dict().items()}
         words = (
             pooling_words(tower.trunk) if hasattr(tower, "trunk") else _WORDS.get(getattr(tower, "pool_type", "none"))
@@ -128,7 +127,7 @@ class OpenClipZoo:
             tower,
             pooling=f"{words}, {'before' if layer else 'after'} the projection",
             input_size=_size(vision.get("image_size", 224)),
-            only_size=True,
+            only_size="timm_model_name" not in vision,
             shapes=shapes,
             blocks=_blocks(tower),
         )

@@ -202,14 +202,19 @@ def _timm() -> Any:
 
 
 @cache
+def _every_name() -> dict[str, None]:
+    """Also of networks without pretrained weights, in timm's order."""
+    return dict.fromkeys(_timm().list_models(include_tags=True))
+
+
+@cache
 def _config(name: str) -> Any:
     """timm's `PretrainedCfg`.
 
     Raises:
         BackboneError: timm is not installed, or has no such name.
     """
-    timm, known = _timm(), name.removeprefix(PREFIX)
-    names = timm.list_models(include_tags=True)
+    timm, names, known = _timm(), _every_name(), name.removeprefix(PREFIX)
     if known in names:
         return timm.models.get_pretrained_cfg(known)
     architecture = known.partition(".")[0]
@@ -238,16 +243,20 @@ def _stored_config(name: str, file: Path | None) -> Mapping[str, Any]:
 
 def _create(known: str, *, initialise: bool = False, **options: Any) -> nn.Module:
     """timm's model in eval mode, with random weights or without storage."""
-    make = partial(_timm().create_model, known, **options)
+    return make_lightly(partial(_timm().create_model, known, **options), initialise=initialise)
+
+
+def make_lightly(make: Callable[[], nn.Module], *, initialise: bool = False) -> nn.Module:
+    """What ``make`` gives, in eval mode, without storage where that works; ``initialise`` draws random weights."""
     if initialise:
-        return make().eval()  # type: ignore[no-any-return]
-    with suppress(RuntimeError):
+        return make().eval()
+    with suppress(RuntimeError, AttributeError):
         with without_storage():
-            model: nn.Module = make().eval()
+            model = make().eval()
         if _fill_buffers(model):
             return model
     with torch.random.fork_rng(devices=[]):  # some run or copy parts of themselves to learn their sizes
-        return make().eval()  # type: ignore[no-any-return]
+        return make().eval()
 
 
 def _fill_buffers(model: nn.Module) -> bool:

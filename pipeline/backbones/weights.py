@@ -6,6 +6,8 @@ them is named.
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import hashlib
 import http.client
 import json
@@ -34,7 +36,7 @@ from torch import Tensor
 from ..errors import WeightsError
 from ..files import DIGEST_BYTES, canonical_json, temporary_name
 from .transform import Transform
-from .zoo import FeatureNetwork, WeightsSource, Zoo, import_extra
+from .zoo import WALL, FeatureNetwork, WeightsSource, Zoo, import_extra
 
 # For connecting and for each read: a machine without internet must say so at once.
 TIMEOUT_SECONDS = 15.0
@@ -49,7 +51,7 @@ _SHOWN = 4
 # The way of torch.hub: the beginning of a file's SHA-256 in its name.
 _HASH = re.compile(r"-([a-f0-9]{8,})\.[^.]+$")
 # Looking for the network that a file would fit is only help with an error.
-_SEARCH_SECONDS = 20.0
+_SEARCHED, _SEARCH_SECONDS = 15, 20.0
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -227,7 +229,9 @@ def _stored_transform(path: Path, text: str | None) -> Transform | None:
 
 def _read_torch(path: Path) -> Checkpoint:
     try:
-        with warnings.catch_warnings(action="ignore"):  # about formats; whatever matters raises
+        # Training programs put their parsed arguments beside the tensors: text and numbers.
+        namespaces = torch.serialization.safe_globals([argparse.Namespace])
+        with warnings.catch_warnings(action="ignore"), namespaces:  # about formats; whatever matters raises
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         _fail(
@@ -346,7 +350,13 @@ def tensors_digest(state: Mapping[str, Tensor]) -> str:
 def _fit_names(zoo: Zoo, name: str, network: FeatureNetwork, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """``tensors`` by the names that the network has for them, without the prefixes of training programs."""
     wanted = set(network.model.state_dict())
-    prefix = max(_prefixes_of(tensors), key=lambda item: (sum(item + key in tensors for key in wanted), -len(item)))
+
+    def fit(prefix: str) -> tuple[int, int]:
+        hits = sum(prefix + key in tensors for key in wanted)
+        others = not hits and all(key.startswith(prefix) for key in tensors)  # names that the zoo will translate
+        return hits, len(prefix) if others else -len(prefix)
+
+    prefix = max(_prefixes_of(tensors), key=fit)
     inside = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     outside = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix) and key not in wanted}
     return zoo.adapt(name, network, {**outside, **inside})
@@ -406,7 +416,7 @@ def _mismatch(
     lines = [f"{len(missing)} of {count} tensors are missing: {_some(missing)}"] if missing else []
     lines += [_some(problems, "; ")] if problems else []
     others = len(missing) + len(problems) > count / 10  # else this is the right network, with something amiss
-    nearest = _nearest_network(zoo, tensors) if others else None
+    nearest = _nearest_network(zoo, name, tensors) if others else None
     remedy = f"they fit {nearest}: set backbone.name={nearest}" if nearest not in (None, name) else None
     return WeightsError(
         f"The weights do not fit {name}.",
@@ -416,10 +426,12 @@ def _mismatch(
     )
 
 
-def _nearest_network(zoo: Zoo, tensors: Mapping[str, Tensor]) -> str | None:
+def _nearest_network(zoo: Zoo, name: str, tensors: Mapping[str, Tensor]) -> str | None:
     """The zoo's network of which nearly all tensors are there with their shapes, as far as time allows to look."""
     best, best_share, until = None, 0.9, time.monotonic() + _SEARCH_SECONDS
-    for name in reversed(zoo.names()):  # what is packaged comes first in a list, and is the same model as a later one
+    names = zoo.names()[::-1]  # what is packaged comes first in a list, and is the same model as a later one
+    few = names if len(names) <= WALL else difflib.get_close_matches(name, names, _SEARCHED, cutoff=0.0)
+    for name in few:
         state = zoo.make(name).model.state_dict()
         keys = [key for key in state if not key.endswith(COUNTER)]
         share = sum(key in tensors and tensors[key].shape == state[key].shape for key in keys) / max(len(keys), 1)

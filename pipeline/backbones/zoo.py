@@ -24,6 +24,8 @@ from ..errors import BackboneError
 from .transform import Transform
 
 Tensors = Mapping[str, Tensor]
+# A zoo with more names than this is listed, or searched, only as far as it is asked for.
+WALL = 150
 
 
 @dataclass(frozen=True)

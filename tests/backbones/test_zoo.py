@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,6 +30,8 @@ from pipeline.backbones import (
     trainable_module,
 )
 from pipeline.backbones import build as build_module
+from pipeline.backbones import openclip as openclip_module
+from pipeline.backbones import timm as timm_module
 from pipeline.backbones.weights import tensors_digest
 from pipeline.backbones.zoo import Tensors, layer_error, pooling_error, without_storage
 from pipeline.errors import BackboneError, WeightsError
@@ -159,6 +162,22 @@ def test_it_is_listed_with_its_size() -> None:
         == 1 + 4 * 3 * 9 + 2 * 4 + 6 * 4 * 9 + 6
         == sum(p.numel() for p in make_module(NAME)[0].parameters())
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("timm/resnet18.a1_in1k", "timm"), ("openclip/ViT-B-32.openai", "openclip")]
+)
+def test_a_library_that_is_not_installed_is_named_with_its_extra(
+    name: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, {"timm": "timm", "openclip": "open_clip"}[extra], None)
+    for module in (timm_module, openclip_module):
+        for function in vars(module).values():
+            getattr(function, "cache_clear", lambda: None)()
+    with pytest.raises(BackboneError, match="is not installed") as caught:
+        make_module(name)
+    assert f"image-transfer-pipeline[{extra}]" in str(caught.value.remedy)
+    assert NAME in backbone_names()
 
 
 def test_near_misses_name_it() -> None:
