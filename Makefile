@@ -91,7 +91,7 @@ extract: named-data ## stage one: images to cached features; only what is new is
 advise: named-data ## say what pays for these images: probe, fine-tune or train from scratch
 	@$(load) verb advise "$$@"
 
-inspect: extract ## look at the images: near-duplicates, leaks, doubted labels, outliers (RUN= judges by its head)
+inspect: extract ## near-duplicates, leaks, doubted labels, outliers (RUN= for its head)
 	@$(load) [ -z "$$RUN" ] || set -- "$$RUN" "$$@"; verb inspect "$$@"
 
 train-head: extract ## stage two: cached features to a classifier, its scores and a run folder
