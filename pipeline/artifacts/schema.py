@@ -46,13 +46,15 @@ def _plain(value: object) -> str:
 
 
 class BackboneRecord(Record):
-    """Which backbone the features came from; ``digest`` is that of its tensors, in hex."""
+    """Which backbone the features came from; ``digest`` is that of its tensors, in hex, ``code`` that of the source
+    file of a network of the user's own."""
 
     name: Text
     weights: Text
     digest: Text
     layer: Text | None = None
     pooling: Text
+    code: Text | None = None
 
 
 class HeadRecord(Record):

@@ -19,7 +19,7 @@ from .build import (
     make_module,
     trainable_module,
 )
-from .catalogue import ZOOS, BackboneRow, backbone_names, list_backbones
+from .catalogue import ZOOS, BackboneRow, backbone_names, describe_backbone, is_own_code, list_backbones
 from .memo import WeightsMemo
 from .precision import Verdict, accept_precision, reduced_precision_of, verdict_key
 from .prepare import PreparedBackbone, prepare_for_inference
@@ -48,7 +48,9 @@ __all__ = [
     "backbone_names",
     "build_classifier",
     "build_network",
+    "describe_backbone",
     "identify_network",
+    "is_own_code",
     "list_backbones",
     "make_decoder",
     "make_module",

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class BackboneIdentity:
     Attributes:
         weights: the resolved label: a zoo's name for them (torchvision's enum name), ``file`` or ``random-SEED``.
         digest: hex of `tensors_digest` over the network's tensors.
+        code: hex digest of the source file of a network of the user's own; ``None`` for all others.
     """
 
     name: str
@@ -35,6 +36,11 @@ class BackboneIdentity:
     digest: str
     layer: str | None = None
     pooling: str = "default"
+    code: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values; ``code`` only where there is one, so that what was keyed without it stays."""
+        return {key: value for key, value in asdict(self).items() if key != "code" or value is not None}
 
 
 class FrozenBackbone(nn.Module):
@@ -90,13 +96,14 @@ def build_network(params: BackboneParams, transform: TransformParams) -> BuiltNe
     name, zoo = params.name, find_zoo(params.name)
     source = locate_weights(name, params.weights, seed=params.seed)
     checkpoint = _read(source)
+    stored = checkpoint.transform if checkpoint else None
+    size = transform.crop or (stored.crop if stored else None)
     with _seeded(params.seed):
-        network = zoo.make(name, layer=params.layer, pooling=params.pooling, **_content(checkpoint))
-    chosen = adjust_transform(_preset(zoo, name, source, checkpoint, network), transform)
+        network = zoo.make(name, layer=params.layer, pooling=params.pooling, image_size=size, **_content(checkpoint))
+    chosen = adjust_transform(stored or _preset(zoo, name, source, network), transform)
     feature_dim = measure_features(network, chosen.crop, name)
     notes = load_tensors(zoo, name, network, checkpoint.tensors, where=source.path) if checkpoint else ()
-    digest = tensors_digest(network.model.state_dict())
-    identity = BackboneIdentity(name, source.label, digest, params.layer, params.pooling)
+    identity = _identity(params, source, tensors_digest(network.model.state_dict()))
     count = sum(parameter.numel() for parameter in network.parameters())
     return BuiltNetwork(FrozenBackbone(network), chosen, feature_dim, identity, count, notes)
 
@@ -110,6 +117,10 @@ def identify_network(
         BackboneError, WeightsError: as `build_network`.
     """
     source = locate_weights(params.name, params.weights, seed=params.seed)
+    # What a user's own code loads or draws by itself may be other tomorrow.
+    if source.drawn and find_zoo(params.name).code_digest(params.name):
+        built = build_network(params, transform)
+        return built.identity, built.transform, built.feature_dim
     key = _memo_key(params, transform, source)
     stat = _stat_for_memo(source)
     # A download that has since been removed was of the content its name promises.
@@ -120,8 +131,10 @@ def identify_network(
     read_ns = time.time_ns()
     built = build_network(params, transform)
     fact = {"digest": built.identity.digest, "transform": built.transform.as_dict(), "feature_dim": built.feature_dim}
-    after = stat_of(source.path) if source.path else None
-    if source.path is None or (after is not None and stat in (None, after)):
+    # A download has its place only now.
+    path = locate_weights(params.name, params.weights, seed=params.seed).path
+    after = stat_of(path) if path else None
+    if source.drawn or (after is not None and stat in (None, after)):
         memo.put(key, fact, stat=after, read_ns=read_ns)
     return built.identity, built.transform, built.feature_dim
 
@@ -147,7 +160,8 @@ def build_classifier(name: str, weights: str = "DEFAULT") -> tuple[FrozenBackbon
     checkpoint = _read(source)
     with _seeded(0):
         network, categories = zoo.make_classifier(name, **_content(checkpoint))
-    transform = _preset(zoo, name, source, checkpoint, network)
+    stored = checkpoint.transform if checkpoint else None
+    transform = stored or _preset(zoo, name, source, network)
     if checkpoint is not None:
         check_classifier(zoo, name, network, checkpoint.tensors, where=source.path)
         load_tensors(zoo, name, network, checkpoint.tensors, where=source.path)
@@ -166,11 +180,9 @@ def backbone_bytes(network: FeatureNetwork, transform: Transform, *, name: str) 
 
 def _read(source: WeightsSource) -> Checkpoint | None:
     """What the weights' file holds, fetched where it is not there yet; ``None`` for random weights."""
-    if source.path is None:
-        return None
-    if source.fetch is not None and not source.path.is_file():
-        source.fetch()
-    return read_checkpoint(source.path)
+    there = source.path is not None and source.path.is_file()
+    path = source.fetch() if source.fetch is not None and not there else source.path
+    return None if path is None else read_checkpoint(path)
 
 
 def _content(checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -186,13 +198,14 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _preset(
-    zoo: Zoo, name: str, source: WeightsSource, checkpoint: Checkpoint | None, network: FeatureNetwork
-) -> Transform:
-    """The transform of the weights: the one in their file, else what the zoo knows of them."""
-    if checkpoint is not None and checkpoint.transform is not None:
-        return checkpoint.transform
-    return zoo.preset(name, source.tag, network.input_size if network.only_size else None)
+def _preset(zoo: Zoo, name: str, source: WeightsSource, network: FeatureNetwork) -> Transform:
+    """What the zoo knows of the transform of these weights."""
+    return zoo.preset(name, source, network.input_size if network.only_size else None)
+
+
+def _identity(params: BackboneParams, source: WeightsSource, digest: str) -> BackboneIdentity:
+    code = find_zoo(params.name).code_digest(params.name)
+    return BackboneIdentity(params.name, source.label, digest, params.layer, params.pooling, code)
 
 
 def _stat_for_memo(source: WeightsSource) -> Stat | None:
@@ -210,13 +223,15 @@ def _stat_for_memo(source: WeightsSource) -> Stat | None:
 
 def _memo_key(params: BackboneParams, transform: TransformParams, source: WeightsSource) -> dict[str, Any]:
     """All that the fact depends on, but the content of the weights file."""
+    where = source.origin or (None if source.path is None else str(source.path))
     return {
         "about": "backbone",
         "backbone": params.model_dump(include={"name", "layer", "pooling"}),
-        "weights": [source.label, None if source.path is None else str(source.path)],
+        "weights": [source.label, where],
         "transform": transform.model_dump(mode="json"),
-        "drawn_by": [torch.__version__, torch.backends.cpu.get_cpu_capability()] if source.path is None else None,
+        "drawn_by": [torch.__version__, torch.backends.cpu.get_cpu_capability()] if source.drawn else None,
         "zoo": find_zoo(params.name).version(params.name),
+        **({} if source.config is None else {"config": stat_of(source.config)}),
     }
 
 
@@ -230,5 +245,4 @@ def _from_fact(
         transform = Transform.from_dict(fact.get("transform", {}))
     except WeightsError:
         return None
-    identity = BackboneIdentity(params.name, source.label, fact["digest"], params.layer, params.pooling)
-    return identity, transform, fact["feature_dim"]
+    return _identity(params, source, fact["digest"]), transform, fact["feature_dim"]

@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from ..errors import BackboneError, WeightsError
+from .openclip import OpenClipZoo
+from .own import OwnZoo
+from .timm import TimmZoo
 from .torchvision import TorchvisionZoo
-from .zoo import WeightsSource, Zoo, measure_features
+from .zoo import WALL, WeightsSource, Zoo, measure_features
 
 # Which backbones there are: a new zoo is a file beside this one, and an entry here.
-ZOOS: dict[str, Zoo] = {"torchvision": TorchvisionZoo()}
+ZOOS: dict[str, Zoo] = {
+    "torchvision": TorchvisionZoo(),
+    "timm": TimmZoo(),
+    "openclip": OpenClipZoo(),
+    "own": OwnZoo(),
+}
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
 @dataclass(frozen=True)
 class BackboneRow:
-    """One line of the list of backbones; ``parameters`` without the classifier, ``input_size`` in pixels."""
+    """One line of the list of backbones; ``parameters`` without the classifier, ``input_size`` in pixels.
+
+    ``pooling`` says in words what ``backbone.pooling: default`` is.
+    """
 
     name: str
     feature_dim: int
     parameters: int
     weights: tuple[str, ...]
     input_size: int
+    pooling: str
+    licence: str | None
+    transform: dict[str, Any]
 
 
 def backbone_names() -> tuple[str, ...]:
@@ -49,6 +66,11 @@ def find_zoo(name: str) -> Zoo:
     )
 
 
+def is_own_code(name: str) -> bool:
+    """Whether the backbone is the user's own network, for which a module of that name is imported."""
+    return isinstance(find_zoo(name), OwnZoo)
+
+
 def locate_weights(name: str, weights: str, *, seed: int = 0) -> WeightsSource:
     """Resolve ``backbone.weights`` (aliases included) without opening or downloading anything.
 
@@ -60,7 +82,9 @@ def locate_weights(name: str, weights: str, *, seed: int = 0) -> WeightsSource:
     if weights == "random":
         return WeightsSource(f"random-{seed}")
     if "/" in weights or "\\" in weights or weights.endswith(WEIGHTS_SUFFIXES):
-        return WeightsSource("file", Path(weights).expanduser().absolute())
+        path = Path(weights).expanduser().absolute()
+        config = path.with_name("config.json")
+        return WeightsSource("file", path, config=config if config.is_file() else None)
     source = zoo.resolve(name, weights)
     if source is None:
         names = dict.fromkeys(["DEFAULT", *zoo.tags(name), "random"])
@@ -72,19 +96,67 @@ def locate_weights(name: str, weights: str, *, seed: int = 0) -> WeightsSource:
     return source
 
 
-def list_backbones() -> list[BackboneRow]:
-    """Every listed backbone with its size, from networks without weights; takes a few seconds."""
-    return [_row(zoo, name) for zoo in ZOOS.values() for name in zoo.names()]
+def list_backbones(
+    patterns: Sequence[str] = (),
+    *,
+    licence: str | None = None,
+    parameters: int | None = None,
+    width: int | None = None,
+) -> Iterator[BackboneRow]:
+    """Backbones with their sizes, one by one, from networks without weights: a few a second.
+
+    Those that no params could make usable (no pooling, no such transform) are passed over.
+
+    Args:
+        patterns: parts of names, or whole names with ``*`` and ``?``; none: all names of zoos below `WALL` names.
+        licence: part of the licence that the library states.
+        parameters, width: at most so many parameters and features.
+
+    Raises:
+        BackboneError: one of the patterns is the name of such a backbone.
+    """
+    for name in matching_names(patterns):
+        zoo = find_zoo(name)
+        if licence is not None and licence.lower() not in (zoo.licence(name) or "").lower():
+            continue
+        try:
+            row = describe_backbone(name)
+        except BackboneError:
+            if name in patterns:
+                raise
+            continue
+        if row.parameters <= (parameters or row.parameters) and row.feature_dim <= (width or row.feature_dim):
+            yield row
 
 
-def _row(zoo: Zoo, name: str) -> BackboneRow:
+def matching_names(patterns: Sequence[str] = ()) -> list[str]:
+    """The names for `list_backbones`."""
+    zoos = [zoo.names() for zoo in ZOOS.values()]
+    every = [name for names in zoos for name in names if patterns or len(names) <= WALL]
+    if not patterns:
+        return every
+    wanted = [pattern if set(pattern) & set("*?[") else f"*{pattern}*" for pattern in patterns]
+    return [name for name in every if name in patterns or any(fnmatchcase(name, pattern) for pattern in wanted)]
+
+
+def describe_backbone(name: str) -> BackboneRow:
+    """Sizes, pooling, transform and terms of a backbone, from its network without weights.
+
+    Raises:
+        BackboneError: no such name.
+    """
+    zoo = find_zoo(name)
     network = zoo.make(name)
     shape = network.classifier_shape  # known at once, where a pass would take longer than all the rest
-    default = zoo.resolve(name, "DEFAULT")
+    source = zoo.resolve(name, "DEFAULT") or WeightsSource("random-0")
+    transform = zoo.preset(name, source, network.input_size if network.only_size else None)
     return BackboneRow(
         name,
         shape[1] if shape else measure_features(network, network.input_size, name),
         sum(parameter.numel() for parameter in network.parameters()),
         tuple(zoo.tags(name)),
-        zoo.preset(name, default.tag if default else None).crop,
+        transform.crop,
+        network.pooling,
+        zoo.licence(name),
+        transform.as_dict(),
     )

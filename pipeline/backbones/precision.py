@@ -86,7 +86,7 @@ def keep_choice(
     cache_dir: Path, identity: BackboneIdentity, transform: Transform, choice: PrecisionChoice
 ) -> PrecisionChoice:
     """Keep a choice in the cache, for every machine to follow; the one that is kept, should another have been first."""
-    content = {"backbone": asdict(identity), "precision": choice.precision, "why": choice.why}
+    content = {"backbone": identity.as_dict(), "precision": choice.precision, "why": choice.why}
     file = _choice_file(cache_dir, identity, transform)
     is_damaged = file.exists() and kept_choice(cache_dir, identity, transform) is None
     with suppress(OSError):  # another was first, or the cache cannot be written, which is for its writer to report
@@ -95,7 +95,7 @@ def keep_choice(
 
 
 def _choice_file(cache_dir: Path, identity: BackboneIdentity, transform: Transform) -> Path:
-    name = digest_bytes(canonical_json([asdict(identity), transform.as_dict()]).encode()).hex()[:16]
+    name = digest_bytes(canonical_json([identity.as_dict(), transform.as_dict()]).encode()).hex()[:16]
     return cache_dir / CHOICES_FOLDER / f"{name}.json"
 
 
@@ -127,7 +127,7 @@ def verdict_key(identity: BackboneIdentity, crop: int, *, device: torch.device, 
     """What a verdict depends on: the key to remember it under."""
     return {
         "about": "precision",
-        "backbone": asdict(identity),
+        "backbone": identity.as_dict(),
         "crop": crop,
         "device": kind_of_device(device),
         "precision": precision,

@@ -116,12 +116,12 @@ def fold_batchnorm(network: nn.Module) -> tuple[nn.Module, int]:
     Networks whose graph cannot be traced, and those without BatchNorm, come back as they are.
 
     Returns:
-        The network (its layers are shared with the argument) and the number of layers folded.
+        The network and the number of layers folded.
     """
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         return network, 0
     try:
-        traced = fx.symbolic_trace(network)
+        traced = fx.symbolic_trace(_without_activations(network))
     except Exception as error:  # noqa: BLE001 (control flow on values fails to trace in many ways)
         logger.debug("BatchNorm is not folded: %s", error)  # the plain network works
         return network, 0
@@ -137,6 +137,18 @@ def fold_batchnorm(network: nn.Module) -> tuple[nn.Module, int]:
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced, folded
+
+
+def _without_activations(network: nn.Module) -> nn.Module:
+    """A copy in eval mode whose BatchNorms with an activation inside (timm's `BatchNormAct2d`) are two layers each."""
+    split = copy.deepcopy(network).eval()
+    for path, module in list(split.named_modules()):
+        drop, act = getattr(module, "drop", None), getattr(module, "act", None)
+        if isinstance(module, nn.BatchNorm2d) and isinstance(drop, nn.Module) and isinstance(act, nn.Module):
+            norm = nn.BatchNorm2d(module.num_features, module.eps).eval()
+            norm._parameters, norm._buffers = module._parameters, module._buffers
+            _set_module(split, path, nn.Sequential(norm, drop, act))
+    return split
 
 
 def _foldable(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:

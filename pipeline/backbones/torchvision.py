@@ -24,6 +24,7 @@ from ..errors import BackboneError
 from .transform import Transform
 from .weights import checkpoint_file, download, read_checkpoint
 from .zoo import (
+    POOLINGS,
     FeatureNetwork,
     MapPool,
     Tensors,
@@ -82,6 +83,9 @@ class TorchvisionZoo:
     def version(self, name: str) -> str:
         return f"torchvision {torchvision.__version__}"
 
+    def code_digest(self, name: str) -> None:
+        return None
+
     def tags(self, name: str) -> Sequence[str]:
         """torchvision's enum names; of a packaged backbone its own weights only."""
         return ("DEFAULT",) if name in PACKAGED else tuple(item.name for item in get_model_weights(name))
@@ -96,10 +100,14 @@ class TorchvisionZoo:
         path = checkpoint_file(item.url)
         return WeightsSource(item.name, path, item.name, partial(download, item.url, path, what=str(item)))
 
-    def preset(self, name: str, tag: str | None, image_size: int | None = None) -> Transform:
+    def licence(self, name: str) -> str | None:
+        """That of packaged weights; torchvision states none."""
+        return "MIT" if name in PACKAGED else None
+
+    def preset(self, name: str, source: WeightsSource, image_size: int | None = None) -> Transform:
         """For weights of unknown origin that of a packaged file, else of the plain ImageNet weights."""
-        if tag is not None:
-            return preset_transform(get_model_weights(name)[tag])
+        if source.tag is not None:
+            return preset_transform(get_model_weights(name)[source.tag])
         packaged = read_checkpoint(PACKAGED[name][1]).transform if name in PACKAGED else None
         if packaged is not None:
             return packaged
@@ -113,6 +121,7 @@ class TorchvisionZoo:
         *,
         layer: str | None = None,
         pooling: str = "default",
+        image_size: int | None = None,
         tensors: Tensors | None = None,
         initialise: bool = False,
     ) -> FeatureNetwork:
@@ -128,12 +137,13 @@ class TorchvisionZoo:
         categories = tuple(_pretrained(_model_of(name))[0].meta["categories"])
         return FeatureNetwork(model, **_facts_of(name, model)), categories
 
-    def rename(self, name: str, key: str) -> str | None:
+    def adapt(self, name: str, network: FeatureNetwork, tensors: Tensors) -> Tensors:
         model = _model_of(name)
-        if model in _BUILDER_OPTIONS and _AUXILIARY.search(key):
-            return None
-        match = _OLD_DENSENET.match(key) if model.startswith("densenet") else None
-        return match.group(1) + match.group(2) if match else key
+        if model in _BUILDER_OPTIONS:
+            return {key: tensor for key, tensor in tensors.items() if not _AUXILIARY.search(key)}
+        if model.startswith("densenet"):
+            return {_OLD_DENSENET.sub(r"\1\2", key): tensor for key, tensor in tensors.items()}
+        return tensors
 
 
 def make_model(name: str, *, tensors: Tensors | None = None, initialise: bool = False) -> nn.Module:
@@ -158,13 +168,16 @@ def cut_model(name: str, model: nn.Module, *, layer: str | None, pooling: str) -
     facts = _facts_of(name, model)
     parent, _, child = facts["classifier"].rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())
+    default = POOLINGS["avg"]
     if layer is not None:
         cut, pool = _cut_at_layer(name, model, layer, pooling, layers, facts["input_size"])
     elif isinstance(model, VisionTransformer):
         cut, pool = _pooled_tokens(name, model, pooling)
+        default = POOLINGS["cls"]
     else:
         cut, pool = _pooled_maps(name, model, pooling)
-    return FeatureNetwork(cut, pool, **facts)
+        default = "its fully connected layers" if _model_of(name).startswith(_NEEDS_POSITIONS) else default
+    return FeatureNetwork(cut, pool, pooling=POOLINGS.get(pooling, default), **facts)
 
 
 def classifier_path(model: nn.Module) -> str:

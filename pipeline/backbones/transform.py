@@ -21,6 +21,7 @@ from ..params import TransformParams
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+RESIZE_MODES = ("shortest", "squash")
 # A resize keeps the aspect ratio, so a strip of 1 x 100 000 pixels would become 256 x 25 600 000.
 MAX_RESIZED_PIXELS = 178_956_970
 _MAX_SIDE = 16_384
@@ -30,6 +31,7 @@ _MAX_SIDE = 16_384
 class Transform:
     """Resize the shorter side to ``resize`` pixels (``None``: not at all), crop ``crop`` x ``crop`` from the centre.
 
+    ``resize_mode`` may be ``squash`` instead of ``shortest``: both sides become ``resize``, whatever the image's shape.
     ``exif`` and ``background`` belong to decoding: whether the orientation tag is applied, and the colour under
     transparent pixels.
     """
@@ -41,6 +43,7 @@ class Transform:
     std: tuple[float, float, float] = IMAGENET_STD
     exif: bool = True
     background: tuple[int, int, int] = (255, 255, 255)
+    resize_mode: str = "shortest"
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """The pixels (3, crop, crop) of an RGB image: those of torchvision's `ImageClassification` before scaling.
@@ -50,7 +53,8 @@ class Transform:
         """
         self.check_size(image)
         if self.resize is not None:
-            image = F.resize(image, [self.resize], interpolation=InterpolationMode(self.interpolation), antialias=True)
+            size = [self.resize] * (2 if self.resize_mode == "squash" else 1)
+            image = F.resize(image, size, interpolation=InterpolationMode(self.interpolation), antialias=True)
         image = F.center_crop(image, [self.crop])
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
@@ -61,8 +65,9 @@ class Transform:
         return (batch.to(torch.float32) / 255).sub_(mean).div_(std).to(dtype)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Plain JSON values; `from_dict` reads them back. The usual resize mode is left out: keys from before hold."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: value for key, value in values.items() if (key, value) != ("resize_mode", "shortest")}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: object = None) -> Transform:
@@ -90,7 +95,7 @@ class Transform:
         Raises:
             BadImage: the resized image would have too many pixels.
         """
-        if self.resize is None:
+        if self.resize is None or self.resize_mode == "squash":
             return
         short, long = sorted(image.size)
         pixels = self.resize * (self.resize * long // max(short, 1))
@@ -141,8 +146,8 @@ def _problem_of(values: Mapping[str, Any]) -> str | None:
 def _is_valid(key: str, value: Any) -> bool:
     if key == "exif":
         return isinstance(value, bool)
-    if key == "interpolation":
-        return value in INTERPOLATIONS
+    if key in ("interpolation", "resize_mode"):
+        return value in (INTERPOLATIONS if key == "interpolation" else RESIZE_MODES)
     if key in ("resize", "crop"):
         return (key == "resize" and value is None) or (_is_number(value, whole=True) and 1 <= value <= _MAX_SIDE)
     if not isinstance(value, (list, tuple)) or len(value) != 3:

@@ -6,6 +6,8 @@ them is named.
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import hashlib
 import http.client
 import json
@@ -20,6 +22,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -33,7 +36,7 @@ from torch import Tensor
 from ..errors import WeightsError
 from ..files import DIGEST_BYTES, canonical_json, temporary_name
 from .transform import Transform
-from .zoo import FeatureNetwork, Zoo
+from .zoo import WALL, FeatureNetwork, WeightsSource, Zoo, import_extra
 
 # For connecting and for each read: a machine without internet must say so at once.
 TIMEOUT_SECONDS = 15.0
@@ -48,7 +51,7 @@ _SHOWN = 4
 # The way of torch.hub: the beginning of a file's SHA-256 in its name.
 _HASH = re.compile(r"-([a-f0-9]{8,})\.[^.]+$")
 # Looking for the network that a file would fit is only help with an error.
-_SEARCH_SECONDS = 20.0
+_SEARCHED, _SEARCH_SECONDS = 15, 20.0
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -67,14 +70,17 @@ def checkpoint_file(url: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(urlsplit(url).path)
 
 
-def download(url: str, path: Path, *, what: str) -> None:
+def download(url: str, path: Path, *, what: str) -> Path:
     """Fetch the weights ``what`` to ``path``, where they are not there yet: whole and checked, or not at all.
+
+    Returns:
+        ``path``.
 
     Raises:
         WeightsError: the download failed; the message names the ways out.
     """
     if path.is_file():
-        return
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _socket_timeout(TIMEOUT_SECONDS):
@@ -88,6 +94,7 @@ def download(url: str, path: Path, *, what: str) -> None:
             f"or put {path.name} into the folder checkpoints of another torch cache and set TORCH_HOME "
             "(TORCH_HOME/hub/checkpoints)",
         ) from error
+    return path
 
 
 def _download(url: str, path: Path) -> None:
@@ -108,6 +115,44 @@ def _download(url: str, path: Path) -> None:
         os.rename(unchecked, path)
     finally:
         unchecked.unlink(missing_ok=True)
+
+
+def hub_source(label: str, repo: str, names: Sequence[str], *, extra: str) -> WeightsSource:
+    """Pretrained weights that lie on Hugging Face's hub, in its own cache once they were downloaded (HF_HOME moves it).
+
+    Args:
+        repo: owner and name.
+        names: of the file, the first that is there; all are the same tensors in different formats.
+        extra: that brings huggingface_hub.
+
+    Raises:
+        BackboneError: the extra is not installed.
+    """
+    hub = import_extra("huggingface_hub", extra)
+    found = (hub.try_to_load_from_cache(repo, name) for name in names)
+    path = next((Path(item) for item in found if isinstance(item, str)), None)
+    return WeightsSource(label, path, label, partial(_hub_file, hub, repo, names), origin=f"hf-hub:{repo}")
+
+
+def _hub_file(hub: Any, repo: str, names: Sequence[str]) -> Path:
+    reason: Exception | None = None
+    for name in names:
+        try:
+            # Fails at once without internet, where the download itself would try again for a minute.
+            hub.get_hf_file_metadata(hub.hf_hub_url(repo, name))
+            return Path(hub.hf_hub_download(repo, name))
+        except hub.errors.EntryNotFoundError as error:
+            reason = error
+        except Exception as error:  # noqa: BLE001 (a network fails in every way there is)
+            reason = error
+            break
+    raise WeightsError(
+        f"The weights {repo} could not be downloaded.",
+        where=f"{hub.constants.ENDPOINT}/{repo} -> {hub.constants.HF_HUB_CACHE}",
+        why=_first_line(reason) if reason else None,
+        remedy="without internet, either set backbone.weights to a weights file (.safetensors, .pth), or set HF_HOME "
+        "to a copy of the folder of a machine that has downloaded them",
+    ) from reason
 
 
 @contextmanager
@@ -184,7 +229,9 @@ def _stored_transform(path: Path, text: str | None) -> Transform | None:
 
 def _read_torch(path: Path) -> Checkpoint:
     try:
-        with warnings.catch_warnings(action="ignore"):  # about formats; whatever matters raises
+        # Training programs put their parsed arguments beside the tensors: text and numbers.
+        namespaces = torch.serialization.safe_globals([argparse.Namespace])
+        with warnings.catch_warnings(action="ignore"), namespaces:  # about formats; whatever matters raises
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         _fail(
@@ -248,7 +295,7 @@ def load_tensors(
         WeightsError: missing, misshapen or unusable tensors; the first few are named, and the network they would fit.
     """
     expected = network.model.state_dict()
-    fitted = _fit_names(zoo, name, tensors, expected)
+    fitted = _fit_names(zoo, name, network, tensors)
     missing = [key for key in expected if key not in fitted and not key.endswith(COUNTER)]
     present = [key for key in expected if key in fitted]
     unfit = {key: _problem_of_tensor(fitted[key], expected[key].shape) for key in present}
@@ -272,7 +319,7 @@ def check_classifier(
         WeightsError: with the number of classes that the tensors have.
     """
     head = f"{network.classifier}.weight"
-    tensor = _fit_names(zoo, name, tensors, network.model.state_dict()).get(head)
+    tensor = _fit_names(zoo, name, network, tensors).get(head)
     classes = (network.classifier_shape or [0])[0]
     if tensor is None or tensor.dim() == 0 or len(tensor) != classes:
         raise WeightsError(
@@ -300,15 +347,19 @@ def tensors_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _fit_names(zoo: Zoo, name: str, tensors: Mapping[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
-    """``tensors`` by today's names, without the prefixes of training programs."""
-    wanted = set(expected)
-    renamed = ((zoo.rename(name, stored), tensor) for stored, tensor in tensors.items())
-    known = {key: tensor for key, tensor in renamed if key is not None}
-    prefix = max(_prefixes_of(known), key=lambda item: (sum(item + key in known for key in wanted), -len(item)))
-    inside = {key.removeprefix(prefix): tensor for key, tensor in known.items() if key.startswith(prefix)}
-    outside = {key: tensor for key, tensor in known.items() if not key.startswith(prefix) and key not in wanted}
-    return {**outside, **inside}
+def _fit_names(zoo: Zoo, name: str, network: FeatureNetwork, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """``tensors`` by the names that the network has for them, without the prefixes of training programs."""
+    wanted = set(network.model.state_dict())
+
+    def fit(prefix: str) -> tuple[int, int]:
+        hits = sum(prefix + key in tensors for key in wanted)
+        others = not hits and all(key.startswith(prefix) for key in tensors)  # names that the zoo will translate
+        return hits, len(prefix) if others else -len(prefix)
+
+    prefix = max(_prefixes_of(tensors), key=fit)
+    inside = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    outside = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix) and key not in wanted}
+    return zoo.adapt(name, network, {**outside, **inside})
 
 
 def _prefixes_of(names: Iterable[str]) -> set[str]:
@@ -365,7 +416,7 @@ def _mismatch(
     lines = [f"{len(missing)} of {count} tensors are missing: {_some(missing)}"] if missing else []
     lines += [_some(problems, "; ")] if problems else []
     others = len(missing) + len(problems) > count / 10  # else this is the right network, with something amiss
-    nearest = _nearest_network(zoo, tensors) if others else None
+    nearest = _nearest_network(zoo, name, tensors) if others else None
     remedy = f"they fit {nearest}: set backbone.name={nearest}" if nearest not in (None, name) else None
     return WeightsError(
         f"The weights do not fit {name}.",
@@ -375,10 +426,12 @@ def _mismatch(
     )
 
 
-def _nearest_network(zoo: Zoo, tensors: Mapping[str, Tensor]) -> str | None:
+def _nearest_network(zoo: Zoo, name: str, tensors: Mapping[str, Tensor]) -> str | None:
     """The zoo's network of which nearly all tensors are there with their shapes, as far as time allows to look."""
     best, best_share, until = None, 0.9, time.monotonic() + _SEARCH_SECONDS
-    for name in reversed(zoo.names()):  # what is packaged comes first in a list, and is the same model as a later one
+    names = zoo.names()[::-1]  # what is packaged comes first in a list, and is the same model as a later one
+    few = names if len(names) <= WALL else difflib.get_close_matches(name, names, _SEARCHED, cutoff=0.0)
+    for name in few:
         state = zoo.make(name).model.state_dict()
         keys = [key for key in state if not key.endswith(COUNTER)]
         share = sum(key in tensors and tensors[key].shape == state[key].shape for key in keys) / max(len(keys), 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from ..errors import BackboneError
 from .transform import Transform
 
 Tensors = Mapping[str, Tensor]
+# A zoo with more names than this is listed, or searched, only as far as it is asked for.
+WALL = 150
 
 
 @dataclass(frozen=True)
@@ -31,23 +34,35 @@ class WeightsSource:
 
     Attributes:
         label: goes into the identity: a tag, ``file`` or ``random-SEED``.
-        path: where the file lies, or will lie once ``fetch`` was called; ``None``: drawn at random.
+        path: where the file lies; ``None``: nowhere yet, or there is none.
         tag: which of the zoo's pretrained weights these are; ``None``: the user's own file, or none.
-        fetch: puts the file at ``path``; ``None`` where only the user can.
+        fetch: gives the path of the file, which is downloaded where it is not there yet; ``None`` where only the user
+            can put it there.
+        origin: what is fetched, where ``path`` does not tell before it is there.
+        config: the ``config.json`` that Hugging Face puts beside such a file.
     """
 
     label: str
     path: Path | None = None
     tag: str | None = None
-    fetch: Callable[[], None] | None = field(default=None, compare=False)
+    fetch: Callable[[], Path] | None = field(default=None, compare=False)
+    origin: str | None = None
+    config: Path | None = None
+
+    @property
+    def drawn(self) -> bool:
+        """Whether there is no file: the network begins as its zoo makes it, from the seed."""
+        return self.path is None and self.fetch is None
 
 
 class Zoo(Protocol):
     """A library of networks by name. Names of one zoo are no other's; nothing but `make` and `make_classifier` is slow.
 
     Where a method takes ``tensors``, they are what the network is about to be given, under the names of their file:
-    their shapes may decide on its sizes (position embeddings tell the image size). ``initialise`` draws random weights
-    from torch's generator; without it parameters need no storage (`without_storage`) and nothing is drawn.
+    their shapes may decide on its sizes (position embeddings tell the image size). ``image_size`` is the side in
+    pixels that is asked for; networks that take one size only are made for it, where they can be. ``initialise`` draws
+    random weights from torch's generator; without it parameters need no storage (`without_storage`) and nothing is
+    drawn.
     """
 
     def names(self) -> Sequence[str]:
@@ -62,6 +77,10 @@ class Zoo(Protocol):
         """The library and its version: what, besides tensors, determines the network ``name``."""
         ...
 
+    def code_digest(self, name: str) -> str | None:
+        """Hex digest of the source file of the network ``name``, where that is the user's own; else ``None``."""
+        ...
+
     def tags(self, name: str) -> Sequence[str]:
         """The names of its pretrained weights, aliases left out."""
         ...
@@ -70,12 +89,18 @@ class Zoo(Protocol):
         """The pretrained weights of that name (a tag, an alias, ``DEFAULT``); ``None`` where there are none."""
         ...
 
-    def preset(self, name: str, tag: str | None, image_size: int | None = None) -> Transform:
-        """The transform that the weights ``tag`` were evaluated with.
+    def licence(self, name: str) -> str | None:
+        """The terms of its pretrained weights, as the library states them; ``None`` where it does not."""
+        ...
+
+    def preset(self, name: str, source: WeightsSource, image_size: int | None = None) -> Transform:
+        """The transform that the weights of ``source`` were evaluated with.
 
         Args:
-            tag: ``None``: weights of unknown origin, for a network that takes images of ``image_size`` pixels only
-                (``None``: of any size).
+            image_size: of a network that takes images of so many pixels only; ``None``: of any size.
+
+        Raises:
+            BackboneError: no `Transform` computes what these weights were evaluated with.
         """
         ...
 
@@ -85,13 +110,14 @@ class Zoo(Protocol):
         *,
         layer: str | None = None,
         pooling: str = "default",
+        image_size: int | None = None,
         tensors: Tensors | None = None,
         initialise: bool = False,
     ) -> FeatureNetwork:
         """The network from images to features, in eval mode, ready to be given its tensors by name.
 
         Raises:
-            BackboneError: no such layer, or a pooling that does not fit.
+            BackboneError: no such layer, a pooling that does not fit, or an image size that it cannot be made for.
         """
         ...
 
@@ -105,10 +131,14 @@ class Zoo(Protocol):
         """
         ...
 
-    def rename(self, name: str, key: str) -> str | None:
-        """Today's name of a tensor that a file calls ``key``; ``None``: it belongs to no network (an auxiliary head).
+    def adapt(self, name: str, network: FeatureNetwork, tensors: Tensors) -> Tensors:
+        """The tensors of a file under the names, and in the shapes, that ``network`` has for them.
 
-        A prefix that a training program put before ``key`` may still be there, and is left there.
+        Prefixes that training programs put before names are gone already. What belongs to no part of the network
+        (an auxiliary head, a text tower) is left out.
+
+        Raises:
+            BackboneError: they cannot be brought into the shapes of the network.
         """
         ...
 
@@ -119,6 +149,7 @@ class FeatureNetwork(nn.Module):
     Parameters and buffers are the zoo's own under ``model.``.
 
     Attributes:
+        pooling: how features come about, in words.
         input_size: side of images, in pixels, that the network takes.
         only_size: it takes no other.
         classifier: name of the layer of the whole model that gives class scores; its tensors need not be here.
@@ -132,6 +163,7 @@ class FeatureNetwork(nn.Module):
         model: nn.Module,
         pool: nn.Module | None = None,
         *,
+        pooling: str = "",
         input_size: int,
         only_size: bool = False,
         classifier: str | None = None,
@@ -141,7 +173,7 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         self.model = model
         self.pool = pool if pool is not None else nn.Identity()
-        self.input_size, self.only_size = input_size, only_size
+        self.pooling, self.input_size, self.only_size = pooling, input_size, only_size
         self.classifier, self.shapes = classifier, dict(shapes or {})
         self.blocks = None if blocks is None else tuple(tuple(f"model.{name}" for name in block) for block in blocks)
 
@@ -155,7 +187,31 @@ class FeatureNetwork(nn.Module):
         return pooled
 
 
+def import_extra(module: str, extra: str) -> Any:
+    """A library that only some users need.
+
+    Raises:
+        BackboneError: it is not installed; the message names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BackboneError(
+            f"{module} is not installed.",
+            where="backbone.name",
+            why=str(error),
+            remedy=f"pip install 'image-transfer-pipeline[{extra}]'",
+        ) from error
+
+
 # -- pooling ---------------------------------------------------------------------------------------------------------
+
+POOLINGS = {
+    "cls": "class token",
+    "avg": "average over positions",
+    "max": "maximum over positions",
+    "cls_avg": "class token and average over positions",
+}
 
 
 class MapPool(nn.Module):
@@ -170,27 +226,34 @@ class MapPool(nn.Module):
 
 
 class TokenPool(nn.Module):
-    """Pool tokens (n, 1 + patches, c): the class token, the patches' mean or maximum, or class token and mean."""
+    """Pool tokens (n, prefix + patches, c): the class token, the patches' mean or maximum, or class token and mean.
 
-    def __init__(self, kind: str) -> None:
+    Args:
+        prefix: tokens before the patches, of which the first may be the class token; registers are the others.
+        norm: what each pooled vector passes through.
+    """
+
+    def __init__(self, kind: str, prefix: int = 1, norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.prefix = kind, prefix
+        self.norm = norm if norm is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "cls":
-            return x[:, 0]
-        patches = x[:, 1:]
-        if self.kind == "max":
-            return patches.amax(1)
-        mean = patches.mean(1)
-        return torch.cat([x[:, 0], mean], 1) if self.kind == "cls_avg" else mean
+            return self.norm(x[:, 0])  # type: ignore[no-any-return]
+        patches = x[:, self.prefix :]
+        pooled: Tensor = self.norm(patches.amax(1) if self.kind == "max" else patches.mean(1))
+        return torch.cat([self.norm(x[:, 0]), pooled], 1) if self.kind == "cls_avg" else pooled
 
 
-def pool_for(name: str, layer: str, output: Any, pooling: str, *, class_token: bool = False) -> nn.Module | None:
+def pool_for(
+    name: str, layer: str, output: Any, pooling: str, *, class_token: bool = False, prefix: int = 1
+) -> nn.Module | None:
     """The pooling of a layer's output by its shape: vectors stay, tokens and maps are pooled.
 
     Args:
         class_token: outputs (n, tokens, c) are tokens of which the first is the class token.
+        prefix: tokens before those of the patches, where outputs are tokens.
 
     Raises:
         BackboneError: the pooling does not fit, or the output is none of these.
@@ -299,7 +362,7 @@ def measure_features(network: FeatureNetwork, size: int, name: str) -> int:
             f"{name} cannot take images of {size} x {size} pixels.",
             where="transform.crop",
             why=" ".join(str(error).split())[:200],
-            remedy=f"set transform.crop to {network.input_size}",
+            remedy=f"set transform.crop to {network.input_size}" if size != network.input_size else "leave it out",
         ) from error
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise BackboneError(f"The output of {name} is not one feature vector an image.", where="backbone.layer")

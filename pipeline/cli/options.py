@@ -43,6 +43,24 @@ class Reporter:
             click.echo(json.dumps(summary))
 
 
+class Count(click.ParamType):  # type: ignore[type-arg]
+    """A whole number, also written 300k or 30M."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number.
+
+        Raises:
+            click.BadParameter: it is none.
+        """
+        text = str(value).replace(",", "")
+        try:
+            return round(float(text.rstrip("kMG")) * {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1))
+        except ValueError:
+            self.fail(f"{value!r} is no number such as 300k or 30M", param, ctx)
+
+
 Verb = Callable[..., None]
 DEFAULT_FILE = Path("params.yaml")
 
@@ -92,9 +110,11 @@ def run_options(verb: Verb) -> Verb:
     """
 
     @_params_options
+    @click.option("--backbone", metavar="MODULE:FUNCTION", help="Import this network of your own, which the run names.")
     @reporting_options
     @functools.wraps(verb)
-    def wrapped(file: Path | None, overrides: tuple[str, ...], **arguments: Any) -> None:
+    def wrapped(file: Path | None, overrides: tuple[str, ...], backbone: str | None, **arguments: Any) -> None:
+        overrides += (f"backbone.name={backbone}",) if backbone else ()
         there = file is not None or DEFAULT_FILE.exists()
         runs_dir = load_params(file or DEFAULT_FILE, overrides).runs.dir if there else Path("runs")
         verb(runs_dir=runs_dir, overrides=overrides, **arguments)

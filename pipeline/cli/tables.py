@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import publish_file
+
+EXTRAS = ("timm", "openclip")  # zoos of that name
 
 if TYPE_CHECKING:
     from ..backbones import BackboneRow
@@ -42,12 +44,48 @@ def write_predictions_csv(predictions: Sequence[Prediction], top: int, file: Pat
         sys.stdout.buffer.flush()
 
 
-def print_backbones(rows: Sequence[BackboneRow]) -> None:
-    """One line a backbone on standard output."""
-    table = Table("name", "features", "parameters", "input", "weights", box=None, header_style="bold")
+def print_backbones(rows: Sequence[BackboneRow], *, more: bool = False, sizes: Mapping[str, int] | None = None) -> None:
+    """One line a backbone on standard output, or the card of the only one.
+
+    Args:
+        more: others fit too.
+        sizes: of the zoos, of which the larger ones are not listed unasked.
+    """
+    if len(rows) == 1:
+        _print_card(rows[0])
+        return
+    table = Table("name", "features", "parameters", "input", "licence", "weights", box=None, header_style="bold")
     for row in rows:
-        table.add_row(row.name, str(row.feature_dim), f"{row.parameters:,}", str(row.input_size), " ".join(row.weights))
-    Console(soft_wrap=True, highlight=False).print(table)
+        numbers = (str(row.feature_dim), f"{row.parameters:,}", str(row.input_size))
+        others = [tag for tag in row.weights if not row.name.endswith(f".{tag}")]
+        table.add_row(row.name, *numbers, row.licence or "-", " ".join(others))
+    console = _console_for(table)
+    console.print(table)
+    if not rows:
+        console.print("No backbone fits.")
+    if more:
+        console.print("There are more: narrow the name, or list them with --all.")
+    for zoo, count in (sizes or {}).items():
+        if count > len(rows):
+            console.print(f"{zoo}: {count:,}; `pipeline backbones {zoo}/PART_OF_NAME` lists some")
+        elif not count and zoo in EXTRAS:
+            console.print(f"{zoo}: not installed; pip install 'image-transfer-pipeline[{zoo}]'")
+
+
+def _print_card(row: BackboneRow) -> None:
+    """All that is known of a backbone without its weights."""
+    transform, console = row.transform, Console(soft_wrap=True, highlight=False, markup=False)
+    mode = "both sides" if transform.get("resize_mode") else "shorter side"
+    console.print(row.name)
+    for name, text in (
+        ("features", f"{row.feature_dim} ({row.pooling})"),
+        ("parameters", f"{row.parameters:,}"),
+        ("images", f"{mode} to {transform['resize']}, {transform['interpolation']}; crop {transform['crop']}"),
+        ("normalised", f"mean {transform['mean']}, deviation {transform['std']}"),
+        ("weights", " ".join(row.weights) or "none but your own"),
+        ("licence", row.licence or "not stated by the library"),
+    ):
+        console.print(f"  {name:<12}{text}")
 
 
 def print_ranking(summary: dict[str, Any]) -> None:
@@ -58,8 +96,13 @@ def print_ranking(summary: dict[str, Any]) -> None:
         accuracy, interval = f"{100 * row['accuracy']:.1f} %", f"{low:.1f} to {high:.1f}"
         numbers = (f"{row['parameters']:,}", str(row["feature_dim"]), f"{row['milliseconds']:.1f}")
         table.add_row(row["label"], accuracy, interval, *numbers)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    # As wide as it needs, so that paths of weights stay whole.
-    console.width = max(console.width, console.measure(table, options=console.options.update_width(10_000)).maximum)
+    console = _console_for(table)
     console.print(table)
     console.print(f"Recommended: {summary['reason']}")
+
+
+def _console_for(table: Table) -> Console:
+    """Standard output, as wide as the table needs, so that names and paths stay whole."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.width = max(console.width, console.measure(table, options=console.options.update_width(10_000)).maximum)
+    return console

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,13 +13,15 @@ from ..params import Params
 from .advise import advise
 from .cache import cache
 from .compare import compare
-from .options import Reporter, experiment_options, lazy_options, reporting_options, run_options
+from .inspect import inspect
+from .options import Count, Reporter, experiment_options, lazy_options, reporting_options, run_options
 from .tables import print_backbones, print_ranking, write_predictions_csv
 
 if TYPE_CHECKING:
     from ..stages.run import Prediction
 
 PATHS = click.Path(path_type=Path)
+SHOWN = 60
 PLACES = click.Path(path_type=str)  # which may be URLs
 
 
@@ -189,28 +192,45 @@ def _finish_predictions(
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[NAME[=WEIGHTS]]...")
-@click.option("--rank", is_flag=True, help="Probe the backbones NAME... on a sample of data.root and recommend one.")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--rank", is_flag=True, help="Probe the backbones NAME[=WEIGHTS]... on a sample of data.root.")
 @click.option("--images", type=click.IntRange(2), default=1000, show_default=True, help="Training images to rank on.")
+@click.option("--parameters", type=Count(), help="List those with at most so many, e.g. 30M.")
+@click.option("--width", type=Count(), help="List those with at most so many features.")
+@click.option("--licence", help="List those whose library states such a licence, e.g. apache.")
+@click.option("--all", "everything", is_flag=True, help=f"List more than {SHOWN}.")
 @lazy_options
-def backbones(names: tuple[str, ...], rank: bool, images: int, load: Callable[[], Params], reporter: Reporter) -> None:
-    """List the backbones by name with feature_dim, parameters, weights and input size, or rank some on your images."""
-    if rank != bool(names):
-        raise click.UsageError("--rank and the names of backbones go together: backbones --rank NAME NAME")
+def backbones(
+    names: tuple[str, ...],
+    rank: bool,
+    images: int,
+    parameters: int | None,
+    width: int | None,
+    licence: str | None,
+    everything: bool,
+    load: Callable[[], Params],
+    reporter: Reporter,
+) -> None:
+    """List backbones with their sizes (NAME: a part of names, or a pattern with *), or rank some on your images."""
     if rank:
         from ..stages.rank import rank_backbones
 
+        if not names:
+            raise click.UsageError("--rank needs the names of backbones: backbones --rank NAME NAME")
         summary = rank_backbones(load(), names, reporter.say, size=images, quiet=reporter.quiet)
         if not reporter.as_json:
             print_ranking(summary)
         reporter.finish(summary)
         return
-    from ..backbones import list_backbones
+    from ..backbones import ZOOS, list_backbones
 
-    rows = list_backbones()
+    found = list_backbones(names, licence=licence, parameters=parameters, width=width)
+    rows = list(islice(found, None if everything or not names else SHOWN))
+    more = next(found, None) is not None
+    sizes = {name: len(zoo.names()) for name, zoo in ZOOS.items()}
     if not reporter.as_json:
-        print_backbones(rows)
-    reporter.finish({"backbones": [vars(row) for row in rows]})
+        print_backbones(rows, more=more, sizes={} if names else sizes)
+    reporter.finish({"backbones": [vars(row) for row in rows], "more": more, "zoos": sizes})
 
 
 @click.command("demo-data")
@@ -239,6 +259,7 @@ VERBS: dict[str, click.Command] = {
     "extract": extract,
     "train-head": train_head,
     "finetune": finetune,
+    "inspect": inspect,
     "evaluate": evaluate,
     "compare": compare,
     "predict": predict,

@@ -5,13 +5,15 @@ The front matter follows https://huggingface.co/docs/hub/model-cards; its number
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
 import yaml
 
 from ..artifacts import Predictions, RunMetrics, RunModel
-from ..backbones.catalogue import locate_weights
+from ..backbones.catalogue import find_zoo, locate_weights
+from ..errors import BackboneError
 from ..evaluate.metrics import METRICS
 from ..evaluate.protocol import leak_sentence
 from ..evaluate.text import images, percent, printable
@@ -58,7 +60,12 @@ def licence_of(model: RunModel, params: Params) -> tuple[str, str]:
     if model.verb == "finetune":
         label = locate_weights(name, params.backbone.weights, seed=params.backbone.seed).label
     label = f"{name} {label}" if name == "starter" else label
-    return next((value for key, value in LICENCES.items() if key in label), UNKNOWN)
+    known = next((value for key, value in LICENCES.items() if key in label), None)
+    stated = None
+    if known is None:
+        with suppress(BackboneError):  # a run of a zoo that is not here
+            stated = find_zoo(name).licence(name)
+    return known or ((stated, f"The library of the weights states the licence {stated}.") if stated else UNKNOWN)
 
 
 # -- front matter ----------------------------------------------------------------------------------------------------

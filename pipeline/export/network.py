@@ -34,6 +34,7 @@ class Preprocess(nn.Module):
     def __init__(self, transform: Transform) -> None:
         super().__init__()
         self.resize, self.crop, self.mode = transform.resize, transform.crop, MODES[transform.interpolation]
+        self.squash = transform.resize_mode == "squash"
         self.register_buffer("mean", torch.tensor(transform.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(transform.std).view(3, 1, 1))
 
@@ -44,6 +45,8 @@ class Preprocess(nn.Module):
         if self.resize is not None:
             short = torch.sym_min(height, width)
             height, width = self.resize * height // short, self.resize * width // short
+            if self.squash:
+                height, width = self.resize, self.resize
             antialias = self.mode != "nearest-exact"
             size: Any = (height, width)
             x = nn.functional.interpolate(x, size=size, mode=self.mode, antialias=antialias)

@@ -22,7 +22,7 @@ def pt2_bytes(program: ExportedProgram, metadata: Mapping[str, str]) -> bytes:
     """The file; ``metadata`` is its extra file ``metadata.json``."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # torch warns of weights in channels-last order, which it saves and loads as they are; the proof reads them.
+        # torch warns of weights in channels-last order, which it saves as they are: the proof reads them back.
         warnings.filterwarnings("ignore", "No complete tensor found")
         torch.export.save(program, buffer, extra_files={METADATA: json.dumps(dict(metadata))})
     return buffer.getvalue()

@@ -475,6 +475,7 @@ def _spec_of(backbone: Backbone, dtype: str, view: View) -> FeatureSpec:
         precision=backbone.precision,
         dtype=dtype,
         view=view.name,
+        code=identity.code,
     )
 
 

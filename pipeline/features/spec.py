@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -12,6 +13,8 @@ from ..files import canonical_json, digest_bytes
 # Raised whenever the way of computing changes the numbers for otherwise equal specs.
 SCHEMA = 1
 PLAIN_VIEW = "plain"
+# Fields that came later, with the default at which they are left out, so that keys from before them hold.
+LATER = {"code": None}
 # Stands for the value of a field that one of two compared specs does not have.
 ABSENT = "(absent)"
 
@@ -33,6 +36,7 @@ class FeatureSpec:
         precision: of the forward pass.
         dtype: storage dtype.
         view: ``plain``, or the name of an augmented view.
+        code: hex digest of the source file of a backbone that is the user's own network.
     """
 
     backbone: str
@@ -45,6 +49,7 @@ class FeatureSpec:
     dtype: str
     view: str = PLAIN_VIEW
     schema: int = SCHEMA
+    code: str | None = None
 
     @property
     def key(self) -> str:
@@ -53,12 +58,13 @@ class FeatureSpec:
 
     @property
     def folder_name(self) -> str:
-        """``<backbone>-<key>``, the folder of these features in the cache."""
-        return f"{self.backbone}-{self.key}"
+        """``<backbone>-<key>``, the folder of these features in the cache; ``/`` and ``:`` of a name become ``_``."""
+        return f"{re.sub('[/:]', '_', self.backbone)}-{self.key}"
 
     def as_dict(self) -> dict[str, Any]:
-        """A plain, JSON-able mapping of all fields."""
-        return {**asdict(self), "transform": dict(self.transform)}
+        """A plain, JSON-able mapping of all fields; those that came later are left out at their default."""
+        values = {**asdict(self), "transform": dict(self.transform)}
+        return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
 
     @classmethod
     def from_dict(cls, values: object) -> FeatureSpec:
@@ -68,7 +74,7 @@ class FeatureSpec:
             CacheError: the mapping does not hold exactly the fields of a spec.
         """
         names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names or not isinstance(values["transform"], dict):
+        if not isinstance(values, dict) or {*values, *LATER} != names or not isinstance(values["transform"], dict):
             raise CacheError("This is not a feature spec.", why=f"its fields must be {', '.join(sorted(names))}")
         return cls(**values)
 

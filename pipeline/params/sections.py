@@ -142,6 +142,7 @@ class TransformParams(Section):
 
     resize: Count | None = None
     crop: Count | None = None
+    resize_mode: Literal["shortest", "squash"] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
     mean: tuple[float, float, float] | None = Field(None, strict=False)
     std: tuple[Positive, Positive, Positive] | None = Field(None, strict=False)

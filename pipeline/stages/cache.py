@@ -61,7 +61,7 @@ def _key_summary(entry: KeyEntry) -> dict[str, Any]:
         "folder": str(entry.folder.absolute()),
         "key": entry.key,
         **{name: spec.get(name) for name in LISTED},
-        "backbone": entry.name.rpartition("-")[0],
+        "backbone": spec.get("backbone", entry.name.rpartition("-")[0]),
         "feature_dim": entry.feature_dim,
         "rows": entry.rows,
         "parts": entry.parts,

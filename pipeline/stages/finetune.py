@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..artifacts import PARAMS_FILE, ParameterCounts, check_run_name, default_run_name
-from ..backbones import Backbone, FeatureNetwork, backbone_bytes
+from ..backbones import Backbone, FeatureNetwork, backbone_bytes, is_own_code
 from ..data.source import SPLITS
 from ..errors import FinetuneError
 from ..evaluate import Provenance, mcnemar_exact, metric_lines, score
@@ -107,7 +107,7 @@ def finetune(
     if resume is None:
         folder = params.runs.dir / TRAINING_FOLDER / _run_name(params)
     else:
-        folder, params, from_run = _unfinished(params.runs.dir / TRAINING_FOLDER, resume)
+        folder, params, from_run = _unfinished(params, resume)
     name = folder.name
     device = resolve_device(params.finetune.device, world)
     tell: Say = say if world.is_main else lambda _line: None
@@ -275,8 +275,9 @@ def _remember(folder: Path, params: Params, probe: Run | None) -> None:
     publish_file(folder / START_FILE, json.dumps({"from": None if probe is None else str(probe.folder)}).encode())
 
 
-def _unfinished(parent: Path, wanted: str) -> tuple[Path, Params, str | None]:
+def _unfinished(given: Params, wanted: str) -> tuple[Path, Params, str | None]:
     """The folder, the params and the starting run of a training that did not end."""
+    parent = given.runs.dir / TRAINING_FOLDER
     names = sorted((file.parent for file in parent.glob(f"*/{START_FILE}")), key=_age)
     folder = names[-1] if wanted == "latest" and names else parent / Path(wanted).name
     if folder not in names:
@@ -287,7 +288,15 @@ def _unfinished(parent: Path, wanted: str) -> tuple[Path, Params, str | None]:
             why=f"unfinished are: {there}",
             remedy="start one with `pipeline finetune`",
         )
-    return folder, load_params(folder / PARAMS_FILE), json.loads((folder / START_FILE).read_text())["from"]
+    params = load_params(folder / PARAMS_FILE)
+    if is_own_code(params.backbone.name) and params.backbone.name != given.backbone.name:
+        raise FinetuneError(
+            f"The training's network is the function {params.backbone.name}.",
+            where=folder,
+            why="nothing that a folder under runs names is imported",
+            remedy=f"if you trust that module, name it yourself: -s backbone.name={params.backbone.name}",
+        )
+    return folder, params, json.loads((folder / START_FILE).read_text())["from"]
 
 
 def _age(folder: Path) -> float:
@@ -351,7 +360,7 @@ class _Job:
         backbone = self.cache.backbone
         return training_fingerprint(
             self.params.finetune,
-            backbone=asdict(backbone.identity),
+            backbone=backbone.identity.as_dict(),
             transform=backbone.transform.as_dict(),
             images=self.table.digests[rows],
             selection=self.table.digests[selection],

@@ -30,7 +30,7 @@ from ..artifacts import (
     read_model,
     write_predictions,
 )
-from ..backbones import Backbone, BackboneIdentity, BuiltNetwork, Transform, build_network, make_decoder
+from ..backbones import Backbone, BackboneIdentity, BuiltNetwork, Transform, build_network, is_own_code, make_decoder
 from ..backbones.backbone import DECODER_RULES
 from ..data.images import Given, Images, open_given
 from ..data.source import SPLITS
@@ -69,12 +69,17 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, ready to classify images."""
+    """A finished run, ready to classify images.
+
+    Attributes:
+        imports: ``backbone.name`` was named by the caller, so that a network of the user's own may be imported.
+    """
 
     folder: Path
     params: Params
     model: RunModel
     head: Head
+    imports: bool = False
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -91,7 +96,9 @@ class Run:
         record, params = self.model.backbone, self.params
         transform = Transform.from_dict(self.model.transform, where=self.folder)
         return Backbone(
-            identity=BackboneIdentity(record.name, record.weights, record.digest, record.layer, record.pooling),
+            identity=BackboneIdentity(
+                record.name, record.weights, record.digest, record.layer, record.pooling, record.code
+            ),
             transform=transform,
             feature_dim=self.model.feature_dim,
             decoder=make_decoder(transform, params.data.max_pixels, self._decoding_rule()),
@@ -117,15 +124,29 @@ class Run:
     def _build_network(self) -> BuiltNetwork:
         """The run's own network, proven to be the one it was made with."""
         own = self.folder / BACKBONE_FILE
-        section = self.params.backbone
+        section, record = self.params.backbone, self.model.backbone
+        if is_own_code(section.name) and not self.imports:
+            raise RunError(
+                f"The run's network is the function {section.name}, which is not in its folder.",
+                where=self.folder,
+                why="a run folder is data: nothing that it names is imported",
+                remedy=f"if you trust that module, name it yourself: --backbone {section.name}",
+            )
         if own.exists():
             section = section.model_copy(update={"weights": str(own)})
         built = build_network(section, self.params.transform)
-        if built.identity.digest != self.model.backbone.digest:
+        if built.identity.code != record.code:
+            raise RunError(
+                f"The source file of {section.name} is not what it was when the run was made.",
+                where=self.folder,
+                why=f"its digest is {built.identity.code}, the run has {record.code}",
+                remedy="use the module as it was then, or train again",
+            )
+        if built.identity.digest != record.digest:
             raise RunError(
                 "The run was made with other weights than those found now.",
                 where=f"{self.folder} ({section.weights})",
-                why=f"their digest is {built.identity.digest}, the run has {self.model.backbone.digest}",
+                why=f"their digest is {built.identity.digest}, the run has {record.digest}",
                 remedy="give the weights file it was made with: -s backbone.weights=PATH",
             )
         return built
@@ -173,7 +194,8 @@ def load_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     """A run folder as an object that predicts; nothing in it is unpickled or imported.
 
     Args:
-        overrides: ``key.path=value`` for params that differ here, such as ``backbone.weights`` or ``cache.dir``.
+        overrides: ``key.path=value`` for params that differ here, such as ``backbone.weights`` or ``cache.dir``; with
+            ``backbone.name=module:function`` that module may be imported.
 
     Raises:
         RunError: the folder is missing, damaged or made by something else.
@@ -181,7 +203,8 @@ def load_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     folder = Path(os.path.abspath(folder))
     model = read_model(folder)
     params = load_params(folder / PARAMS_FILE, overrides)
-    return Run(folder, params, model, load_head(folder, model.head.model_dump()))
+    imports = any(override.partition("=")[0].strip() == "backbone.name" for override in overrides)
+    return Run(folder, params, model, load_head(folder, model.head.model_dump()), imports)
 
 
 def label_images(
@@ -253,6 +276,7 @@ def backbone_record(identity: BackboneIdentity) -> BackboneRecord:
         digest=identity.digest,
         layer=identity.layer,
         pooling=identity.pooling,
+        code=identity.code,
     )
 
 

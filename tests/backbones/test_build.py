@@ -27,7 +27,7 @@ from pipeline.backbones import (
     identify_network,
 )
 from pipeline.backbones import weights as weights_module
-from pipeline.backbones.catalogue import _row, find_zoo, locate_weights
+from pipeline.backbones.catalogue import describe_backbone, locate_weights
 from pipeline.backbones.torchvision import PACKAGED
 from pipeline.backbones.transform import Transform
 from pipeline.backbones.weights import checkpoint_bytes, download
@@ -246,7 +246,7 @@ def test_packaged_weights_are_a_backbone_of_their_own(tmp_path: Path, monkeypatc
     assert backbone.feature_dim == 1024 and backbone.module(torch.zeros(1, 3, 64, 64)).dtype == torch.float32
     random = build_network(BackboneParams(name="small", weights="random"), TransformParams())
     assert random.transform == own and random.identity.digest != backbone.identity.digest
-    row = _row(find_zoo("small"), "small")
+    row = describe_backbone("small")
     assert (row.weights, row.input_size) == (("DEFAULT",), 64)
     with pytest.raises(WeightsError, match="IMAGENET1K_V1"):
         build_network(BackboneParams(name="small", weights="IMAGENET1K_V1"), TransformParams())

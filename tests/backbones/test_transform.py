@@ -50,6 +50,24 @@ def test_pixels_are_those_of_the_weights_own_transform(weights: str, size: tuple
     assert torch.equal(normalised[0], get_weight(weights).transforms()(image))
 
 
+@pytest.mark.parametrize("size", [(490, 390), (37, 640), (1, 100_000)])
+def test_squash_makes_both_sides_the_size(size: tuple[int, int]) -> None:
+    transform = Transform(resize=40, crop=36, interpolation="bicubic", resize_mode="squash")
+    resized = F.resize(
+        image := random_image(*size), [40, 40], interpolation=F.InterpolationMode.BICUBIC, antialias=True
+    )
+    assert np.array_equal(transform.pixels(image), F.pil_to_tensor(F.center_crop(resized, [36])).numpy())
+
+
+def test_the_usual_resize_mode_is_not_written() -> None:
+    assert "resize_mode" not in Transform().as_dict()
+    squash = Transform(resize_mode="squash")
+    assert Transform.from_dict(squash.as_dict()) == squash
+    assert adjust_transform(Transform(), TransformParams(resize_mode="squash")) == squash
+    with pytest.raises(WeightsError):
+        Transform.from_dict({"resize_mode": "longest"})
+
+
 def test_pixels_of_real_photographs(shared) -> None:
     paths = sorted((shared / "data").glob("hymenoptera_data/val/*/*.jpg"))[::40]
     assert paths

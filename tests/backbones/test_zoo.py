@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,6 +30,8 @@ from pipeline.backbones import (
     trainable_module,
 )
 from pipeline.backbones import build as build_module
+from pipeline.backbones import openclip as openclip_module
+from pipeline.backbones import timm as timm_module
 from pipeline.backbones.weights import tensors_digest
 from pipeline.backbones.zoo import Tensors, layer_error, pooling_error, without_storage
 from pipeline.errors import BackboneError, WeightsError
@@ -70,6 +73,12 @@ class ToyZoo:
     def version(self, name: str) -> str:
         return "toys 1"
 
+    def code_digest(self, name: str) -> None:
+        return None
+
+    def licence(self, name: str) -> str | None:
+        return "MIT"
+
     def tags(self, name: str) -> Sequence[str]:
         return ["first", "second"]
 
@@ -77,8 +86,8 @@ class ToyZoo:
         tag = "second" if weights in ("DEFAULT", "newest") else weights
         return WeightsSource(tag, self.folder / f"{tag}.safetensors", tag) if tag in self.tags(name) else None
 
-    def preset(self, name: str, tag: str | None, image_size: int | None = None) -> Transform:
-        return PRESET if tag != "first" else Transform(resize=None, crop=24)
+    def preset(self, name: str, source: WeightsSource, image_size: int | None = None) -> Transform:
+        return PRESET if source.tag != "first" else Transform(resize=None, crop=24)
 
     def make(
         self,
@@ -86,6 +95,7 @@ class ToyZoo:
         *,
         layer: str | None = None,
         pooling: str = "default",
+        image_size: int | None = None,
         tensors: Tensors | None = None,
         initialise: bool = False,
     ) -> FeatureNetwork:
@@ -107,8 +117,8 @@ class ToyZoo:
         network = FeatureNetwork(model, input_size=16, classifier="head", shapes=shapes, blocks=blocks)
         return network, ("ball", "doll", "kite")
 
-    def rename(self, name: str, key: str) -> str | None:
-        return None if key.startswith("teacher.") else key.replace("trunk", "body")
+    def adapt(self, name: str, network: FeatureNetwork, tensors: Tensors) -> Tensors:
+        return {key.replace("trunk", "body"): tensors[key] for key in tensors if not key.startswith("teacher.")}
 
 
 @pytest.fixture
@@ -145,13 +155,29 @@ def plain_features(state: dict[str, Tensor]) -> Tensor:
 
 def test_it_is_listed_with_its_size() -> None:
     assert backbone_names()[-1] == NAME
-    row = list_backbones()[-1]
+    row = list(list_backbones())[-1]
     assert (row.name, row.feature_dim, row.weights, row.input_size) == (NAME, 6, ("first", "second"), 16)
     assert (
         row.parameters
         == 1 + 4 * 3 * 9 + 2 * 4 + 6 * 4 * 9 + 6
         == sum(p.numel() for p in make_module(NAME)[0].parameters())
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("timm/resnet18.a1_in1k", "timm"), ("openclip/ViT-B-32.openai", "openclip")]
+)
+def test_a_library_that_is_not_installed_is_named_with_its_extra(
+    name: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, {"timm": "timm", "openclip": "open_clip"}[extra], None)
+    for module in (timm_module, openclip_module):
+        for function in vars(module).values():
+            getattr(function, "cache_clear", lambda: None)()
+    with pytest.raises(BackboneError, match="is not installed") as caught:
+        make_module(name)
+    assert f"image-transfer-pipeline[{extra}]" in str(caught.value.remedy)
+    assert NAME in backbone_names()
 
 
 def test_near_misses_name_it() -> None:

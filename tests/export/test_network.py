@@ -28,8 +28,9 @@ def picture(height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         Transform(resize=64, crop=57, interpolation="bicubic"),
         Transform(resize=None, crop=33),
         Transform(resize=40, crop=60),
+        Transform(resize=33, crop=32, resize_mode="squash"),
     ],
-    ids=["smaller crop", "bicubic", "no resize", "larger crop"],
+    ids=["smaller crop", "bicubic", "no resize", "larger crop", "squash"],
 )
 def test_pixels_are_those_of_the_transform(transform: Transform) -> None:
     network = ExportedNetwork(transform, nn.Flatten(), None, dtype=torch.float32, batch=False)

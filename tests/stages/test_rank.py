@@ -87,7 +87,7 @@ def test_the_fastest_within_the_best_interval_is_recommended() -> None:
     assert recommend([replace(best, milliseconds=2.0), ROW, poor])[0].label == "big"
 
 
-def test_the_verb_prints_a_table_and_refuses_names_without_rank(
+def test_the_verb_prints_a_table_and_asks_for_names(
     make_params: MakeParams, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_params()
@@ -98,5 +98,5 @@ def test_the_verb_prints_a_table_and_refuses_names_without_rank(
     out = capsys.readouterr().out
     assert stop.value.code == 0 and "squeezenet1_1=random" in out and "Recommended:" in out
     with pytest.raises(SystemExit) as stop:
-        main(["backbones", "squeezenet1_1", *options])
+        main(["backbones", "--rank", *options])
     assert stop.value.code == 2
