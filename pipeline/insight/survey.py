@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.source import TRAIN
-from ..evaluate.intervals import wilson
+from ..evaluate.intervals import share_interval
 from ..features.cache import FeatureTable
 from .duplicates import Bar, DuplicateGroup, near_leaks
 from .findings import Finding
@@ -150,7 +150,8 @@ class Survey:
         if self.judged is None:
             return None
         wrong = self.judged.predicted != self.table.targets[self.judged.rows]
-        return _share("mistakes", wrong[np.isin(self.judged.rows, rows)])
+        chosen = np.isin(self.judged.rows, rows)
+        return _share("mistakes", wrong[chosen], self.table.groups[self.judged.rows[chosen]])
 
     def scores(self) -> list[Share]:
         """The accuracy on the reported split: of all, without copies of train, and should doubted labels be wrong."""
@@ -163,11 +164,12 @@ class Survey:
         train = {digest.tobytes() for digest in self.table.digests[self.table.train]}
         same = np.array([self.table.digests[row].tobytes() in train for row in rows], bool)
         near = same | np.isin(rows, list(near_leaks(self.groups, self.table.splits, self.reported, TRAIN)))
-        shares = [_share("all images", right)]
+        groups = self.table.groups[rows]
+        shares = [_share("all images", right, groups)]
         if same.any():
-            shares.append(_share("without byte-identical copies of train", right[~same]))
+            shares.append(_share("without byte-identical copies of train", right[~same], groups[~same]))
         if near.any():
-            shares.append(_share("without near-identical copies of train, either", right[~near]))
+            shares.append(_share("without near-identical copies of train, either", right[~near], groups[~near]))
         return shares
 
     def score_range(self) -> tuple[float, float] | None:
@@ -179,6 +181,6 @@ class Survey:
         return accuracy_range(right[mine], np.isin(self.judged.rows, self.doubted)[mine])
 
 
-def _share(name: str, hits: Bools) -> Share:
+def _share(name: str, hits: Bools, groups: Ints) -> Share:
     n = len(hits)
-    return Share(name, n, float(hits.mean()) if n else None, wilson(int(hits.sum()), n))
+    return Share(name, n, float(hits.mean()) if n else None, share_interval(hits, groups))
