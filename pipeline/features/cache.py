@@ -83,10 +83,10 @@ class FeatureTable:
         return np.bincount(targets[targets >= 0], minlength=len(self.class_names))
 
     def training_rows(self) -> tuple[Features, NDArray[np.int64], NDArray[np.int64]]:
-        """Features, targets and groups of train; the views of the images follow with their targets and groups."""
-        copies = 1 + len(self.views)
-        features = np.concatenate([self.features[self.train], *self.views])
-        return features, np.tile(self.targets[self.train], copies), np.tile(self.groups[self.train], copies)
+        """Features (n, d), targets and groups (n,) of train; with views features (1 + views, n, d), the plain first."""
+        features = self.features[self.train]
+        features = np.stack([features, *self.views]) if self.views else features
+        return features, self.targets[self.train], self.groups[self.train]
 
     def reported_split(self) -> int:
         """The split to report on: test where there is one, else val.

@@ -2,7 +2,7 @@
 
 from .base import Head, Selection
 from .common import log_losses, standardisation
-from .crossval import OutOfFold, hold_out, stratified_group_folds
+from .crossval import OutOfFold, Score, hold_out, stratified_group_folds
 from .curve import curve_band, learning_curve
 from .kinds import KINDS, head_of_layers, kinds_of_layers, load_head, make_head
 from .layers import Layers, LayersHead
@@ -16,6 +16,7 @@ __all__ = [
     "Layers",
     "LayersHead",
     "OutOfFold",
+    "Score",
     "Selection",
     "choose_head",
     "curve_band",

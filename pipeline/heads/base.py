@@ -12,20 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from ..errors import HeadError, RunError
 from ..params import HeadParams
-from .common import Features, Floats, Ints, check_training_data, class_weights, softmax
+from .common import Features, Floats, Ints, check_training_data, class_weights, softmax, weighted_accuracy
 from .crossval import (
     Fold,
     OutOfFold,
+    Score,
     Scores,
     align,
     candidates,
     choose_temperature,
+    hold_out,
+    in_every_view,
     out_of_fold,
-    ranking,
     stratified_group_folds,
 )
 
@@ -74,6 +77,7 @@ class Head(ABC):
         self.has_probabilities = True
         self.why_no_probabilities: str | None = None
         self.classes_: Ints = np.empty(0, dtype=np.int64)
+        self._views = 1
         self._candidates = candidates(params.search, kind, params.kinds)
         self._found: dict[str, Any] = {}
         self._forget()
@@ -94,7 +98,10 @@ class Head(ABC):
 
     @abstractmethod
     def learn(self, X: Features, index: Ints, groups: Ints | None) -> None:
-        """Fit to features (n, d) and class positions (n,) in ``classes_``, every one of which occurs."""
+        """Fit to features (n, d) and class positions (n,) in ``classes_``, every one of which occurs.
+
+        What is held out in between comes from `folds` or `held_out`, which keep views of an image together.
+        """
 
     @abstractmethod
     def logits(self, X: Features) -> Floats:
@@ -145,11 +152,15 @@ class Head(ABC):
 
         Parameters are searched and a temperature is chosen where the params ask for it, both out of fold on train.
 
+        Args:
+            X: or (v, n, d): the images plain, then in v - 1 augmented views. All are learnt from; whatever is chosen
+                or judged by images held out goes by the plain ones.
+
         Raises:
             HeadError: the features or targets cannot be learnt from, or the head cannot be configured so.
         """
         started = time.perf_counter()
-        X, self.classes_, index = check_training_data(X, y)
+        X, index, groups = self._take(X, y, groups)
         self._forget()
         if self._candidates:
             self._search(X, index, groups)
@@ -158,31 +169,38 @@ class Head(ABC):
         self.selected["seconds"] = time.perf_counter() - started
         return self
 
+    def _take(self, X: Features, y: Ints, groups: Ints | None) -> tuple[Features, Ints, Ints | None]:
+        """Take over classes and number of views; features, class positions and groups of all rows, view after view."""
+        X, self.classes_, index = check_training_data(X, y)
+        self._views = len(X)
+        groups = None if groups is None else np.tile(groups, self._views)
+        return X.reshape(-1, X.shape[2]), np.tile(index, self._views), groups
+
     def _search(self, X: Features, index: Ints, groups: Ints | None) -> None:
         fits = [self._configured(values).fit_fold for values in self._candidates]
-        results = out_of_fold(fits, X, index, groups, self._folds(index, groups), jobs=self.jobs)
-        scores = [(result.accuracy(index), result.log_loss(index)) for result in results]
-        best = min(range(len(scores)), key=lambda number: ranking(*scores[number]))
+        results = out_of_fold(fits, X, index, groups, self.folds(index, groups), jobs=self.jobs)
+        scores = [self.score(self.classes_[result.index], result.right, result.log_loss) for result in results]
+        best = min(range(len(scores)), key=lambda number: scores[number].rank)
         self._found = self._candidates[best]
         self.replace(self._found)
         self.selected["search"] = [
-            {"params": dict(values), "cv_accuracy": accuracy, "cv_log_loss": log_loss}
-            for values, (accuracy, log_loss) in zip(self._candidates, scores, strict=True)
+            {"params": dict(values), **score.named("cv")}
+            for values, score in zip(self._candidates, scores, strict=True)
         ]
         self._select(f"the parameters of {self.kind}", f"by {self.params.folds}-fold cross-validation")
 
     def calibrate(self, X: Features, index: Ints, groups: Ints | None) -> None:
         """Choose a temperature out of fold, where ``head.calibrate`` asks for one."""
         if self.params.calibrate == "temperature" and self.has_probabilities:
-            self._cool(self._across_folds(X, index, groups), index)
+            self._cool(self._across_folds(X, index, groups))
 
-    def _cool(self, result: OutOfFold, index: Ints) -> None:
-        self.temperature = self._choose_temperature(result, index)
+    def _cool(self, result: OutOfFold) -> None:
+        self.temperature = self._choose_temperature(result)
         assert self.out_of_fold is not None
-        self.selected |= {"cv_accuracy": result.accuracy(index), "cv_log_loss": self.out_of_fold.log_loss(index)}
+        self.selected |= {"cv_accuracy": result.accuracy, "cv_log_loss": self.out_of_fold.log_loss}
 
-    def _choose_temperature(self, result: OutOfFold, index: Ints) -> float:
-        temperature, record = choose_temperature(result, index)
+    def _choose_temperature(self, result: OutOfFold) -> float:
+        temperature, record = choose_temperature(result)
         self.selected |= record
         self._select("the temperature", "out of fold")
         self.out_of_fold = result.cooled(temperature)
@@ -197,24 +215,45 @@ class Head(ABC):
     # -- out of fold ------------------------------------------------------------------------------------------------
 
     def cross_validate(self, X: Features, y: Ints, groups: Ints | None = None) -> OutOfFold:
-        """Out-of-fold predictions and logits of train at the present parameters, from `fit` where it made them."""
+        """Out-of-fold predictions and logits of train, from `fit` where it made them.
+
+        A head that is not fitted yet makes those choices that belong to its fit anew in each fold.
+        """
         if self.out_of_fold is None:
-            X, self.classes_, index = check_training_data(X, y)
-            return self._across_folds(X, index, groups)
+            return self._across_folds(*self._take(X, y, groups))
         return self.out_of_fold
 
     def _across_folds(self, X: Features, index: Ints, groups: Ints | None) -> OutOfFold:
-        folds = self._folds(index, groups)
+        folds = self.folds(index, groups)
         return out_of_fold([self._configured({}).fit_fold], X, index, groups, folds, jobs=self.jobs)[0]
 
-    def _folds(self, index: Ints, groups: Ints | None) -> list[Fold]:
-        return stratified_group_folds(index, groups, self.params.folds, self.params.seed)
+    def folds(self, index: Ints, groups: Ints | None) -> list[Fold]:
+        """Folds of the rows that `learn` got: they train on all views of an image, and test it plain."""
+        index, groups = self._plain(index, groups)
+        folds = stratified_group_folds(index, groups, self.params.folds, self.params.seed)
+        return [(in_every_view(train, len(index), self._views), test) for train, test in folds]
+
+    def held_out(self, index: Ints, groups: Ints | None, fraction: float) -> Fold:
+        """Rows that `learn` got, to train on and to watch with: as `folds`, about ``fraction`` of the images once."""
+        index, groups = self._plain(index, groups)
+        train, held = hold_out(index, groups, fraction, self.params.seed)
+        return in_every_view(train, len(index), self._views), held
+
+    def _plain(self, index: Ints, groups: Ints | None) -> tuple[Ints, Ints | None]:
+        images = len(index) // self._views
+        return index[:images], None if groups is None else groups[:images]
+
+    def score(self, y: Ints, right: NDArray[np.bool_], log_loss: float | None = None) -> Score:
+        """How well rows with the targets ``y`` (n,) were classified, of which these were ``right`` (n,)."""
+        setting = self.params.class_weight
+        weighted = None if setting is None else weighted_accuracy(right, y, setting, self.class_names)
+        return Score(float(right.mean()), log_loss, weighted)
 
     def _configured(self, values: Mapping[str, Any]) -> Self:
         """An unfitted head with some parameters replaced and nothing left to search, for one job."""
         params = self.params.model_copy(update={"search": {}})
         head = type(self)(self.kind, params, class_names=self.class_names, device=self.device)
-        head.classes_, head._found = self.classes_, {**self._found, **values}
+        head.classes_, head._views, head._found = self.classes_, self._views, {**self._found, **values}
         head.replace(head._found)
         return head
 

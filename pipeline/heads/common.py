@@ -26,21 +26,25 @@ LOG_FLOOR = float(np.finfo(np.float64).tiny)
 
 
 def check_training_data(X: NDArray[Any], y: NDArray[Any]) -> tuple[Features, Ints, Ints]:
-    """Features as float32 (n, d), the sorted classes (c,), and each row's position among them (n,).
+    """Features as float32 (v, n, d), the sorted classes (c,), and each image's position among them (n,).
+
+    Args:
+        X: (n, d), or (v, n, d) for v views of the images.
 
     Raises:
         HeadError: shapes that do not fit, values that are not finite, or fewer than two classes.
     """
     X = np.ascontiguousarray(X, dtype=np.float32)
+    X = X[None] if X.ndim == 2 else X
     y = np.asarray(y)
-    if X.ndim != 2 or y.shape != X.shape[:1] or not X.size:
+    if X.ndim != 3 or y.shape != X.shape[1:2] or not X.size:
         raise HeadError(
             "Features and targets do not fit together.",
             why=f"features have shape {X.shape}, targets {y.shape}",
             remedy="give one row of features and one target per image",
         )
     if not np.isfinite(X).all():
-        rows = np.flatnonzero(~np.isfinite(X).all(axis=1))
+        rows = np.flatnonzero(~np.isfinite(X).all(axis=(0, 2)))
         raise HeadError(
             f"{len(rows)} rows of features hold NaN or infinity.",
             where=f"first at row {rows[0]}",
@@ -57,15 +61,23 @@ def check_training_data(X: NDArray[Any], y: NDArray[Any]) -> tuple[Features, Int
 
 
 def standardisation(X: NDArray[np.float32], enabled: bool) -> tuple[Floats, Floats]:
-    """Mean and scale (d,) in float64; a constant feature has infinite scale, so that its weight folds to 0.
+    """Mean and scale (d,) in float64 of features (n, d): the standard deviation, or what one row more may make of it.
+
+    A feature that hardly varies in these rows may well do so in others, which would then stand thousands of deviations
+    away. One more row that is as far from the mean as features usually are, by their median deviation, makes the
+    deviation at least that over the root of n: the least that is believed. A constant feature says nothing: its scale
+    is infinite, so that its weight folds to 0.
 
     When not ``enabled`` the scale of the other features is 1: centring alone does not change a model with an
     unpenalised intercept.
     """
     mean = X.mean(axis=0, dtype=np.float64)
-    constant = X.min(axis=0) == X.max(axis=0)
-    scale = X.std(axis=0, dtype=np.float64, mean=mean[None]) if enabled else np.ones(X.shape[1])
-    return mean, np.where(constant | (scale == 0), np.inf, scale)
+    varies = X.min(axis=0) != X.max(axis=0)
+    if not enabled:
+        return mean, np.where(varies, 1.0, np.inf)
+    scale = X.std(axis=0, dtype=np.float64, mean=mean[None])
+    least = np.median(scale[varies]) / len(X) ** 0.5 if varies.any() else 0.0
+    return mean, np.where(varies, np.maximum(scale, least), np.inf)
 
 
 def class_weights(setting: ClassWeight, classes: Ints, index: Ints, class_names: Sequence[str]) -> Floats:
@@ -87,6 +99,12 @@ def class_weights(setting: ClassWeight, classes: Ints, index: Ints, class_names:
                 remedy=near(name, class_names) + "use the names of the class folders",
             )
     return np.array([setting.get(class_names[target], 1.0) for target in classes])
+
+
+def weighted_accuracy(right: NDArray[np.bool_], y: Ints, setting: ClassWeight, class_names: Sequence[str]) -> float:
+    """Share of rows that are ``right`` (n,), each with the weight of its class (of the targets ``y``)."""
+    classes, index = np.unique(y, return_inverse=True)
+    return float(np.average(right, weights=class_weights(setting, classes, index, class_names)[index]))
 
 
 def near(name: str, valid: Sequence[str], limit: int = 5) -> str:

@@ -32,9 +32,10 @@ def stratified_group_folds(y: Ints, groups: Ints | None, folds: int, seed: int) 
     """Train and test positions of each fold; the test parts are disjoint and cover all rows.
 
     Rows with one group id share a fold. The groups of a class are dealt out so that each fold gets its share, so a
-    class with two groups or more is never missing from a fold's train part (a group with several classes counts for
-    its most frequent one). There are fewer folds where no class has that many groups, and none at all where every
-    class has one group only, since nothing can then be held out and still be learnt. Deterministic in ``seed``.
+    class with two groups or more is never missing from a fold's train part. A group with several classes counts for
+    its most frequent one: only a class that is nowhere the most frequent may be missing. There are fewer folds where no
+    class has that many groups, and none at all where every class has one group only, since nothing can then be held
+    out and still be learnt. Deterministic in ``seed``.
     """
     y = np.asarray(y)
     group, group_class, sizes = _groups(y, groups)
@@ -74,11 +75,19 @@ def _keep_every_class(held: NDArray[np.bool_], group: Ints, sizes: Ints, y: Ints
 
 
 def missing_rows(y: Ints, folds: list[Fold]) -> np.ndarray:
-    """True (n,) for rows whose class has no row in the train part of their fold: nobody could have known them."""
-    missing = np.zeros(len(y), dtype=bool)
+    """True (n,) for rows whose class has no row in the train part of their fold: nobody could have known them.
+
+    The rows are those that the folds test; views of them, which only train, may follow in ``y``.
+    """
+    missing = np.zeros(sum(len(test) for _, test in folds), dtype=bool)
     for train, test in folds:
         missing[test] = ~np.isin(y[test], y[train])
     return missing
+
+
+def in_every_view(images: Ints, count: int, views: int) -> Ints:
+    """The rows of ``images`` where ``count`` images stand one after another, ``views`` times."""
+    return (count * np.arange(views)[:, None] + images).ravel()
 
 
 def _groups(y: Ints, groups: Ints | None) -> tuple[Ints, Ints, Ints]:
@@ -113,26 +122,58 @@ def _deal(group_class: Ints, sizes: Ints, folds: int, seed: int) -> Ints:
 
 
 @dataclass(frozen=True)
-class OutOfFold:
-    """What cross-validation says of each row of train: ``predicted`` class positions (n,), ``logits`` (n, c).
+class Score:
+    """How well images were classified that a head has not learnt from.
 
-    ``known`` is False for rows whose class was missing from their fold's train part; they cannot be right under any
-    head or parameter, so the log loss leaves them out, while accuracy counts them as wrong.
+    ``weighted_accuracy`` is by ``head.class_weight``, for "balanced" the mean recall of the classes; None without.
+    ``log_loss`` is None without probabilities.
+    """
+
+    accuracy: float
+    log_loss: float | None = None
+    weighted_accuracy: float | None = None
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Sort key, best first: accuracy as it is weighted, then log loss, without one last among equals."""
+        accuracy = self.accuracy if self.weighted_accuracy is None else self.weighted_accuracy
+        return -accuracy, float("inf") if self.log_loss is None else self.log_loss
+
+    def named(self, name: str) -> dict[str, float | None]:
+        """As JSON: ``cv_accuracy`` and so on for the ``name`` "cv"; no weighted accuracy where there is none."""
+        return {f"{name}_{key}": value for key, value in vars(self).items() if value is not None or key == "log_loss"}
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """What cross-validation says of each image of train: ``predicted`` class positions (n,), ``logits`` (n, c).
+
+    ``index`` (n,) are the true ones. ``known`` is False for images whose class was missing from their fold's train
+    part; they cannot be right under any head or parameter, so the log loss leaves them out, while accuracy counts them
+    as wrong.
     """
 
     predicted: Ints
     logits: Floats | None
+    index: Ints
     known: NDArray[np.bool_]
 
-    def accuracy(self, index: Ints) -> float:
-        """Share of rows predicted right."""
-        return float((self.predicted == index).mean())
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """Which images (n,) were predicted right."""
+        return np.equal(self.predicted, self.index)
 
-    def log_loss(self, index: Ints) -> float | None:
-        """Mean log loss of the known rows; None without probabilities or known rows."""
+    @property
+    def accuracy(self) -> float:
+        """Share of images predicted right."""
+        return float(self.right.mean())
+
+    @property
+    def log_loss(self) -> float | None:
+        """Mean log loss of the known images; None without probabilities or known images."""
         if self.logits is None or not self.known.any():
             return None
-        return float(log_losses(softmax(self.logits[self.known]), index[self.known]).mean())
+        return float(log_losses(softmax(self.logits[self.known]), self.index[self.known]).mean())
 
     def probabilities(self) -> Floats | None:
         """Softmax of the logits (n, c)."""
@@ -175,7 +216,7 @@ def out_of_fold(
             )
     known = ~missing_rows(index, folds)
     count = len(folds)
-    return [_gather(scores[i * count : (i + 1) * count], folds, known) for i in range(len(fits))]
+    return [_gather(scores[i * count : (i + 1) * count], folds, index[: len(known)], known) for i in range(len(fits))]
 
 
 def no_folds() -> HeadError:
@@ -187,7 +228,7 @@ def no_folds() -> HeadError:
     )
 
 
-def _gather(scores: Sequence[Scores], folds: list[Fold], known: NDArray[np.bool_]) -> OutOfFold:
+def _gather(scores: Sequence[Scores], folds: list[Fold], index: Ints, known: NDArray[np.bool_]) -> OutOfFold:
     predicted = np.empty(len(known), dtype=np.int64)
     parts = [logits for _, logits in scores if logits is not None]
     logits = np.empty((len(known), parts[0].shape[1])) if len(parts) == len(folds) else None
@@ -195,7 +236,7 @@ def _gather(scores: Sequence[Scores], folds: list[Fold], known: NDArray[np.bool_
         predicted[test] = positions
         if logits is not None and part is not None:
             logits[test] = part
-    return OutOfFold(predicted, logits, known)
+    return OutOfFold(predicted, logits, index, known)
 
 
 def align(logits: Floats, seen: Ints, classes: int) -> Floats:
@@ -225,11 +266,6 @@ def candidates(search: Mapping[str, Sequence[Any]], kind: str, kinds: Sequence[s
         if owner in (None, kind):
             own[key.removeprefix(f"{owner}.")] = values
     return [dict(zip(own, chosen, strict=True)) for chosen in itertools.product(*own.values())] if own else []
-
-
-def ranking(accuracy: float, log_loss: float | None) -> tuple[float, float]:
-    """Sort key, best first: accuracy, then log loss; a head without probabilities comes last among equals."""
-    return -accuracy, float("inf") if log_loss is None else log_loss
 
 
 # -- temperature ----------------------------------------------------------------------------------------------------
@@ -264,14 +300,14 @@ def fit_temperature(logits: Floats, index: Ints) -> float:
     return float(np.exp(-0.5 * (low + high)))
 
 
-def choose_temperature(result: OutOfFold, index: Ints) -> tuple[float, dict[str, Any]]:
+def choose_temperature(result: OutOfFold) -> tuple[float, dict[str, Any]]:
     """A temperature from what was seen out of fold, and the record of it for ``selected``.
 
     Rows that nobody could know are left out. Where no row is left, or the fit would not lower the log loss, the
     temperature is 1.
     """
     assert result.logits is not None
-    logits, index = result.logits[result.known], index[result.known]
+    logits, index = result.logits[result.known], result.index[result.known]
     temperature = fit_temperature(logits, index) if len(index) else 1.0
     before, after = softmax(logits), softmax(logits / temperature)
     if len(index) and log_losses(after, index).mean() >= log_losses(before, index).mean():

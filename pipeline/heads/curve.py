@@ -33,6 +33,9 @@ def learning_curve(
     Within a repeat a smaller part lies inside a larger one; parts are stratified and keep groups together. All of
     train is fitted once, since repeats could not differ. The head chooses its parameters anew on each part.
 
+    Args:
+        X, y, groups: as `Head.fit` takes them; a part holds all views of an image or none.
+
     Returns:
         One row a fit: ``fraction, repeat, images, accuracy``.
     """
@@ -45,7 +48,7 @@ def learning_curve(
             taken = np.sort(order[: max(1, round(fraction * len(order)))]) if fraction < 1 else np.arange(len(y))
             taken = _whole_groups(taken, groups)
             try:
-                head = make().fit(X[taken], y[taken], None if groups is None else groups[taken])
+                head = make().fit(X[..., taken, :], y[taken], None if groups is None else groups[taken])
             except HeadError:
                 if fraction >= 1:
                     raise

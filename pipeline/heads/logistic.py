@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import HeadError
 from .common import Features, Floats, Ints, few_threads, standardisation
-from .crossval import Fold, OutOfFold, missing_rows, no_folds
+from .crossval import Fold, OutOfFold, missing_rows
 from .layers import Layers, LayersHead
 from .path import StrengthPath
 from .solver import Design, Problems, Solutions, solve
@@ -55,7 +55,7 @@ class LogisticHead(LayersHead):
         design = Design.build(scaled, target, len(self.classes_), rotate=self.params.logistic.path == "full")
         del scaled
         row_weight = torch.from_numpy(weights[index]).to(self.device)
-        folds = self._folds(index, groups)
+        folds = self.folds(index, groups)
         strength, start = self._choose(design, row_weight, index, folds)
         solution = self._refit(design, row_weight, strength, start)
         layer = linear_layer(design, solution.weights[0])
@@ -67,12 +67,12 @@ class LogisticHead(LayersHead):
         logistic = self.params.logistic
         strengths = np.geomspace(logistic.c_min, logistic.c_max, logistic.strengths)
         known = ~missing_rows(index, folds)
-        self.warnings = self._data_warnings(index, folds, known)
+        self.warnings = self._data_warnings(np.bincount(self._plain(index, None)[0]), folds, known)
         zero = torch.zeros(1, design.outputs, design.exact.shape[1], dtype=torch.float64, device=row_weight.device)
         if not folds or not any(known[test].any() for _, test in folds):
             self.selected |= {"C": float(DEFAULT_STRENGTH if len(strengths) > 1 else strengths[0]), "folds": 0}
             return self.selected["C"], zero
-        train, held = masks(folds, known, row_weight.device)
+        train, held = masks(folds, known, row_weight)
         scored, tolerance = held * row_weight, logistic.tolerance**2
         path = StrengthPath(design, strengths, row_weight, train, scored, tolerance)
         if logistic.path == "full":
@@ -83,7 +83,11 @@ class LogisticHead(LayersHead):
         best = path.best()
         self._record(path, found, best)
         logits = self._out_of_fold_logits(design, path.points[best].weights, row_weight, train, folds)
-        self._score(OutOfFold(logits.argmax(axis=1), logits, known), index)
+        self.out_of_fold = OutOfFold(logits.argmax(axis=1), logits, index[: len(known)], known)
+        self.selected["cv_accuracy"] = self.out_of_fold.accuracy
+        if self.params.calibrate == "temperature":
+            self.temperature = self._choose_temperature(self.out_of_fold)
+            self.selected["cv_log_loss_calibrated"] = self.out_of_fold.log_loss
         return float(strengths[best]), path.refit_start(best)
 
     def _record(self, path: StrengthPath, found: str, best: int) -> None:
@@ -113,18 +117,10 @@ class LogisticHead(LayersHead):
         strength = torch.ones(len(folds), dtype=torch.float64, device=row_weight.device)
         offset = Problems.build(design, strength, row_weight * train).offset
         logits = (design.logits(weights) + offset).cpu().numpy()
-        result = np.empty((logits.shape[2], max(logits.shape[1], 2)))
+        result = np.empty((sum(len(test) for _, test in folds), max(logits.shape[1], 2)))
         for number, (_, test) in enumerate(folds):
             result[test] = two_sided(logits[number][:, test].T)
         return result
-
-    def _score(self, result: OutOfFold, index: Ints) -> None:
-        """Record what cross-validation says about the chosen strength, and the temperature where one is asked for."""
-        self.out_of_fold = result
-        self.selected["cv_accuracy"] = result.accuracy(index)
-        if self.params.calibrate == "temperature":
-            self.temperature = self._choose_temperature(result, index)
-            self.selected["cv_log_loss_calibrated"] = self.out_of_fold.log_loss(index)
 
     def _refit(self, design: Design, row_weight: Tensor, strength: float, start: Tensor) -> Solutions:
         chosen = torch.tensor([strength], dtype=torch.float64, device=row_weight.device)
@@ -145,16 +141,7 @@ class LogisticHead(LayersHead):
             )
         return solution
 
-    def cross_validate(self, X: Features, y: Ints, groups: Ints | None = None) -> OutOfFold:
-        """What `fit` saw out of fold at the strength that it chose; fits first where that has not happened."""
-        if self.layers is None:
-            self.fit(X, y, groups)
-        if self.out_of_fold is None:
-            raise no_folds()
-        return self.out_of_fold
-
-    def _data_warnings(self, index: Ints, folds: list[Fold], known: NDArray[np.bool_]) -> tuple[str, ...]:
-        counts = np.bincount(index)
+    def _data_warnings(self, counts: Ints, folds: list[Fold], known: NDArray[np.bool_]) -> tuple[str, ...]:
         if not folds or not known.any():
             return (
                 f"no class has two independent images, so the strength cannot be chosen: C={DEFAULT_STRENGTH:g} is "
@@ -177,14 +164,13 @@ class LogisticHead(LayersHead):
         return warnings
 
 
-def masks(folds: list[Fold], known: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:
-    """1 or 0 (f, n): the rows that each fold trains on, and the held-out rows that count."""
-    train = np.zeros((len(folds), len(known)))
-    held = np.zeros_like(train)
+def masks(folds: list[Fold], known: NDArray[np.bool_], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """1 or 0 (f, n) for each of ``rows`` (n,): whether a fold trains on it; whether it is held out there and counts."""
+    train, held = (rows.new_zeros(len(folds), len(rows)) for _ in range(2))
     for number, (inside, outside) in enumerate(folds):
         train[number, inside] = 1
         held[number, outside[known[outside]]] = 1
-    return torch.from_numpy(train).to(device), torch.from_numpy(held).to(device)
+    return train, held
 
 
 def two_sided(logits: Floats) -> Floats:

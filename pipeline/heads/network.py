@@ -16,7 +16,7 @@ from ..errors import HeadError
 from ..params import NetworkParams
 from ..runtime.seeds import derive_seed
 from .common import Features, Floats, Ints, near, standardisation
-from .crossval import OutOfFold, hold_out
+from .crossval import OutOfFold
 from .layers import Layers, LayersHead
 
 BATCH_OF_EVALUATION = 8192
@@ -61,7 +61,7 @@ class NetworkHead(LayersHead):
         weights = self._class_weights(index)
         if self._found:
             self.selected = {"params": self._found, **self.selected}
-        inside, held = hold_out(index, groups, self.network.val_fraction, self.params.seed)
+        inside, held = self.held_out(index, groups, self.network.val_fraction)
         epochs = self._best_epoch(X[inside], index[inside], X[held], index[held], weights)
         mean, scale = standardisation(X, self.params.standardize)
         trainer = _Trainer(self, X, index, weights, (mean, scale), "refit")
@@ -94,8 +94,8 @@ class NetworkHead(LayersHead):
             self.warnings += (f"{self.kind} was still improving after {best} epochs: raise head.{self.kind}.epochs",)
         return best
 
-    def _cool(self, result: OutOfFold, index: Ints) -> None:
-        super()._cool(result, index)
+    def _cool(self, result: OutOfFold) -> None:
+        super()._cool(result)
         self.layers = self.as_layers().fold_temperature(self.temperature)
         self.temperature = 1.0
 

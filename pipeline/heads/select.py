@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from torch import Tensor
 from ..params import HeadParams
 from ..runtime.seeds import make_generator
 from .base import Head, Selection
-from .common import Features, Floats, Ints, check_training_data, few_threads, log_losses, standardisation
-from .crossval import Fold, ranking, stratified_group_folds
+from .common import Features, Ints, check_training_data, few_threads, log_losses, standardisation
+from .crossval import Fold, Score, stratified_group_folds
 from .kinds import make_head
 
 NEIGHBOURS = 5
@@ -24,39 +24,32 @@ KNN_REFERENCES = 20_000
 BATCH = 1024
 
 HeldOut = tuple[Features, Ints]
+Answers = tuple[Ints, Ints]
 Baseline = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+UNKNOWN = Score(0.0)
 
 
 @dataclass(frozen=True)
 class Entry:
     """One kind on the leaderboard. ``baseline`` kinds are shown only and keep no head; one other is ``chosen``.
 
-    ``out_of_fold`` (n, c) are cross-validated probabilities of the rows of train, columns as ``head.classes_``.
+    ``cv`` and ``val`` are its scores by cross-validation on train and on val, where there are such.
     """
 
     kind: str
     head: Head | None
     seconds: float
-    cv_accuracy: float | None
-    cv_log_loss: float | None
-    val_accuracy: float | None
-    val_log_loss: float | None
+    cv: Score | None = None
+    val: Score | None = None
     baseline: bool = False
     chosen: bool = False
-    out_of_fold: Floats | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """The row as JSON."""
-        return {
-            "kind": self.kind,
-            "chosen": self.chosen,
-            "baseline": self.baseline,
-            "cv_accuracy": self.cv_accuracy,
-            "cv_log_loss": self.cv_log_loss,
-            "val_accuracy": self.val_accuracy,
-            "val_log_loss": self.val_log_loss,
-            "seconds": round(self.seconds, 3),
-        }
+        row: dict[str, Any] = {"kind": self.kind, "chosen": self.chosen, "baseline": self.baseline}
+        for name, score in (("cv", self.cv), ("val", self.val)):
+            row |= score.named(name) if score else {f"{name}_accuracy": None, f"{name}_log_loss": None}
+        return {**row, "seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True)
@@ -84,94 +77,73 @@ def choose_head(
     jobs: int = 1,
     device: str = "cpu",
 ) -> Choice:
-    """Fit every kind of ``params.kinds`` and choose the most accurate, by log loss among equals.
+    """Fit every kind of ``params.kinds`` to ``X, y, groups`` as `Head.fit` takes them, and choose the most accurate, by
+    log loss among equals.
 
     Judged out of fold on train, all kinds on the same folds; or on ``held_out``, features and targets of val, to be
-    given only where a test split is left to report on. A single kind is cross-validated only where its own fitting
-    does so anyway.
+    given only where a test split is left to report on. With ``params.class_weight`` rows count as their class does:
+    with "balanced" it is the balanced accuracy that chooses. A single kind is cross-validated only where its own
+    fitting does so anyway.
 
     Raises:
         HeadError: a kind that does not exist or cannot be fitted, or data that cannot be cross-validated.
     """
-    kinds = params.kinds
+    kinds, on_val = params.kinds, held_out is not None
     heads = [make_head(kind, params, class_names=class_names, jobs=jobs, device=device) for kind in kinds]
-    judged = len(kinds) > 1 and held_out is None
-    entries = [_entry(head, X, y, groups, held_out, judged=judged) for head in heads]
-    on_val = held_out is not None
-    best = min(range(len(entries)), key=lambda number: (_rank(entries[number], on_val), number))
-    entries[best] = replace(entries[best], chosen=True)
-    entries.sort(key=lambda entry: (not entry.chosen, _rank(entry, on_val)))
-    head = heads[best]
-    entries += _baselines(params, X, y, groups, held_out)
+    entries = [_entry(head, X, y, groups, held_out, judged=len(kinds) > 1 and not on_val) for head in heads]
+    entries.sort(key=lambda entry: ((entry.val if on_val else entry.cv) or UNKNOWN).rank)
+    entries[0] = replace(entries[0], chosen=True)
+    head = entries[0].head
+    assert head is not None
+    entries += _baselines(head, X, y, groups, held_out)
     selections = head.selections
     if len(kinds) > 1:
-        how, on = ("by accuracy", "val") if on_val else (f"by {params.folds}-fold cross-validation", "train")
-        selections += (Selection("the kind of head", how, on),)
+        selections += (Selection("the kind of head", _how(params, on_val), "val" if on_val else "train"),)
     return Choice(head, tuple(entries), selections)
 
 
-def _entry(
-    head: Head,
-    X: Features,
-    y: Ints,
-    groups: Ints | None,
-    held_out: HeldOut | None,
-    *,
-    judged: bool,
-) -> Entry:
+def _how(params: HeadParams, on_val: bool) -> str:
+    folds = f"{params.folds}-fold cross-validation"
+    if params.class_weight is None:
+        return "by accuracy" if on_val else f"by {folds}"
+    word = "balanced" if params.class_weight == "balanced" else "weighted"
+    return f"by {word} accuracy" + ("" if on_val else f" in {folds}")
+
+
+def _entry(head: Head, X: Features, y: Ints, groups: Ints | None, held_out: HeldOut | None, *, judged: bool) -> Entry:
     started = time.perf_counter()
     head.fit(X, y, groups)
     seconds = time.perf_counter() - started
     seen = head.cross_validate(X, y, groups) if judged else head.out_of_fold
-    index = np.searchsorted(head.classes_, y)
-    val_accuracy, val_log_loss = _scores(head, *held_out) if held_out else (None, None)
-    return Entry(
-        head.kind,
-        head,
-        seconds,
-        None if seen is None else seen.accuracy(index),
-        None if seen is None else seen.log_loss(index),
-        val_accuracy,
-        val_log_loss,
-        out_of_fold=None if seen is None else seen.probabilities(),
-    )
+    cv = None if seen is None else head.score(head.classes_[seen.index], seen.right, seen.log_loss)
+    return Entry(head.kind, head, seconds, cv, _score(head, *held_out) if held_out else None)
 
 
-def _scores(head: Head, X: Features, y: Ints) -> tuple[float, float | None]:
-    """Accuracy and log loss on other rows; a class that train does not have counts as a probability of 0."""
-    accuracy = float((head.predict(X) == y).mean())
+def _score(head: Head, X: Features, y: Ints) -> Score:
+    """On other rows; a class that train does not have counts as a probability of 0."""
+    right = head.predict(X) == y
     if not head.has_probabilities:
-        return accuracy, None
+        return head.score(y, right)
     padded = np.concatenate([head.predict_proba(X), np.zeros((len(y), 1))], axis=1)
-    return accuracy, float(log_losses(padded, _positions(head.classes_, y)).mean())
+    place = np.minimum(np.searchsorted(head.classes_, y), len(head.classes_) - 1)
+    own = np.where(head.classes_[place] == y, place, -1)
+    return head.score(y, right, float(log_losses(padded, own).mean()))
 
 
-def _rank(entry: Entry, on_val: bool) -> tuple[float, float]:
-    accuracy = entry.val_accuracy if on_val else entry.cv_accuracy
-    log_loss = entry.val_log_loss if on_val else entry.cv_log_loss
-    return ranking(accuracy or 0.0, log_loss)
-
-
-def _baselines(
-    params: HeadParams, X: Features, y: Ints, groups: Ints | None, held_out: HeldOut | None
-) -> Iterator[Entry]:
-    """Nearest centroid and nearest neighbours, where they are not among the kinds that were asked for."""
-    _, classes, index = check_training_data(X, y)
-    folds = stratified_group_folds(index, groups, params.folds, params.seed)
-    other = None if held_out is None else (held_out[0], _positions(classes, held_out[1]))
+def _baselines(head: Head, X: Features, y: Ints, groups: Ints | None, held_out: HeldOut | None) -> Iterator[Entry]:
+    """Nearest centroid and nearest neighbours, on plain images, where they are not among the kinds asked for."""
+    (plain, *_), classes, index = check_training_data(X, y)
+    folds = stratified_group_folds(index, groups, head.params.folds, head.params.seed)
+    other, y_other = held_out or (plain[:0], y[:0])
     for kind in BASELINES:
-        if kind not in params.kinds:
+        if kind not in head.params.kinds:
             started = time.perf_counter()
-            with few_threads(X):
-                accuracies = baseline_accuracies(kind, X, index, folds, other, params.seed)
-            seconds = time.perf_counter() - started
-            yield Entry(kind, None, seconds, accuracies[0], None, accuracies[1], None, baseline=True)
-
-
-def _positions(classes: Ints, y: Ints) -> Ints:
-    """Each target's position among the sorted ``classes``, -1 where it is not among them."""
-    place = np.minimum(np.searchsorted(classes, y), len(classes) - 1)
-    return np.where(classes[place] == y, place, -1)
+            with few_threads(plain):
+                (rows, cv), (picked, val) = baseline_answers(kind, plain, index, folds, other, head.params.seed)
+            seconds, y_val = time.perf_counter() - started, y_other[picked]
+            on_train = head.score(y[rows], cv == index[rows]) if len(rows) else None
+            on_val = head.score(y_val, classes[val] == y_val) if len(picked) else None
+            yield Entry(kind, None, seconds, on_train, on_val, baseline=True)
 
 
 # -- baselines ------------------------------------------------------------------------------------------------------
@@ -200,46 +172,41 @@ def nearest_neighbours(queries: Tensor, rows: Tensor, target: Tensor, classes: i
 BASELINES: dict[str, Baseline] = {"nearest_centroid": nearest_centroid, "knn": nearest_neighbours}
 
 
-def baseline_accuracies(
-    kind: str, X: Features, index: Ints, folds: list[Fold], other: HeldOut | None, seed: int
-) -> tuple[float | None, float | None]:
-    """Accuracy of ``nearest_centroid`` or ``knn`` out of fold on train, and on ``other`` rows; features standardised.
+def baseline_answers(
+    kind: str, X: Features, index: Ints, folds: list[Fold], other: Features, seed: int
+) -> tuple[Answers, Answers]:
+    """What ``nearest_centroid`` or ``knn`` says of the rows that folds hold out, and of ``other`` rows (m, d).
+
+    Features are standardised; where there are very many rows, a part of them is asked.
 
     Args:
-        index: class positions (n,); those of ``other`` may hold -1 for a class that train does not have.
-        folds: none where nothing can be held out; the first accuracy is then None.
+        index: class positions (n,).
+
+    Returns:
+        twice the rows that were asked, and the class positions that were answered.
     """
-    predict = BASELINES[kind]
-    mean, scale = standardisation(X, True)
+    generator, (mean, scale) = make_generator("baseline", seed), standardisation(X, True)
 
     def scaled(rows: Features) -> Tensor:
         return torch.from_numpy(((rows - mean) / scale).astype(np.float32))
 
+    def answers(train: Ints, queries: Tensor) -> Ints:
+        train = _part(train, KNN_REFERENCES, generator)
+        return BASELINES[kind](queries, rows[train], target[train], int(index.max()) + 1).numpy()
+
     rows, target = scaled(X), torch.from_numpy(index)
-    generator = make_generator("baseline", seed)
-    hits = asked = 0
+    asked, found = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     for train, test in folds:
-        test = _part(test, KNN_QUERIES // len(folds), generator)
-        hits += int((_predicted(predict, rows, target, train, rows[test], generator) == target[test]).sum())
-        asked += len(test)
-    on_other = None
-    if other is not None and len(other[0]):
-        picked = _part(np.arange(len(other[0])), KNN_QUERIES, generator)
-        answers = _predicted(predict, rows, target, np.arange(len(X)), scaled(other[0][picked]), generator)
-        on_other = float((answers.numpy() == other[1][picked]).mean())
-    return hits / asked if asked else None, on_other
+        asked.append(_part(test, KNN_QUERIES // len(folds), generator))
+        found.append(answers(train, rows[asked[-1]]))
+    picked = _part(np.arange(len(other)), KNN_QUERIES, generator)
+    on_other = answers(np.arange(len(X)), scaled(other[picked])) if len(picked) else picked
+    return (np.concatenate(asked), np.concatenate(found)), (picked, on_other)
 
 
 def _distances(left: Tensor, right: Tensor) -> Tensor:
     """Squared Euclidean distances (m, n), up to what is the same for every column."""
     return right.square().sum(1) - 2 * left @ right.T
-
-
-def _predicted(
-    predict: Baseline, rows: Tensor, target: Tensor, train: Ints, queries: Tensor, generator: np.random.Generator
-) -> Tensor:
-    train = _part(train, KNN_REFERENCES, generator)
-    return predict(queries, rows[train], target[train], int(target.max()) + 1)
 
 
 def _part(positions: Ints, limit: int, generator: np.random.Generator) -> Ints:

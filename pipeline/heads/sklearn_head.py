@@ -21,7 +21,7 @@ from ..errors import HeadError
 from ..files import read_regular_file
 from ..runtime.seeds import derive_seed
 from .base import Head
-from .common import CHUNK_ROWS, LOG_FLOOR, Features, Floats, Ints, near, one_library_thread
+from .common import CHUNK_ROWS, LOG_FLOOR, Features, Floats, Ints, near, one_library_thread, standardisation
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -92,11 +92,16 @@ class SklearnHead(Head):
         self.why_no_probabilities = None if self.source else NO_PROBABILITIES.format(self.estimator)
 
     def _fitted_pipeline(self, X: Features, index: Ints) -> Pipeline:
-        pipeline, arguments = self._make_pipeline(index)
+        from sklearn.pipeline import Pipeline
+
+        estimator, arguments = self._make_estimator(index)
+        steps = [("scale", _scaler(X))] if self.params.standardize else []
+        for _, scaler in steps:
+            X = scaler.transform(X)
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                pipeline.fit(X, index, **arguments)
+                estimator.fit(X, index, **arguments)
         except (ValueError, TypeError, AttributeError, np.linalg.LinAlgError) as error:
             raise HeadError(
                 f"{self.estimator} cannot be fitted.",
@@ -106,15 +111,12 @@ class SklearnHead(Head):
             ) from error
         texts = dict.fromkeys(str(item.message).strip().splitlines()[0] for item in caught)
         self.warnings += tuple(f"{self.estimator}: {text}" for text in texts)
-        if "n_jobs" in pipeline[-1].get_params():
-            pipeline[-1].set_params(n_jobs=1)
-        return pipeline
+        if "n_jobs" in estimator.get_params():
+            estimator.set_params(n_jobs=1)
+        return Pipeline([*steps, ("classify", estimator)])
 
-    def _make_pipeline(self, index: Ints) -> tuple[Pipeline, dict[str, Any]]:
-        """An unfitted pipeline, and the arguments for its `fit`."""
-        from sklearn.pipeline import Pipeline
-        from sklearn.preprocessing import StandardScaler
-
+    def _make_estimator(self, index: Ints) -> tuple[Any, dict[str, Any]]:
+        """An unfitted estimator, and the arguments for its `fit`."""
         kind = resolve_estimator(self.estimator)
         names = kind._get_param_names()
         values = dict(self.estimator_params)
@@ -126,11 +128,9 @@ class SklearnHead(Head):
             values.setdefault("n_neighbors", min(5, len(index)))
         arguments = self._class_weight(kind, values, index)
         try:
-            estimator = kind(**values)
+            return kind(**values), arguments
         except TypeError as error:
             raise HeadError(f"{self.estimator} cannot be made.", why=str(error)) from error
-        steps = [("scale", StandardScaler())] if self.params.standardize else []
-        return Pipeline([*steps, ("classify", estimator)]), arguments
 
     def _class_weight(self, kind: type[BaseEstimator], values: dict[str, Any], index: Ints) -> dict[str, Any]:
         from sklearn.utils.validation import has_fit_parameter
@@ -142,7 +142,7 @@ class SklearnHead(Head):
             values.setdefault("class_weight", dict(enumerate(weights.tolist())))
             return {}
         if has_fit_parameter(kind, "sample_weight"):
-            return {"classify__sample_weight": weights[index]}
+            return {"sample_weight": weights[index]}
         raise HeadError(
             f"{self.estimator} cannot weight classes.",
             where="head.class_weight",
@@ -158,7 +158,7 @@ class SklearnHead(Head):
             self.has_probabilities = self.source == "predict_proba"
             self.why_no_probabilities = "too few images to calibrate the decision function out of fold"
         else:
-            self._cool(result, index)
+            self._cool(result)
 
     def logits(self, X: Features) -> Floats:
         """Logarithms of probabilities, or decision values; one value becomes minus and plus its half."""
@@ -269,6 +269,15 @@ def in_chunks(function: Callable[[NDArray[Any]], NDArray[Any]], X: NDArray[Any],
             chunk = np.concatenate([chunk, np.repeat(chunk[-1:], rows - len(chunk), axis=0)])
         results.append(function(np.ascontiguousarray(chunk))[: len(X) - start])
     return np.concatenate(results)
+
+
+def _scaler(X: Features) -> Any:
+    """A fitted `StandardScaler` that divides by the scale of all heads."""
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(X)
+    scaler.scale_ = standardisation(X, True)[1]
+    return scaler
 
 
 def _source(pipeline: Pipeline, X: Features, classes: int) -> str | None:

@@ -10,7 +10,7 @@ from ..artifacts import CurvePoint, ParameterCounts, Predictions, RunMetrics, ch
 from ..data.source import SPLITS, TEST, VAL
 from ..evaluate import Provenance, metric_lines, score
 from ..features.cache import FeatureTable
-from ..heads import Choice, choose_head, curve_band, learning_curve, make_head
+from ..heads import Choice, Score, choose_head, curve_band, learning_curve, make_head
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
 from .open import open_cache
@@ -95,8 +95,7 @@ def _learning_curve(params: HeadParams, table: FeatureTable, kind: str, reported
         table.targets[rows],
         seed=params.seed,
     )
-    copies = 1 + len(table.views)  # a part of train holds all views of its images, or none
-    return [CurvePoint.model_validate({**row, "images": round(row["images"] / copies)}) for row in curve_band(fits)]
+    return [CurvePoint.model_validate({**row, "images": round(row["images"])}) for row in curve_band(fits)]
 
 
 def _score(
@@ -121,11 +120,18 @@ def _leaderboard_lines(choice: Choice) -> list[str]:
     """One line a kind; those that were only shown beside the chosen one say so."""
     lines = [f"Heads{', by the scores that chose (the best is a little too good)' if choice.selections else ''}:"]
     for entry in choice.entries:
-        scores = [("cross-validated", entry.cv_accuracy), ("val", entry.val_accuracy)]
-        shown = ", ".join(f"{name} accuracy {100 * value:.1f} %" for name, value in scores if value is not None)
+        scores = [(name, score) for name, score in (("cross-validated", entry.cv), ("val", entry.val)) if score]
+        shown = ", ".join(f"{name} {_accuracies(score)}" for name, score in scores)
         mark = "chosen" if entry.chosen else "baseline" if entry.baseline else ""
         lines.append(f"  {entry.kind:<18}{mark:<10}{shown}  {entry.seconds:.1f} s")
     return lines
+
+
+def _accuracies(score: Score) -> str:
+    """``accuracy 97.1 %``, and the weighted one where it is what chose."""
+    weighted = score.weighted_accuracy
+    shown = "" if weighted is None else f" (weighted {100 * weighted:.1f} %)"
+    return f"accuracy {100 * score.accuracy:.1f} %{shown}"
 
 
 def _curve_lines(points: list[CurvePoint]) -> list[str]:

@@ -111,6 +111,14 @@ def test_a_kind_that_is_not_known_where_it_is_loaded_is_named(tmp_path: Path, mo
         make_head("toy", HeadParams(), class_names=NAMES)
 
 
+def test_it_knows_nothing_of_views_and_learns_from_them() -> None:
+    X, y = make_features(60, 6, 3, spread=2.0)
+    toy = make_head("toy", HeadParams(folds=3), class_names=NAMES).fit(np.stack([X, 2 * X]), y)
+    assert isinstance(toy, NearestMean)
+    assert np.allclose(toy.means, 1.5 * np.stack([X[y == number].mean(axis=0) for number in range(3)]), rtol=1e-3)
+    assert toy.cross_validate(np.stack([X, 2 * X]), y).predicted.shape == (60,)
+
+
 def test_a_fold_that_lacks_a_class_is_judged_all_the_same() -> None:
     X, y = make_features(60, 6, 2)
     toy = make_head("toy", HeadParams(folds=3), class_names=NAMES)

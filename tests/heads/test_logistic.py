@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from pipeline.errors import HeadError
-from pipeline.heads import make_head, path, stratified_group_folds
+from pipeline.heads import make_head, path, standardisation, stratified_group_folds
 from pipeline.heads.logistic import LogisticHead
 from pipeline.heads.path import StrengthPath, is_valley
 from pipeline.params import HeadParams, LogisticParams
@@ -23,8 +22,8 @@ def head(classes: int = 3, **params: object) -> LogisticHead:
 
 def sklearn_curve(X: np.ndarray, y: np.ndarray, strengths: np.ndarray, folds: int) -> np.ndarray:
     """Mean log loss over all held-out rows, one scikit-learn fit at a time."""
-    X = StandardScaler().fit_transform(X.astype(np.float64))
-    losses = []
+    mean, scale = standardisation(X, True)
+    X, losses = (X - mean) / scale, []
     for C in strengths:
         total = 0.0
         for train, test in stratified_group_folds(y, None, folds, 0):
@@ -60,11 +59,11 @@ def test_folded_logits_are_those_of_standardised_features() -> None:
     X, y = make_features(120, 16, 3)
     fitted = head().fit(X, y)
     model = LogisticRegression(C=fitted.selected["C"], tol=1e-12, max_iter=20_000)
-    scaler = StandardScaler().fit(X.astype(np.float64))
-    model.fit(scaler.transform(X.astype(np.float64)), y)
-    expected = model.predict_proba(scaler.transform(X.astype(np.float64)))
-    assert np.allclose(fitted.predict_proba(X), expected, atol=2e-3)
-    assert (fitted.predict(X) == model.predict(scaler.transform(X.astype(np.float64)))).mean() > 0.99
+    mean, scale = standardisation(X, True)
+    scaled = (X - mean) / scale
+    model.fit(scaled, y)
+    assert np.allclose(fitted.predict_proba(X), model.predict_proba(scaled), atol=2e-3)
+    assert (fitted.predict(X) == model.predict(scaled)).mean() > 0.99
 
 
 def test_constant_features_have_no_weight() -> None:
@@ -74,6 +73,27 @@ def test_constant_features_have_no_weight() -> None:
     assert fitted.layers is not None and not fitted.layers.weights[0][:, [5, 9]].any()
     X[:, 5] = 1000.0
     assert np.isfinite(fitted.predict_proba(X)).all()
+
+
+@pytest.mark.parametrize("kind", ["logistic", "linear", "svm", "knn"])
+def test_a_feature_that_hardly_varies_on_train_may_vary_elsewhere(kind: str) -> None:
+    X, y = make_features(200, 24, 3, spread=2.0)
+    X[:, 5] = 0
+    X[[3, 50, 90], 5] = 1e-6, 2e-6, 1e-6  # a unit that hardly ever fires
+    other = X.copy()
+    other[:, 5] = np.where(np.arange(200) % 2, 0.02, 0.0)  # and does so on other images
+    fitted = make_head(kind, HeadParams(kind=kind), class_names=["a", "b", "c"]).fit(X, y)
+    assert (fitted.predict(other) == fitted.predict(X)).mean() > 0.95
+    assert np.allclose(fitted.predict_proba(other), fitted.predict_proba(X), atol=0.25)
+
+
+def test_what_varies_is_scaled_by_its_deviation() -> None:
+    X, _ = make_features(200, 24, 3)
+    mean, scale = standardisation(X, True)
+    least = np.median(X.std(axis=0)) / np.sqrt(200)
+    assert np.allclose(scale, np.maximum(X.std(axis=0), least)) and (scale > X.std(axis=0) * 1.01).any()
+    z = (np.concatenate([X, X[:1] + 10]) - mean) / scale
+    assert z[:200].std(axis=0).max() < 1.001
 
 
 @pytest.mark.parametrize("shots", [1, 2, 3, 5])

@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import HeadError
 from pipeline.heads import Selection, choose_head, curve_band, learning_curve, make_head, stratified_group_folds
 from pipeline.heads.curve import nested_order
-from pipeline.heads.select import baseline_accuracies
+from pipeline.heads.select import baseline_answers
 from pipeline.params import HeadParams, LogisticParams, NetworkParams, SklearnParams
 
 from .conftest import make_features
@@ -42,8 +42,7 @@ def test_cross_validation_chooses_between_kinds() -> None:
     bad = SklearnParams(estimator="sklearn.dummy.DummyClassifier", params={})
     choice = choose_head(params(["sklearn", "logistic"], sklearn=bad), X, y, class_names=NAMES)
     assert choice.head.kind == "logistic"
-    entry = choice.entries[0]
-    assert entry.out_of_fold is not None and entry.out_of_fold.shape == (150, 3)
+    assert choice.entries[0].cv is not None and choice.entries[0].cv.weighted_accuracy is None
     assert Selection("the kind of head", "by 3-fold cross-validation", "train") in choice.selections
 
 
@@ -72,6 +71,30 @@ def test_a_held_out_set_decides_where_it_is_given() -> None:
     assert Selection("the kind of head", "by accuracy", "val") in choice.selections
 
 
+@pytest.mark.parametrize("on_val", [False, True])
+def test_with_class_weights_the_classes_count_and_not_the_images(on_val: bool) -> None:
+    X, y = make_features(300, 24, 2, spread=0.3)
+    keep = np.flatnonzero((y == 0) | (np.arange(300) % 8 == 0))
+    X, y = X[keep], y[keep]
+    largest = SklearnParams(estimator="sklearn.dummy.DummyClassifier", params={"strategy": "constant", "constant": 0})
+    kinds, held_out = ["sklearn", "logistic"], (X[100:], y[100:]) if on_val else None
+    X, y = (X[:100], y[:100]) if on_val else (X, y)
+    plain, balanced, named = (
+        choose_head(params(kinds, sklearn=largest, class_weight=weight), X, y, class_names=NAMES[:2], held_out=held_out)
+        for weight in (None, "balanced", {"b": 7.0})
+    )
+    by_kind = {row["kind"]: row for row in balanced.leaderboard}
+    name = "val" if on_val else "cv"
+    assert by_kind["sklearn"][f"{name}_weighted_accuracy"] == pytest.approx(0.5)
+    assert by_kind["logistic"][f"{name}_weighted_accuracy"] > 0.55
+    assert by_kind["logistic"][f"{name}_accuracy"] < by_kind["sklearn"][f"{name}_accuracy"]
+    assert f"{name}_weighted_accuracy" in by_kind["knn"] and f"{name}_weighted_accuracy" not in plain.leaderboard[0]
+    assert balanced.head.kind == named.head.kind == "logistic"
+    how = {choice.selections[-1].how for choice in (balanced, named)}
+    ending = "" if on_val else " in 3-fold cross-validation"
+    assert how == {f"by balanced accuracy{ending}", f"by weighted accuracy{ending}"}
+
+
 def test_a_head_without_probabilities_has_a_row_too() -> None:
     X, y = make_features(120, 10, 4)
     section = SklearnParams(estimator="svm", params={"decision_function_shape": "ovo"})
@@ -91,9 +114,11 @@ def test_single_rows_of_each_class_cannot_compare_kinds() -> None:
 def test_baselines_are_about_what_scikit_learn_says(kind: str) -> None:
     X, y = make_features(200, 24, 3, spread=0.5)
     folds = stratified_group_folds(y, None, 3, 0)
-    ours, other = baseline_accuracies(kind, X, y, folds, (X[:50], y[:50]), 0)
+    (rows, cv), (picked, val) = baseline_answers(kind, X, y, folds, X[:50], 0)
+    ours, other = (cv == y[rows]).mean(), (val == y[picked]).mean()
+    assert len(rows) == 200 and len(picked) == 50
     head = make_head(kind, params(kind), class_names=NAMES).fit(X, y)
-    assert ours == pytest.approx(head.cross_validate(X, y).accuracy(y), abs=0.03)
+    assert ours == pytest.approx(head.cross_validate(X, y).accuracy, abs=0.03)
     assert other == pytest.approx((head.predict(X[:50]) == y[:50]).mean(), abs=0.05)
 
 
@@ -126,6 +151,16 @@ def test_the_curve_rises_with_images_and_parts_are_nested_and_stratified() -> No
     band = curve_band(rows)
     assert band[0]["accuracy"] < band[-1]["accuracy"]
     assert all(point["low"] <= point["accuracy"] <= point["high"] for point in band)
+
+
+def test_the_curve_counts_images_and_not_their_views() -> None:
+    X, y = make_features(90, 12, 3)
+    chosen = params("logistic", logistic=LogisticParams(strengths=5))
+    views = np.stack([X, X + 0.1, X - 0.1])
+    rows = learning_curve(
+        lambda: make_head("logistic", chosen, class_names=NAMES), views, y, None, X, y, fractions=(0.5, 1.0), repeats=1
+    )
+    assert [row["images"] for row in rows] == [45, 90]
 
 
 def test_every_beginning_of_the_order_is_stratified_and_keeps_groups() -> None:
