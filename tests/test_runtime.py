@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -25,6 +27,16 @@ from pipeline.runtime.distributed import World, gather, world_from_environment
 from pipeline.runtime.interrupt import stop_after_batch
 from pipeline.runtime.progress import ProgressBar
 from pipeline.runtime.seeds import derive_seed, make_generator
+
+
+@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
+def test_threads_that_wait_sleep_under_the_command_line_unless_told_otherwise(chosen: str | None) -> None:
+    """The library of threads reads the policy when torch loads it, so it must be there before."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
+    code = "import os, sys, pipeline.cli; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [chosen or "PASSIVE", "False"]
 
 
 class TestDevice:
