@@ -18,7 +18,7 @@ export $(VALUES)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo-data named-data advise extract train-head finetune evaluate predict export compare demo \
+.PHONY: help setup demo-data named-data advise inspect extract train-head finetune evaluate predict export compare demo \
 	test test-extras test-lowest torture lint types format bench clean
 
 # $(load) VERB turns each setting of $SET into its own -s among the recipe's "$@". A word of SET that does not
@@ -90,6 +90,9 @@ extract: named-data ## stage one: images to cached features; only what is new is
 
 advise: named-data ## say what pays for these images: probe, fine-tune or train from scratch
 	@$(load) verb advise "$$@"
+
+inspect: extract ## near-duplicates, leaks, doubted labels, outliers (RUN= for its head)
+	@$(load) [ -z "$$RUN" ] || set -- "$$RUN" "$$@"; verb inspect "$$@"
 
 train-head: extract ## stage two: cached features to a classifier, its scores and a run folder
 	@$(load) verb train-head "$$@"

@@ -39,7 +39,7 @@ from sklearn.model_selection import GridSearchCV
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from pipeline.heads import make_head, standardisation, stratified_group_folds
-from pipeline.heads.solver import Design, Problems, certify, solve
+from pipeline.heads.solver import Design, Problems, residuals_and_losses, solve
 from pipeline.params import HeadParams, LogisticParams
 
 REFERENCE_TOLERANCE = 1e-9
@@ -204,8 +204,10 @@ def _gaps(task: Task, fits: list[LogisticRegression]) -> list[float]:
         coefficients = torch.from_numpy(model.coef_.astype(np.float64))
         columns = coefficients if design.basis is None else coefficients @ design.basis
         bias = torch.from_numpy(model.intercept_.astype(np.float64))[:, None]
-        theirs = certify(design, problems, torch.cat([columns, bias], 1)[None], torch.zeros(1, dtype=torch.long))
-        gaps.append(float(theirs.objective[0] / optimum.objective[0]) - 1)
+        logits = design.logits(torch.cat([columns, bias], 1)[None])
+        losses = residuals_and_losses(logits, design.target, problems.row_weight)[1]
+        objective = problems.strength * losses + 0.5 * coefficients.square().sum()
+        gaps.append(float(objective[0] / optimum.objective[0]) - 1)
     return gaps
 
 

@@ -17,7 +17,7 @@ from .lowest import PYPROJECT, lowest_versions
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 ORDER = (
     *("errors", "params", "files", "runtime", "data", "backbones", "features", "heads", "artifacts"),
-    *("evaluate", "report", "finetune", "export", "predict", "stages", "sklearn", "cli"),
+    *("evaluate", "insight", "report", "finetune", "export", "predict", "stages", "sklearn", "cli"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 

@@ -13,6 +13,7 @@ from ..params import Params
 from .advise import advise
 from .cache import cache
 from .compare import compare
+from .inspect import inspect
 from .options import Count, Reporter, experiment_options, lazy_options, reporting_options, run_options
 from .tables import print_backbones, print_ranking, write_predictions_csv
 
@@ -258,6 +259,7 @@ VERBS: dict[str, click.Command] = {
     "extract": extract,
     "train-head": train_head,
     "finetune": finetune,
+    "inspect": inspect,
     "evaluate": evaluate,
     "compare": compare,
     "predict": predict,

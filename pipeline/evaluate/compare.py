@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -326,29 +326,26 @@ def _test(
 
 def comparison_table(comparison: Comparison) -> Table:
     """A rich table; a column of names that says the same for all runs goes into the title."""
-    shared = _shared(comparison)
-    title = ", ".join(f"{column} {value}" for column, value in shared.items())
-    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
-    names, metrics = [column for column in NAMES if column not in shared], _headings(comparison)
-    for heading in ("#", _MARK_TITLE, *names, "n", *metrics, "time"):
+    values = {column: {run.value(column) for run in comparison.runs} for column in NAMES}
+    shared = [column for column in NAMES if len(values[column]) == 1 < len(comparison.runs)]
+    title = ", ".join(f"{column} {printable(values[column].pop())}" for column in shared)
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, leading=1)
+    headings, *rows = _grid(comparison, [column for column in NAMES if column not in shared], between="\n")
+    for heading in headings:
         # Where the terminal is narrow, the names fold and the numbers stay whole.
-        width = _INTERVAL_WIDTH if heading in metrics else None
-        justify: Literal["left", "right"] = "left" if heading in (*NAMES, _MARK_TITLE) else "right"
-        table.add_column(heading, overflow="fold", justify=justify, min_width=width)
-    for index in range(len(comparison.runs)):
-        if index:
-            table.add_row()
-        table.add_row(*(Text(cell) for cell in _cells(comparison, index, names, between="\n")))
+        is_text = heading in (*NAMES, _MARK_TITLE)
+        width = None if is_text or heading in ("#", "n", "time") else _INTERVAL_WIDTH
+        table.add_column(heading, overflow="fold", justify="left" if is_text else "right", min_width=width)
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
 def comparison_markdown(comparison: Comparison) -> str:
     """The same as a Markdown table followed by the notes."""
-    headings = ["#", _MARK_TITLE, *NAMES, "n", *_headings(comparison), "time"]
-    lines = [headings, ["--:", *[":--"] * (len(NAMES) + 1), *["--:"] * (len(headings) - len(NAMES) - 2)]]
-    for index in range(len(comparison.runs)):
-        lines.append([_markdown(cell) for cell in _cells(comparison, index, list(NAMES), between=" ")])
-    table = [f"| {' | '.join(line)} |" for line in lines]
+    headings, *rows = _grid(comparison, list(NAMES), between=" ")
+    rule = [":--" if heading in (*NAMES, _MARK_TITLE) else "--:" for heading in headings]
+    table = [f"| {' | '.join(row)} |" for row in (headings, rule, *([_markdown(cell) for cell in row] for row in rows))]
     return "\n".join([*table, "", *(f"- {_markdown(note)}" for note in comparison_notes(comparison))]) + "\n"
 
 
@@ -364,35 +361,23 @@ def comparison_notes(comparison: Comparison) -> list[str]:
         f"`{_MARK_TITLE}`: McNemar's exact test on the same images, Holm-corrected over {pairs}, "
         f"at {100 * ALPHA:.0f} %. No mark means: not shown to differ.",
         "Brackets are 95 % intervals of each score alone; the test goes image by image and sees smaller differences.",
-        *(["Images of one group (data.group_pattern) count together, in the test and in the intervals."] * grouped),
+        *(["Images of one group (patient, video) count together, in the test and in the intervals."] * grouped),
         *notes,
     ]
 
 
-def _shared(comparison: Comparison) -> dict[str, str]:
-    if len(comparison.runs) < 2:
-        return {}
-    values = {column: {run.value(column) for run in comparison.runs} for column in NAMES}
-    return {column: printable(found.pop()) for column, found in values.items() if len(found) == 1}
-
-
-def _shown_metrics(comparison: Comparison) -> list[str]:
-    """The metrics that at least one run has."""
-    return [name for name in METRICS if any(run.value(name) is not None for run in comparison.runs)]
-
-
-def _headings(comparison: Comparison) -> list[str]:
-    return [METRICS[name].heading for name in _shown_metrics(comparison)]
-
-
-def _cells(comparison: Comparison, index: int, names: Sequence[str], between: str) -> list[str]:
-    run = comparison.runs[index]
-    marks = ", ".join(str(other + 1) for other in comparison.better_than(index))
-    cells = [str(index + 1), marks, *(printable(str(run.value(column))) for column in names), f"{run.metrics.n:,}"]
-    for name in _shown_metrics(comparison):
-        text = METRICS[name].show_interval(run.metrics.metrics.get(f"{name}_ci95"), between="–")
-        cells.append(METRICS[name].show(run.value(name)) + (f"{between}[{text}]" if text else ""))
-    return [*cells, duration(run.model.seconds)]
+def _grid(comparison: Comparison, names: Sequence[str], between: str) -> list[list[str]]:
+    """The headings and a row a run, with the metrics that at least one run has and ``between`` value and interval."""
+    shown = {name: METRICS[name] for name in METRICS if any(run.value(name) is not None for run in comparison.runs)}
+    grid = [["#", _MARK_TITLE, *names, "n", *(metric.heading for metric in shown.values()), "time"]]
+    for index, run in enumerate(comparison.runs):
+        marks = ", ".join(str(other + 1) for other in comparison.better_than(index))
+        cells = [str(index + 1), marks, *(printable(str(run.value(column))) for column in names), f"{run.metrics.n:,}"]
+        for name, metric in shown.items():
+            text = metric.show_interval(run.metrics.metrics.get(f"{name}_ci95"), between="–")
+            cells.append(metric.show(run.value(name)) + (f"{between}[{text}]" if text else ""))
+        grid.append([*cells, duration(run.model.seconds)])
+    return grid
 
 
 def _markdown(text: str) -> str:

@@ -5,6 +5,7 @@ The front matter follows https://huggingface.co/docs/hub/model-cards; its number
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
@@ -12,6 +13,7 @@ import yaml
 
 from ..artifacts import Predictions, RunMetrics, RunModel
 from ..backbones.catalogue import find_zoo, locate_weights
+from ..errors import BackboneError
 from ..evaluate.metrics import METRICS
 from ..evaluate.protocol import leak_sentence
 from ..evaluate.text import images, percent, printable
@@ -59,7 +61,10 @@ def licence_of(model: RunModel, params: Params) -> tuple[str, str]:
         label = locate_weights(name, params.backbone.weights, seed=params.backbone.seed).label
     label = f"{name} {label}" if name == "starter" else label
     known = next((value for key, value in LICENCES.items() if key in label), None)
-    stated = find_zoo(name).licence(name) if known is None else None
+    stated = None
+    if known is None:
+        with suppress(BackboneError):  # a run of a zoo that is not here
+            stated = find_zoo(name).licence(name)
     return known or ((stated, f"The library of the weights states the licence {stated}.") if stated else UNKNOWN)
 
 

@@ -138,7 +138,7 @@ class LogisticHead(LayersHead):
             "gap": gap,
             "iterations": int(solution.iterations[0]),
         }
-        if gap > tolerance:
+        if not gap <= tolerance:
             self.warnings += (
                 f"the solver stopped at a proven relative gap of {gap:.1e}; head.logistic.tolerance asks for "
                 f"{tolerance:.1e}",

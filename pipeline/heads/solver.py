@@ -11,9 +11,10 @@ What makes it fast:
   its eigenvectors, found once, precondition them all (`Design`).
 - A step along a direction needs no further product, since the logits along it are known: the line search is free.
 
-What makes it exact: iterations run in float32, and each solution is then measured in float64. The penalty makes the
-objective 1-strongly convex, so ``objective - optimum <= 0.5 * ||gradient||^2``: a bound that is proven, not
-estimated. Solutions whose bound is above the tolerance are polished in float64.
+What makes it exact: iterations run in float32, and each solution is then measured in float64, its intercepts solved to
+rounding first. What is left is a function of the weights alone, least over the intercepts, which the penalty makes
+1-strongly convex: ``objective - optimum <= 0.5 * ||gradient of the weights||^2``, a bound that is proven, no estimate.
+Solutions whose bound is above the tolerance are polished in float64.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ SKETCH_WIDTH = 64
 SKETCH_SPARE = 16
 HISTORY = 20
 MAX_ITERATIONS = 1000
-MAX_TRIALS = 10
+MAX_POLISHES = 5
+MAX_TRIALS = 20
+INTERCEPT_FACTOR = 15
+ROUNDING_OF_OBJECTIVE = 1e-6
+SMALLEST_SPREAD = 1e-3
+NEWTON_STEPS = 100
+NEWTON_TOLERANCE = 1e-12
+RIDGE = 1e-10
 
 
 # -- the features, and what preconditions them ----------------------------------------------------------------------
@@ -104,42 +112,21 @@ class Design:
         """Weights (..., d) of the features, without intercepts, from weights (..., r + 1) of the columns."""
         return weights[..., :-1] if self.basis is None else weights[..., :-1] @ self.basis.T
 
+    def precondition(self, vector: Tensor, spread: Tensor) -> Tensor:
+        """The product with ``vector`` (p, k, r + 1) of the inverse of ``spread * gram / n + penalty`` of each class.
 
-class Preconditioner:
-    """The inverse of the mean Hessian ``spread * gram / n + penalty`` of each class, for weights (p, k, r + 1).
-
-    The Hessian of a softmax has no data term along weights that are equal in all classes, so their mean is taken
-    out: without that, steps leave the plane in which the weights of the classes sum to zero, where the optimum lies.
-
-    Args:
-        spread: what the mean squares of the features are to be multiplied by (p, k).
-        present: 1 for classes that take part, else 0 (p, k).
-    """
-
-    def __init__(self, design: Design, spread: Tensor, penalty: Tensor, present: Tensor) -> None:
-        self.present = present[:, :, None]
-        self.share = self.present / self.present.sum(1, keepdim=True)
-        diagonal = spread[:, :, None] * design.curvature.to(spread.dtype) + penalty
-        self.inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
-        self.leading = design.leading.to(spread.dtype)
+        ``spread`` (p, k) is what the mean squares of the features are to be multiplied by.
+        """
+        spread = spread[:, :, None]
+        diagonal = spread * self.curvature.to(spread.dtype)
+        diagonal[..., :-1] += 1
+        result = vector / diagonal
         if len(self.leading):
-            leading = 1 / (spread[:, :, None] * design.leading_curvature.to(spread.dtype) + 1)
-            self.correction = leading - self.inverse[:, :, :1]
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        """The product with ``vector`` (p, k, r + 1), whose classes sum to zero; so do those of the result."""
-        result = self.inverse * vector
-        if len(self.leading):
-            along = (vector.flatten(0, 1) @ self.leading.T).view_as(self.correction)
-            result.flatten(0, 1).addmm_((along * self.correction).flatten(0, 1), self.leading)
-        if vector.shape[1] == 1:
-            return result
-        return centred(result, self.present, self.share)
-
-
-def centred(weights: Tensor, present: Tensor, share: Tensor) -> Tensor:
-    """Weights (p, k, r + 1) less their mean over the classes that are ``present`` (p, k, 1)."""
-    return weights - present * (share * weights).sum(1, keepdim=True)
+            leading = self.leading.to(spread.dtype)
+            correction = 1 / (spread * self.leading_curvature.to(spread.dtype) + 1) - 1 / diagonal[:, :, :1]
+            along = (vector.flatten(0, 1) @ leading.T).view_as(correction)
+            result.flatten(0, 1).addmm_((along * correction).flatten(0, 1), leading)
+        return result
 
 
 def _with_ones(columns: Tensor) -> Tensor:
@@ -203,12 +190,47 @@ def spreads(residuals: Tensor, row_weight: Tensor) -> Tensor:
     return (residuals.abs().sum(2) - squares).clamp_min_(0)
 
 
-def gap_norm(gradient: Tensor, intercept_curvature: Tensor) -> Tensor:
-    """Squared norm (p,) of gradients in which twice the gap to the optimum is at most 1."""
-    smallest = torch.finfo(gradient.dtype).tiny
-    intercept = gradient[..., -1].square() / intercept_curvature.clamp_min(smallest)
-    intercept = torch.where(gradient[..., -1] == 0, 0.0, intercept)
-    return gradient[..., :-1].square().sum((1, 2)) + intercept.sum(1)
+def solve_intercepts(logits: Tensor, target: Tensor, row_weight: Tensor) -> Tensor:
+    """What to add to the intercepts (p, k, 1) for the least loss at the present weights, to rounding: Newton's method.
+
+    A step moves no two logits apart by more than 1, so that none can raise the loss (Bach 2010, "Self-concordant
+    analysis for logistic regression", proposition 1).
+    """
+    shift = torch.zeros_like(logits[:, :, :1])
+    for _ in range(NEWTON_STEPS):
+        residuals, losses = residuals_and_losses(logits + shift, target, row_weight)
+        gradient = residuals.sum(2)
+        step = _newton_step(gradient, _intercept_hessian(residuals, target, row_weight))
+        reach = step.amax(1) - step.amin(1) if step.shape[1] > 1 else step.abs()[:, 0]
+        shift -= (step / reach.clamp_min(1)[:, None])[:, :, None]
+        if not ((gradient * step).sum(1) > NEWTON_TOLERANCE * losses).any():
+            break
+    return shift
+
+
+def _intercept_hessian(residuals: Tensor, target: Tensor, row_weight: Tensor) -> Tensor:
+    """Second derivatives (p, k, k) of the weighted loss by the intercepts; zero for a class that does not take part."""
+    if residuals.shape[1] == 1:
+        return spreads(residuals, row_weight)[:, :, None]
+    own = target.expand(len(residuals), 1, -1)
+    mass = residuals.scatter_add(1, own, row_weight[:, None])  # row weight times probability
+    hessian = -torch.bmm(mass * torch.where(row_weight > 0, 1 / row_weight, 0.0)[:, None], mass.mT)
+    diagonal = torch.diagonal(hessian, dim1=1, dim2=2)
+    diagonal.zero_()
+    diagonal.copy_(-hessian.sum(2))  # a Laplacian: rows sum to zero
+    return hessian
+
+
+def _newton_step(gradient: Tensor, hessian: Tensor) -> Tensor:
+    """``hessian ** -1 @ gradient`` (p, k), where adding the same to all classes changes nothing."""
+    root = torch.diagonal(hessian, dim1=1, dim2=2).sqrt()
+    inverse = torch.where(root > 0, 1 / root, 0.0)
+    scaled = hessian * inverse[:, :, None] * inverse[:, None, :] + torch.diag_embed((root == 0) + RIDGE)
+    if gradient.shape[1] > 1:
+        null = torch.nn.functional.normalize(root, dim=1)
+        scaled += null[:, :, None] * null[:, None, :]
+    solution: Tensor = torch.linalg.solve_ex(scaled, inverse * gradient)[0]
+    return inverse * solution
 
 
 # -- the iterations -------------------------------------------------------------------------------------------------
@@ -245,7 +267,7 @@ class Problems:
         if weights.shape[1] == 1:
             return weights
         present = self.present[:, :, None]
-        return centred(weights, present, present / present.sum(1, keepdim=True))
+        return weights - present * (present / present.sum(1, keepdim=True) * weights).sum(1, keepdim=True)
 
     def take(self, index: Tensor) -> Problems:
         """The problems at ``index``."""
@@ -257,7 +279,7 @@ class Problems:
 
 
 class Search:
-    """L-BFGS over a batch; problems that are done leave the batch when that makes it clearly smaller."""
+    """L-BFGS over a batch; problems that are done or stuck leave it when that makes it clearly smaller."""
 
     def __init__(self, design: Design, problems: Problems, start: Tensor) -> None:
         self.design, self.problems = design, problems
@@ -270,8 +292,15 @@ class Search:
         self.weights = start.clone()
         self.logits = design.logits(start) + problems.offset
         self.history: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.stuck = torch.zeros_like(self.place, dtype=torch.bool)
         self.residuals, self.losses = residuals_and_losses(self.logits, design.target, problems.row_weight)
         self.gradient = self._gradient(self.residuals, self.weights)
+
+    @property
+    def objective(self) -> Tensor:
+        """The objective (p,), in float64."""
+        penalised = self.weights[..., :-1].square().sum((1, 2), dtype=torch.float64)
+        return self.problems.strength * self.losses + 0.5 * penalised
 
     def _gradient(self, residuals: Tensor, weights: Tensor) -> Tensor:
         gradient = self.design.backward(residuals).mul_(self.problems.strength[:, None, None])
@@ -280,8 +309,10 @@ class Search:
     def run(self, tolerance: float, limit: int = MAX_ITERATIONS) -> tuple[Tensor, Tensor]:
         """Weights (p, k, r + 1) and iterations (p,), after at most ``limit`` of them."""
         for _ in range(limit):
-            spread = self.problems.strength[:, None] * spreads(self.residuals, self.problems.row_weight)
-            active = torch.nonzero(self._open(spread, tolerance)).squeeze(1)
+            objective = self.objective
+            spread = self._spread(objective)
+            done = (self._gap(spread) <= tolerance * objective) | self.stuck
+            active = torch.nonzero(~done).squeeze(1)
             if len(active) <= 0.75 * len(self.place):
                 self._retire(active)
                 spread = spread[active]
@@ -292,15 +323,27 @@ class Search:
         self._retire(torch.empty(0, dtype=torch.long, device=self.place.device))
         return self.result, self.iterations
 
-    def _open(self, spread: Tensor, tolerance: float) -> Tensor:
-        penalty = 0.5 * self.weights[..., :-1].square().sum((1, 2))
-        objective = self.problems.strength * self.losses + penalty
-        return 0.5 * gap_norm(self.gradient, spread) > tolerance * objective
+    def _spread(self, objective: Tensor) -> Tensor:
+        """The mean curvature of each class (p, k), as far as the preconditioner can rely on it.
+
+        It vanishes where all rows are surely right or surely wrong, which hides how it grows along a step. Near the
+        optimum it is about the objective over the number of classes: a small part of that is the least it counts for.
+        """
+        spread = self.problems.strength[:, None] * spreads(self.residuals, self.problems.row_weight)
+        return spread.maximum((SMALLEST_SPREAD / spread.shape[1] * objective)[:, None].to(spread.dtype))
+
+    def _gap(self, spread: Tensor) -> Tensor:
+        """About how far the objective lies above its optimum (p,).
+
+        The intercepts count for more than if they moved alone, since the weights will move with them.
+        """
+        weights, intercepts = self.gradient[..., :-1], self.gradient[..., -1]
+        return 0.5 * weights.square().sum((1, 2)) + INTERCEPT_FACTOR * (intercepts.square() / spread).sum(1)
 
     def _retire(self, active: Tensor) -> None:
         self.result[self.place] = self.weights
         self.place, self.problems = self.place[active], self.problems.take(active)
-        for name in ("weights", "logits", "residuals", "losses", "gradient"):
+        for name in ("weights", "logits", "residuals", "losses", "gradient", "stuck"):
             setattr(self, name, getattr(self, name)[active])
         self.history = [(step[active], change[active], scale[active]) for step, change, scale in self.history]
 
@@ -308,6 +351,7 @@ class Search:
         direction = self._direction(spread)
         along = self.design.logits(direction)
         length, logits, residuals, losses = self._line_search(direction, along)
+        self.stuck = length == 0
         step = length[:, None, None] * direction
         weights = self.weights + step
         gradient = self._gradient(residuals, weights)
@@ -320,51 +364,64 @@ class Search:
 
     def _direction(self, spread: Tensor) -> Tensor:
         """Minus the two-loop estimate of inverse Hessian times gradient, on top of the preconditioner."""
-        precondition = Preconditioner(self.design, spread, self.penalty, self.problems.present)
         vector, factors = self.gradient.clone(), []
         for step, change, scale in reversed(self.history):
             factor = (scale * _dot(step, vector))[:, None, None]
             vector.addcmul_(factor, change, value=-1)
             factors.append(factor)
-        vector = precondition(vector)
+        vector = self._precondition(vector, spread)
         if self.history:
             _, change, scale = self.history[-1]
-            length = 1 / (scale * _dot(change, precondition(change)))
+            length = 1 / (scale * _dot(change, self._precondition(change, spread)))
             vector *= torch.where(torch.isfinite(length) & (length > 0), length, 1.0)[:, None, None]
         for (step, change, scale), factor in zip(self.history, reversed(factors), strict=True):
             vector.addcmul_(factor - (scale * _dot(change, vector))[:, None, None], step)
         downhill = _dot(self.gradient, vector) > 0
         if not downhill.all():
-            vector = torch.where(downhill[:, None, None], vector, precondition(self.gradient))
+            vector = torch.where(downhill[:, None, None], vector, self._precondition(self.gradient, spread))
         return vector.neg_()
+
+    def _precondition(self, vector: Tensor, spread: Tensor) -> Tensor:
+        """The Hessian of a softmax has no data term along weights that are equal in all classes, so their mean is taken
+        out: without that, steps leave the plane in which the weights of the classes sum to zero, where the optimum is.
+        """
+        return self.problems.centred(self.design.precondition(vector, spread))
 
     def _line_search(self, direction: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Step lengths (p,) where the slope has fallen enough, with logits, residuals and losses there.
 
-        The objective is convex along a line, so its slope alone tells where the minimum lies; slopes stay accurate
-        where differences of objectives have drowned in rounding.
+        The objective is convex along a line, so its slope tells where the minimum lies, accurately even where
+        differences of objectives have drowned in rounding; a rise above that is refused all the same, as is what is
+        not finite (Hager and Zhang 2005, the approximate Wolfe conditions). A length that is not found is 0.
         """
-        problems, target = self.problems, self.design.target
+        strength = self.problems.strength
         linear = _dot(self.weights * self.penalty, direction)
         quadratic = _dot(direction * self.penalty, direction)
         first = _dot(self.gradient, direction)
+        rounding = ROUNDING_OF_OBJECTIVE * self.objective
         length, low, high = torch.ones_like(first), torch.zeros_like(first), torch.full_like(first, torch.inf)
-        slope_low = first.clone()
-        for trial in range(MAX_TRIALS):
-            logits = torch.addcmul(self.logits, along, length[:, None, None])
-            residuals, losses = residuals_and_losses(logits, target, problems.row_weight)
-            slope = problems.strength * _dot(residuals, along) + linear + length * quadratic
-            over, under = slope > -0.5 * first, slope < 0.9 * first
-            if trial == MAX_TRIALS - 1 or not (over | under).any():
-                break
-            inside = low + (length - low) * (slope_low / (slope_low - slope)).clamp(0.05, 0.95)
-            outside = torch.where(
-                torch.isinf(high), length * (first / (first - slope)).clamp(1.5, 10), (length + high) / 2
-            )
+        slope_low = first
+        for _ in range(MAX_TRIALS):
+            logits, residuals, losses = self._along(along, length)
+            slope = strength * _dot(residuals, along) + linear + length * quadratic
+            rise = strength * (losses - self.losses) + length * (linear + 0.5 * length * quadratic)
+            over = ~((slope <= -0.5 * first) & (rise <= rounding))
+            under = ~over & (slope < 0.9 * first)
+            if not (over | under).any():
+                return length, logits, residuals, losses
+            share = torch.nan_to_num(slope_low / (slope_low - slope)).clamp(0.05, 0.7)
+            inside = low + (length - low) * share
+            beyond = length * (first / (first - slope)).clamp(1.5, 10)
+            outside = torch.where(torch.isinf(high), beyond, (length + high) / 2)
             high = torch.where(over, length, high)
-            low, slope_low = torch.where(under, length, low), torch.where(under, slope, slope_low)
+            low, slope_low = torch.where(over, low, length), torch.where(over, slope_low, slope)
             length = torch.where(over, inside, torch.where(under, outside, length))
-        return length, logits, residuals, losses
+        return low, *self._along(along, low)
+
+    def _along(self, along: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, residuals and losses ``length`` (p,) further."""
+        logits = torch.addcmul(self.logits, along, length[:, None, None])
+        return logits, *residuals_and_losses(logits, self.design.target, self.problems.row_weight)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
@@ -379,8 +436,8 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
 class Solutions:
     """``weights`` (p, k, r + 1) and ``logits`` (p, k, n) in float64, with a certificate for each problem.
 
-    ``objective``, ``gradient_norm`` (2-norm) and ``gap``, the proven bound on ``objective / optimum - 1``, are
-    measured in float64; ``iterations`` (p,) counts both phases.
+    ``objective``, ``gradient_norm`` (2-norm) and ``gap``, the proven bound on ``1 - optimum / objective``, are measured
+    in float64; ``iterations`` (p,) counts those of all phases.
     """
 
     weights: Tensor
@@ -401,28 +458,30 @@ def solve(
     search = Search(design, problems.to(torch.float32), start.float())
     weights, iterations = search.run(0.8 * tolerance, limit)
     solutions = certify(design, problems, weights.double(), iterations)
-    open_ = torch.nonzero(solutions.gap > tolerance).squeeze(1)
-    if not len(open_) or limit < MAX_ITERATIONS:
-        return solutions
-    search = Search(design, problems.take(open_), solutions.weights[open_])
-    polished, more = search.run(0.8 * tolerance)
-    solutions.weights[open_] = polished
-    iterations[open_] += more
-    return certify(design, problems, solutions.weights, iterations)
+    for _ in range(MAX_POLISHES if limit >= MAX_ITERATIONS else 0):
+        open_ = torch.nonzero(~(solutions.gap <= tolerance)).squeeze(1)
+        if not len(open_):
+            break
+        part = problems.take(open_)
+        weights, more = Search(design, part, solutions.weights[open_]).run(0.8 * tolerance)
+        polished = certify(design, part, weights, solutions.iterations[open_] + more)
+        for value, better in zip(vars(solutions).values(), vars(polished).values(), strict=True):
+            value[open_] = better
+    return solutions
 
 
 def certify(design: Design, problems: Problems, weights: Tensor, iterations: Tensor) -> Solutions:
-    """Measure solutions in float64.
+    """Solve the intercepts for ``weights`` (p, k, r + 1), and measure in float64 how far the objective is from optimal.
 
-    The intercept is not penalised: its share of the gap is its squared gradient over twice its curvature.
+    The least objective over the intercepts is a 1-strongly convex function of the weights alone.
     """
+    row_weight, target = problems.row_weight, design.target
     logits = design.logits(weights) + problems.offset
-    residuals, losses = residuals_and_losses(logits, design.target, problems.row_weight)
+    shift = solve_intercepts(logits, target, row_weight)
+    residuals, losses = residuals_and_losses(logits + shift, target, row_weight)
     penalised = weights[..., :-1]
     objective = problems.strength * losses + 0.5 * penalised.square().sum((1, 2))
-    gradient = problems.strength[:, None, None] * design.backward(residuals)
-    gradient[..., :-1] += penalised
-    spread = problems.strength[:, None] * spreads(residuals, problems.row_weight)
-    bound = 0.5 * gap_norm(gradient, spread)
-    norm = gradient.square().sum((1, 2)).sqrt()
-    return Solutions(weights, logits, objective, norm, bound / objective, iterations)
+    gradient = problems.strength[:, None, None] * design.backward(residuals)[..., :-1] + penalised
+    squared = gradient.square().sum((1, 2))
+    weights = problems.centred(torch.cat([penalised, weights[..., -1:] + shift], dim=2))
+    return Solutions(weights, logits + shift, objective, squared.sqrt(), 0.5 * squared / objective, iterations)

@@ -52,6 +52,20 @@ def figure(picture: str, caption: str) -> str:
     return f"<figure>{picture}<figcaption>{esc(caption)}</figcaption></figure>"
 
 
+def interval_bar(value: object, bounds: object, *, width: str = "100%", mark: float | None = None) -> str:
+    """A share as a dot on its interval, from 0 to 100 %, with a line at ``mark``; nothing where either is None."""
+    if not isinstance(value, float) or not isinstance(bounds, list):
+        return ""
+    low, high = (100 * bound for bound in bounds)
+    line = "" if mark is None else f'<path d="M{100 * mark:.1f} 2V12" stroke="#66717f" stroke-width=".7"/>'
+    return (
+        f'<svg viewBox="-2 0 104 14" width="{width}" aria-hidden="true">'
+        '<path d="M0 7H100" stroke="#d3dfec" stroke-width="1.6"/>'
+        f'<path d="M{low:.1f} 7H{high:.1f}" stroke="#8fb6e0" stroke-width="3.4"/>{line}'
+        f'<circle cx="{100 * value:.1f}" cy="7" r="2.1" fill="#2563a8"/></svg>'
+    )
+
+
 def facts(values: Mapping[str, object]) -> str:
     """Two columns: what, and its value."""
     rows = (f"<tr><th>{esc(name)}</th><td>{esc(value)}</td></tr>" for name, value in values.items())

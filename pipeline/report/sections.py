@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -64,7 +64,8 @@ def _card(name: str, metrics: RunMetrics) -> str:
     elif (reason := metrics.reasons.get(f"{name}_ci95") or metrics.reasons.get(name)) is not None:
         lines.append(f"<span>{esc(reason)}</span>")
     if name == "accuracy":
-        lines += [_baseline(metrics), _accuracy_bar(metrics)]
+        bar = page.interval_bar(metrics.metrics[name], bounds, mark=metrics.baseline_accuracy)
+        lines += [_baseline(metrics), bar]
     kind = "card main" if name == "accuracy" else "card"
     return f'<div class="{kind}"><span>{esc(metric.title[0].upper() + metric.title[1:])}</span>{"".join(lines)}</div>'
 
@@ -74,21 +75,6 @@ def _baseline(metrics: RunMetrics) -> str:
         return f"<span>no baseline: {esc(metrics.reasons.get('baseline_accuracy', 'not known'))}</span>"
     named = f" (always {esc(metrics.baseline_class)})" if metrics.baseline_class is not None else ""
     return f"<span>baseline{named}: {percent(metrics.baseline_accuracy)}</span>"
-
-
-def _accuracy_bar(metrics: RunMetrics) -> str:
-    """The accuracy on its interval, from 0 to 100 %, with a mark at the baseline."""
-    value, bounds = metrics.metrics["accuracy"], metrics.metrics.get("accuracy_ci95")
-    if not isinstance(value, float) or not isinstance(bounds, list):
-        return ""
-    baseline = metrics.baseline_accuracy
-    mark = "" if baseline is None else f'<path d="M{100 * baseline:.1f} 2V12" stroke="#66717f" stroke-width=".7"/>'
-    return (
-        '<svg viewBox="-2 0 104 14" width="100%" aria-hidden="true">'
-        '<path d="M0 7H100" stroke="#d3dfec" stroke-width="1.6"/>'
-        f'<path d="M{100 * bounds[0]:.1f} 7H{100 * bounds[1]:.1f}" stroke="#8fb6e0" stroke-width="3.4"/>{mark}'
-        f'<circle cx="{100 * value:.1f}" cy="7" r="2.1" fill="#2563a8"/></svg>'
-    )
 
 
 def _notes(metrics: RunMetrics) -> str:
@@ -107,7 +93,7 @@ def _notes(metrics: RunMetrics) -> str:
 
 def leaderboard(content: Content) -> str:
     """One row a head that was tried."""
-    rows = [_flat(row) for row in content.metrics.leaderboard]
+    rows = content.metrics.leaderboard
     if not rows:
         return ""
     headings = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "selected"]
@@ -116,16 +102,6 @@ def leaderboard(content: Content) -> str:
     titles = [heading.replace("_", " ") for heading in headings]
     caption = "Scores that chose a head or its settings are a little too good; the reported ones chose nothing."
     return page.table(titles, cells, caption=f"The chosen head is shaded. {caption}" if chosen else "", chosen=chosen)
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested sections become ``section key`` columns."""
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        flat |= (
-            {f"{key} {inner}": part for inner, part in value.items()} if isinstance(value, Mapping) else {key: value}
-        )
-    return flat
 
 
 def _value(value: Any) -> str:
@@ -222,20 +198,9 @@ def classes(content: Content) -> str:
 
 def _class_row(row: ClassScores, number: list[str]) -> list[str]:
     name = f'<span title="{esc(row.label)}">{esc(row.label)}</span>'
-    recall = (percent(row.recall), METRICS["accuracy"].show_interval(row.recall_ci95), _recall_bar(row))
+    bar = page.interval_bar(row.recall, row.recall_ci95, width="120")
+    recall = (percent(row.recall), METRICS["accuracy"].show_interval(row.recall_ci95), bar)
     return [name, *number, f"{row.n:,}", f"{row.predicted:,}", percent(row.precision), *recall, percent(row.f1)]
-
-
-def _recall_bar(row: ClassScores) -> str:
-    """The recall as a dot on its interval, from 0 to 100 %."""
-    if row.recall is None or row.recall_ci95 is None:
-        return ""
-    low, high = (2 + 116 * bound for bound in row.recall_ci95)
-    return (
-        '<svg width="120" height="12" aria-hidden="true"><path d="M2 6H118" stroke="#e3e7ec" stroke-width="2"/>'
-        f'<path d="M{low:.1f} 6H{high:.1f}" stroke="#9dbfe3" stroke-width="4"/>'
-        f'<circle cx="{2 + 116 * row.recall:.1f}" cy="6" r="3.2" fill="#2563a8"/></svg>'
-    )
 
 
 # -- plots ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from pipeline.heads import standardisation
-from pipeline.heads.solver import Design, Problems, Solutions, solve
+from pipeline.heads.solver import Design, Problems, Search, Solutions, solve
 
 from .conftest import make_features
 
@@ -54,14 +54,39 @@ def test_objective_and_predictions_are_those_of_scikit_learn(classes: int, shape
         assert abs(float(solutions.objective[number]) - expected) <= expected * 1e-5
 
 
-def test_the_certificate_is_a_bound() -> None:
+@pytest.mark.parametrize(("shape", "classes", "spread"), [((60, 80), 2, 2.0), ((300, 20), 3, 3.0), ((150, 24), 3, 1.0)])
+def test_the_certificate_is_a_bound(shape: tuple[int, int], classes: int, spread: float) -> None:
+    X, y = make_features(*shape, classes, spread=spread)
+    keep = np.flatnonzero((y == 0) | (np.arange(len(y)) % 4 == 0))  # of unequal size, so that intercepts matter
+    X, y, strengths = scaled(X[keep]), y[keep], [1e-4, 1e-2, 0.1, 1.0, 100.0]
+    _, exact = solved(X, y, strengths, tolerance=1e-13)
+    for tolerance in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
+        _, rough = solved(X, y, strengths, tolerance=tolerance)
+        assert float(rough.gap.max()) <= tolerance
+        assert (1 - exact.objective / rough.objective <= rough.gap + 1e-12).all()
+
+
+@pytest.mark.parametrize(("classes", "shots", "width", "strength"), [(150, 1, 300, 1.0), (60, 5, 200, 3.0)])
+def test_many_classes_converge_from_a_cold_start(classes: int, shots: int, width: int, strength: float) -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(classes), shots)
+    X = scaled((3 * rng.normal(size=(classes, width))[y] + rng.normal(size=(len(y), width))).astype(np.float32))
+    _, solutions = solved(X, y, [strength])
+    assert float(solutions.gap[0]) <= 1e-8
+    assert int(solutions.iterations[0]) < 100
+    assert solutions.logits[0].argmax(0).tolist() == y.tolist()
+
+
+def test_what_is_not_finite_or_rises_is_no_step() -> None:
     X, y = make_features(classes=3)
-    X = scaled(X)
-    _, exact = solved(X, y, [1.0], tolerance=1e-13)
-    for tolerance in (1e-1, 1e-3, 1e-5):
-        _, rough = solved(X, y, [1.0], tolerance=tolerance)
-        assert float(rough.gap[0]) <= tolerance
-        assert float(rough.objective[0] / exact.objective[0]) - 1 <= float(rough.gap[0]) + 1e-12
+    design = Design.build(torch.from_numpy(scaled(X)), torch.from_numpy(y), 3)
+    ones = torch.ones(1, len(y), dtype=torch.float64)
+    search = Search(design, Problems.build(design, ones[:, 0], ones), torch.zeros(1, 3, design.exact.shape[1]).double())
+    objective = search.objective
+    direction = -1e200 * search.gradient
+    length, *_, losses = search._line_search(direction, design.logits(direction))
+    assert torch.isfinite(losses).all() and float(length[0]) < 1e-150
+    assert float(losses[0]) <= float(objective[0])
 
 
 def test_float64_polishes_what_float32_cannot_reach() -> None:

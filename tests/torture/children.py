@@ -26,12 +26,12 @@ EVENTS = frozenset(
 )  # fmt: skip
 # The phase of a moment is told by the functions that are running; the first that fits names it.
 PHASES = {
-    "gc": ("features/garbage.py",),
+    "gc": ("features/inventory.py",),
     "checkpoint": ("finetune/checkpoint.py",),
-    "run publish": ("stages/publish.py", "artifacts/"),
+    "run publish": ("stages/run.py", "artifacts/"),
     "quarantine": ("features/quarantine.py",),
     "index update": ("data/index.py",),
-    "scan": ("data/scan.py", "data/walk.py"),
+    "scan": ("data/folder.py", "data/walk.py"),
     "part write": ("features/parts.py", "features/store.py"),
     "read and decode": ("features/prepare.py", "features/journal.py", "data/decode.py"),
     "forward": ("features/extractor.py",),
