@@ -228,6 +228,7 @@ class HeadParams(Section):
     class_weight: Literal["balanced"] | dict[str, Positive] | None = None
     calibrate: Literal["none", "temperature"] = "none"
     search: dict[str, list[Any]] = {}
+    prompts: Folder | None = None
     logistic: LogisticParams = LogisticParams()
     linear: NetworkParams = NetworkParams()
     mlp: MlpParams = MlpParams()

@@ -14,6 +14,7 @@ from ..heads import Choice, choose_head, curve_band, learning_curve, make_head
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
 from .open import open_cache
+from .prompts import with_texts
 from .run import publish_run, run_model
 
 Say = Callable[[str], None]
@@ -42,9 +43,10 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
     reported = table.reported_split()
     say(_data_line(table))
     device = cache.backbone.device.type
-    choice = _choose(params.head, table, reported, device=str(cache.backbone.device) if device == "cuda" else "cpu")
+    section = with_texts(params, cache.backbone, table.class_names)
+    choice = _choose(section, table, reported, device=str(cache.backbone.device) if device == "cuda" else "cpu")
     head = choice.head
-    points = _learning_curve(params.head, table, head.kind, reported) if curve else []
+    points = _learning_curve(section, table, head.kind, reported) if curve else []
     metrics, predictions = _score(table, choice, reported, points, cache.warnings)
     model = run_model(cache, table, head)
     for line in [_parameter_line(model.parameters), *_leaderboard_lines(choice), *metric_lines(metrics)]:
