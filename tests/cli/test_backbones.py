@@ -46,6 +46,7 @@ def test_one_is_shown_as_a_card(call: Call) -> None:
     out = call("vit_b_16")
     assert "features    768 (class token)" in out and "crop 224" in out
     assert "average over positions" in call("starter") and "MIT" in call("starter")
+    assert "2048" in call("resnet50")  # not all those whose names go on
 
 
 def test_more_than_a_screenful_is_said_to_be_more(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
