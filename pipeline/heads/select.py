@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,6 +81,7 @@ def choose_head(
     *,
     class_names: Sequence[str],
     held_out: HeldOut | None = None,
+    several: bool = False,
     jobs: int = 1,
     device: str = "cpu",
 ) -> Choice:
@@ -88,14 +89,14 @@ def choose_head(
 
     Judged out of fold on train, all kinds on the same folds; or on ``held_out``, features and targets of val, to be
     given only where a test split is left to report on. A single kind is cross-validated only where its own fitting
-    does so anyway.
+    does so anyway, or where ``several`` choices will be compared by `choose_among`.
 
     Raises:
         HeadError: a kind that does not exist or cannot be fitted, or data that cannot be cross-validated.
     """
     kinds = params.kinds
     heads = [make_head(kind, params, class_names=class_names, jobs=jobs, device=device) for kind in kinds]
-    judged = len(kinds) > 1 and held_out is None
+    judged = (several or len(kinds) > 1) and held_out is None
     entries = [_entry(head, X, y, groups, held_out, judged=judged) for head in heads]
     on_val = held_out is not None
     best = min(range(len(entries)), key=lambda number: (_rank(entries[number], on_val), number))
@@ -105,9 +106,32 @@ def choose_head(
     entries += _baselines(params, X, y, groups, held_out)
     selections = head.selections
     if len(kinds) > 1:
-        how, on = ("by accuracy", "val") if on_val else (f"by {params.folds}-fold cross-validation", "train")
-        selections += (Selection("the kind of head", how, on),)
+        selections += (_selection("the kind of head", params, on_val),)
     return Choice(head, tuple(entries), selections)
+
+
+def choose_among(choices: Mapping[str, Choice], params: HeadParams, *, on_val: bool) -> tuple[str, Choice]:
+    """The name of the best of several choices on as many poolings of the same images, and it with the others' entries.
+
+    Args:
+        on_val: they were made on a ``held_out`` val.
+    """
+    if len(choices) == 1:
+        return next(iter(choices.items()))
+    best = min(choices, key=lambda name: _rank(choices[name].entries[0], on_val))
+    entries = [
+        replace(entry, kind=f"{entry.kind} on {name}", chosen=entry.chosen and name == best)
+        for name, choice in choices.items()
+        for entry in choice.entries
+    ]
+    entries.sort(key=lambda entry: (not entry.chosen, entry.baseline, _rank(entry, on_val)))
+    selections = (*choices[best].selections, _selection("the pooling", params, on_val))
+    return best, Choice(choices[best].head, tuple(entries), selections)
+
+
+def _selection(what: str, params: HeadParams, on_val: bool) -> Selection:
+    how, on = ("by accuracy", "val") if on_val else (f"by {params.folds}-fold cross-validation", "train")
+    return Selection(what, how, on)
 
 
 def _entry(
