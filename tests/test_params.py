@@ -215,7 +215,7 @@ data.root: must be a path; got 3. Put quotes around it.
 data.seed: must be at least 0; got -1.
 data.layot: is not a key of this section; got 'flat'. Did you mean data.layout?
 backbone.name: must be text; got 18. Put quotes around it.
-backbone.pooling: must be default, avg, max, cls or cls_avg; got 'mean'.
+backbone.pooling: must be default, avg, max, cls or cls_avg, or a list; got 'mean'.
 transform.mean: has too few values; got [0.5, 0.5].
 transform.background.2: must be at most 255; got 300.
 extract.device: must be auto, cpu, mps, cuda or cuda:N; got 'gpu'.

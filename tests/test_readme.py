@@ -34,6 +34,7 @@ NOT_RUN = {
     "make torture": "takes ten minutes",
     "make test-lowest": "needs a package index",
     "pip install .": "needs a package index",
+    "pip install '.[timm]'": "needs a package index",
     "pip install 'image-transfer-pipeline[export]'": "needs a package index",
     "pipeline export latest model.onnx": "needs the extra; tests/export runs it",
     "make export": "needs the extra; tests/export runs the verb",
@@ -51,6 +52,10 @@ FILLED_IN = {
     "pipeline classify -s backbone.name=resnet50 PATH...": [
         "pipeline classify -s backbone.name=squeezenet1_1 -s backbone.weights=squeezenet.pth new_photos/a.jpg"
     ],
+    "pipeline predict RUN --backbone module:function PATH...": [
+        "pipeline predict latest --backbone starter new_photos/a.jpg"
+    ],
+    "pipeline backbones NAME": ["pipeline backbones starter"],
     "pipeline cache ls | verify | why | gc | export FILE": [
         *("pipeline cache ls", "pipeline cache verify", "pipeline cache gc"),
         "pipeline cache export features.h5",

@@ -23,6 +23,7 @@ from .catalogue import ZOOS, BackboneRow, backbone_names, describe_backbone, is_
 from .memo import WeightsMemo
 from .precision import Verdict, accept_precision, reduced_precision_of, verdict_key
 from .prepare import PreparedBackbone, prepare_for_inference
+from .together import forward_together
 from .transform import Transform
 from .zoo import FeatureNetwork, WeightsSource, Zoo
 
@@ -49,6 +50,7 @@ __all__ = [
     "build_classifier",
     "build_network",
     "describe_backbone",
+    "forward_together",
     "identify_network",
     "is_own_code",
     "list_backbones",

@@ -99,7 +99,9 @@ def build_network(params: BackboneParams, transform: TransformParams) -> BuiltNe
     stored = checkpoint.transform if checkpoint else None
     size = transform.crop or (stored.crop if stored else None)
     with _seeded(params.seed):
-        network = zoo.make(name, layer=params.layer, pooling=params.pooling, image_size=size, **_content(checkpoint))
+        network = zoo.make(
+            name, layer=params.layer, pooling=params.sole_pooling, image_size=size, **_content(checkpoint)
+        )
     chosen = adjust_transform(stored or _preset(zoo, name, source, network), transform)
     feature_dim = measure_features(network, chosen.crop, name)
     notes = load_tensors(zoo, name, network, checkpoint.tensors, where=source.path) if checkpoint else ()
@@ -205,7 +207,7 @@ def _preset(zoo: Zoo, name: str, source: WeightsSource, network: FeatureNetwork)
 
 def _identity(params: BackboneParams, source: WeightsSource, digest: str) -> BackboneIdentity:
     code = find_zoo(params.name).code_digest(params.name)
-    return BackboneIdentity(params.name, source.label, digest, params.layer, params.pooling, code)
+    return BackboneIdentity(params.name, source.label, digest, params.layer, params.sole_pooling, code)
 
 
 def _stat_for_memo(source: WeightsSource) -> Stat | None:

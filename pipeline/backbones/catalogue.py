@@ -135,8 +135,9 @@ def matching_names(patterns: Sequence[str] = ()) -> list[str]:
     every = [name for names in zoos for name in names if patterns or len(names) <= WALL]
     if not patterns:
         return every
-    wanted = [pattern if set(pattern) & set("*?[") else f"*{pattern}*" for pattern in patterns]
-    return [name for name in every if name in patterns or any(fnmatchcase(name, pattern) for pattern in wanted)]
+    known = set(every)
+    wanted = [item if item in known or set(item) & set("*?[") else f"*{item}*" for item in patterns]
+    return [name for name in every if any(fnmatchcase(name, pattern) for pattern in wanted)]
 
 
 def describe_backbone(name: str) -> BackboneRow:

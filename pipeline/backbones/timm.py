@@ -176,11 +176,16 @@ class TimmNetwork(FeatureNetwork):
     ) -> None:
         super().__init__(model, pool, blocks=timm_blocks(model), **facts)
         self.headed, self.intermediate, self.prefixed = headed, intermediate, prefixed
+        self.trunk_key = ("timm", intermediate)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def trunk(self, images: Tensor) -> Any:
+        """What timm's own head is given, or the intermediate."""
         if self.intermediate is not None:
-            return self.pool(self._intermediate(images))  # type: ignore[no-any-return]
-        output = self.model.forward_features(images)  # type: ignore[operator]
+            return self._intermediate(images)
+        return self.model.forward_features(images)  # type: ignore[operator]
+
+    def pooled(self, output: Any) -> Tensor:
+        """By timm's own head, or by our pooling."""
         if self.headed:
             return self.model.forward_head(output, pre_logits=True)  # type: ignore[operator, no-any-return]
         return self.pool(output)  # type: ignore[no-any-return]

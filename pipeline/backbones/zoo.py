@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -154,6 +154,8 @@ class FeatureNetwork(nn.Module):
         only_size: it takes no other.
         classifier: name of the layer of the whole model that gives class scores; its tensors need not be here.
         shapes: of all tensors of the whole model by name, those of the features and those left out.
+        trunk_key: networks of one name and weights that have an equal one compute the same before they pool; ``None``:
+            not known to.
         blocks: for fine-tuning, the input's first: of each block the names of its modules and loose parameters;
             ``None``: found from the module tree.
     """
@@ -182,9 +184,19 @@ class FeatureNetwork(nn.Module):
         """Of the classifier's weight: (classes, features) or (classes, features, 1, 1); ``None`` without one."""
         return self.shapes.get(f"{self.classifier}.weight")
 
+    trunk_key: Hashable | None = None
+
+    def trunk(self, images: Tensor) -> Any:
+        """All that comes before the pooling."""
+        return self.model(images)
+
+    def pooled(self, output: Any) -> Tensor:
+        """Features of what `trunk` gives."""
+        features: Tensor = self.pool(output)
+        return features
+
     def forward(self, images: Tensor) -> Tensor:
-        pooled: Tensor = self.pool(self.model(images))
-        return pooled
+        return self.pooled(self.trunk(images))
 
 
 def import_extra(module: str, extra: str) -> Any:

@@ -4,15 +4,15 @@ images, backbone and store meet."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backbones import Backbone, Pixels
+from ..backbones import Backbone, Pixels, forward_together
 from ..data.decode import Reason, decoder_versions
 from ..data.digests import Digests, data_digest, empty_digests, first_occurrences, locate, stack_digests
 from ..data.images import Images
@@ -201,18 +201,22 @@ class FeatureCache:
         bad: NDArray[np.bool_] = self.images.known & (rows >= 0)
         return bad
 
-    def missing(self, among: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+    def missing(
+        self, among: NDArray[np.bool_] | None = None, *, beside: Sequence[FeatureCache] = ()
+    ) -> NDArray[np.int64]:
         """Positions to look at: unknown images, and one image of each known content without a feature; our share.
 
         Args:
             among: bool (n,), to look at these images only.
+            beside: caches of the same images, in which features may be missing too.
         """
         images = self.images
         wanted = np.ones(len(images), bool) if among is None else among
         repeated = np.zeros(len(images), bool)
         known = np.flatnonzero(images.known & wanted)
         repeated[known] = ~first_occurrences(images.digests[known])
-        return self._world.share(np.flatnonzero(wanted & ~(self.present | self.quarantined | repeated)))
+        present = np.logical_and.reduce([cache.present for cache in (self, *beside)])
+        return self._world.share(np.flatnonzero(wanted & ~(present | self.quarantined | repeated)))
 
     def read(self, digests: Digests) -> Features:
         """Features (n, d), float32, of the contents ``digests`` (n, 16).
@@ -281,20 +285,26 @@ class FeatureCache:
 
     # -- how it gets there ------------------------------------------------------------------------------------------
 
-    def fill(self, positions: NDArray[np.int64] | None = None) -> Filled:
+    def fill(self, positions: NDArray[np.int64] | None = None, *, beside: Sequence[FeatureCache] = ()) -> Filled:
         """Compute the features of the images at ``positions`` (all that is missing), together with other processes.
 
         With nothing to do, no weights are loaded and nothing is written.
+
+        Args:
+            beside: caches that differ in the pooling alone: they are filled in the same pass over the images.
 
         Raises:
             DriftError: images decode to other pixels than when the key was begun.
             CacheError: the cache cannot be written; what was published is kept.
             Interrupted: Ctrl-C; what was published is kept.
         """
-        positions = self.missing() if positions is None else positions
-        filled = self._together(self._compute(positions) if len(positions) else Filled(empty_digests(), Clock(), 0.0))
-        self.store.refresh()
-        self.store.touch()
+        positions = self.missing(beside=beside) if positions is None else positions
+        caches = (self, *beside)
+        computed = self._compute(positions, caches) if len(positions) else Filled(empty_digests(), Clock(), 0.0)
+        filled = self._together(computed)
+        for cache in caches:
+            cache.store.refresh()
+            cache.store.touch()
         return filled
 
     def ledger(self, filled: Filled) -> dict[str, int]:
@@ -311,25 +321,32 @@ class FeatureCache:
         """Compute up to ``sample`` of the features here again, and compare."""
         return recompute(self.images, self.backbone, self.view, self.store, sample=sample, seed=seed)
 
-    def _compute(self, positions: NDArray[np.int64]) -> Filled:
-        with self.store.writing():
-            self._confirm_pixels()
+    def _compute(self, positions: NDArray[np.int64], caches: Sequence[FeatureCache]) -> Filled:
+        with ExitStack() as writing:
+            for cache in caches:
+                writing.enter_context(cache.store.writing())
+                cache._confirm_pixels()
             self._try_suspects()
             with journal(self.store.cache_dir, self._workers) as opened:
-                return self._embed(positions, opened)
+                return self._embed(positions, opened, caches)
 
     @property
     def _workers(self) -> int:
         return worker_count(self._extract.workers, self._world)
 
-    def _embed(self, positions: NDArray[np.int64], opened: Journal) -> Filled:
+    def _embed(self, positions: NDArray[np.int64], opened: Journal, caches: Sequence[FeatureCache]) -> Filled:
         computed: list[Digests] = []
         refused: list[Digests] = []
-        writer = PartWriter(self.store.publish, self._extract.part_seconds, after=self._remember_often())
+        pace, after = self._extract.part_seconds, self._remember_often()
+        writers = [PartWriter(cache.store.publish, pace, after=after) for cache in caches]
+        ends = np.cumsum([cache.backbone.feature_dim for cache in caches])[:-1]
 
         def sink(features: Features, digests: Digests) -> None:
             finite = np.isfinite(features).all(axis=1)
-            writer(features[finite], digests[finite])
+            for cache, writer, own in zip(caches, writers, np.split(features, ends, axis=1), strict=True):
+                new = finite & ~cache.store.contains(digests)
+                if new.any():
+                    writer(np.ascontiguousarray(own[new]), digests[new])
             computed.append(digests[finite])
             refused.append(digests[~finite])
 
@@ -340,11 +357,13 @@ class FeatureCache:
             self.images.reading_ahead(positions.tolist()),
         ):
             try:
-                with writer:
+                with ExitStack() as writing:
+                    for writer in writers:
+                        writing.enter_context(writer)
                     clock = extract_features(
                         positions.tolist(),
-                        self._preparation(opened),
-                        self.backbone.forward,
+                        self._preparation(opened, caches),
+                        forward_together([cache.backbone for cache in caches]),
                         sink,
                         workers=self._workers,
                         interruption=interruption,
@@ -354,9 +373,9 @@ class FeatureCache:
                 self.images.remember()
                 self.quarantine.save()
         seconds = time.perf_counter() - started
-        clock.busy["write"] += writer.seconds
+        clock.busy["write"] += sum(writer.seconds for writer in writers)
         if interruption:
-            raise _interrupted(writer.published, len(positions))
+            raise _interrupted(writers[0].published, len(positions))
         if len(lost := np.concatenate([empty_digests(), *refused])):
             raise self._not_finite(lost, "was put into the cache; those of the other images were")
         return Filled(np.concatenate([empty_digests(), *computed]), clock, seconds)
@@ -371,10 +390,10 @@ class FeatureCache:
             remedy="check transform.mean and transform.std, and the weights file",
         )
 
-    def _preparation(self, opened: Journal) -> Preparation:
+    def _preparation(self, opened: Journal, caches: Sequence[FeatureCache]) -> Preparation:
         return Preparation(
             self.images,
-            {row.tobytes() for row in self.store.digests},
+            set.intersection(*({row.tobytes() for row in cache.store.digests} for cache in caches)),
             self.quarantine,
             decode=self.backbone.decoder,
             crop=lambda image, digest: self.view.pixels(image, digest, self.backbone.transform),

@@ -6,7 +6,7 @@ from .crossval import OutOfFold, Score, hold_out, stratified_group_folds
 from .curve import curve_band, learning_curve
 from .kinds import KINDS, head_of_layers, kinds_of_layers, load_head, make_head
 from .layers import Layers, LayersHead
-from .select import Choice, Entry, choose_head
+from .select import Choice, Entry, choose_among, choose_head
 
 __all__ = [
     "KINDS",
@@ -18,6 +18,7 @@ __all__ = [
     "OutOfFold",
     "Score",
     "Selection",
+    "choose_among",
     "choose_head",
     "curve_band",
     "head_of_layers",

@@ -12,12 +12,14 @@ from .common import Ints
 from .layers import Layers, LayersHead
 from .logistic import LogisticHead
 from .network import NetworkHead
+from .prompts import PromptsHead
 from .sklearn_head import ALIASES, SklearnHead
 
 KINDS: dict[str, type[Head]] = {
     "logistic": LogisticHead,
     "linear": NetworkHead,
     "mlp": NetworkHead,
+    "prompts": PromptsHead,
     "sklearn": SklearnHead,
     **dict.fromkeys(ALIASES, SklearnHead),
 }

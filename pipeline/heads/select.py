@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +74,7 @@ def choose_head(
     *,
     class_names: Sequence[str],
     held_out: HeldOut | None = None,
+    several: bool = False,
     jobs: int = 1,
     device: str = "cpu",
 ) -> Choice:
@@ -83,23 +84,51 @@ def choose_head(
     Judged out of fold on train, all kinds on the same folds; or on ``held_out``, features and targets of val, to be
     given only where a test split is left to report on. With ``params.class_weight`` rows count as their class does:
     with "balanced" it is the balanced accuracy that chooses. A single kind is cross-validated only where its own
-    fitting does so anyway.
+    fitting does so anyway, or where ``several`` choices will be compared by `choose_among`.
 
     Raises:
         HeadError: a kind that does not exist or cannot be fitted, or data that cannot be cross-validated.
     """
     kinds, on_val = params.kinds, held_out is not None
     heads = [make_head(kind, params, class_names=class_names, jobs=jobs, device=device) for kind in kinds]
-    entries = [_entry(head, X, y, groups, held_out, judged=len(kinds) > 1 and not on_val) for head in heads]
-    entries.sort(key=lambda entry: ((entry.val if on_val else entry.cv) or UNKNOWN).rank)
+    judged = (several or len(kinds) > 1) and not on_val
+    entries = [_entry(head, X, y, groups, held_out, judged=judged) for head in heads]
+    entries.sort(key=lambda entry: _rank(entry, on_val))
     entries[0] = replace(entries[0], chosen=True)
     head = entries[0].head
     assert head is not None
     entries += _baselines(head, X, y, groups, held_out)
     selections = head.selections
     if len(kinds) > 1:
-        selections += (Selection("the kind of head", _how(params, on_val), "val" if on_val else "train"),)
+        selections += (_selection("the kind of head", params, on_val),)
     return Choice(head, tuple(entries), selections)
+
+
+def choose_among(choices: Mapping[str, Choice], params: HeadParams, *, on_val: bool) -> tuple[str, Choice]:
+    """The name of the best of several choices on as many poolings of the same images, and it with the others' entries.
+
+    Args:
+        on_val: they were made on a ``held_out`` val.
+    """
+    if len(choices) == 1:
+        return next(iter(choices.items()))
+    best = min(choices, key=lambda name: _rank(choices[name].entries[0], on_val))
+    entries = [
+        replace(entry, kind=f"{entry.kind} on {name}", chosen=entry.chosen and name == best)
+        for name, choice in choices.items()
+        for entry in choice.entries
+    ]
+    entries.sort(key=lambda entry: (not entry.chosen, entry.baseline, _rank(entry, on_val)))
+    selections = (*choices[best].selections, _selection("the pooling", params, on_val))
+    return best, Choice(choices[best].head, tuple(entries), selections)
+
+
+def _rank(entry: Entry, on_val: bool) -> tuple[float, ...]:
+    return ((entry.val if on_val else entry.cv) or UNKNOWN).rank
+
+
+def _selection(what: str, params: HeadParams, on_val: bool) -> Selection:
+    return Selection(what, _how(params, on_val), "val" if on_val else "train")
 
 
 def _how(params: HeadParams, on_val: bool) -> str:

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..errors import UsageError
+
 # The extensions of torchvision's ImageFolder, repeated here so that reading params does not import torch.
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -129,12 +131,42 @@ class DataParams(Section):
         return self
 
 
+Pooling = Literal["default", "avg", "max", "cls", "cls_avg"]
+
+
 class BackboneParams(Section):
     name: Name = "starter"
     weights: Name = "DEFAULT"
     layer: Name | None = None
-    pooling: Literal["default", "avg", "max", "cls", "cls_avg"] = "default"
+    pooling: Pooling | list[Pooling] = "default"
     seed: Seed = 0
+
+    @field_validator("pooling")
+    @classmethod
+    def _at_least_one(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, list) and (not value or len(set(value)) != len(value)):
+            raise ValueError("must be a pooling, or a list of different ones")
+        return value
+
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        """One or several."""
+        return (self.pooling,) if isinstance(self.pooling, str) else tuple(self.pooling)
+
+    @property
+    def sole_pooling(self) -> str:
+        """The only one.
+
+        Raises:
+            UsageError: there are several.
+        """
+        if len(self.poolings) > 1:
+            raise UsageError(
+                f"One pooling is needed here, and backbone.pooling names {', '.join(self.poolings)}.",
+                where="backbone.pooling",
+                remedy=f"choose one (train-head says which is best): -s backbone.pooling={self.poolings[0]}",
+            )
+        return self.poolings[0]
 
 
 class TransformParams(Section):
@@ -228,6 +260,7 @@ class HeadParams(Section):
     class_weight: Literal["balanced"] | dict[str, Positive] | None = None
     calibrate: Literal["none", "temperature"] = "none"
     search: dict[str, list[Any]] = {}
+    prompts: Folder | None = None
     logistic: LogisticParams = LogisticParams()
     linear: NetworkParams = NetworkParams()
     mlp: MlpParams = MlpParams()

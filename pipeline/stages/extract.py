@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..features.quarantine import BadContent
 from ..files import human_bytes
 from ..params import ExtractParams, Params
 from ..runtime.distributed import World, world_from_environment
-from .open import open_cache
+from .open import fill_together, open_caches
 
 Say = Callable[[str], None]
 EXAMPLES = 5
@@ -46,18 +46,17 @@ def extract(params: Params, say: Say = print, *, retry: bool = False, quiet: boo
         Interrupted: Ctrl-C; everything finished is kept.
     """
     world = _world(params.extract)
-    cache = open_cache(params, begins=True, world=world, quiet=quiet or not world.is_main)
+    caches = open_caches(params, begins=True, world=world, quiet=quiet or not world.is_main)
+    cache = caches[0]
     if retry:
         cache.images.read_unknown()
         cache.quarantine.release(cache.images.digests)
-    missing = cache.missing()
-    for line in _plan(cache, missing):
+    for line in _plan(caches):
         say(line)
-    filled = cache.fill(missing)
+    filled = fill_together(caches)
     if params.extract.views:
         say(f"{_train_of(cache).sum():,} training images in {params.extract.views} views, each under a key of its own")
-    views = _fill_views(cache)
-    summary = _summary(cache, filled, views)
+    summary = _summary(caches, filled, _fill_views(caches))
     bad = _bad_images(cache)
     notes = [f"Weights: {note}." for note in cache.backbone.notes]
     for line in [*notes, *cache.store.warnings, *_report(cache, summary, bad)]:
@@ -74,10 +73,10 @@ def _world(extract: ExtractParams) -> World:
     return World(rank=index, size=count)
 
 
-def _fill_views(cache: FeatureCache) -> list[tuple[FeatureCache, Filled]]:
-    """Embed the augmented views of the training images, each under a key of its own."""
-    train = _train_of(cache)
-    return [(view, view.fill(view.missing(train))) for view in cache.views()]
+def _fill_views(caches: Sequence[FeatureCache]) -> list[tuple[FeatureCache, Filled]]:
+    """Embed the augmented views of the training images, each under a key of its own; those of the first pooling."""
+    train = _train_of(caches[0])
+    return [(views[0], fill_together(views, train)) for views in zip(*(cache.views() for cache in caches), strict=True)]
 
 
 def _train_of(cache: FeatureCache) -> NDArray[np.bool_]:
@@ -88,8 +87,9 @@ def _train_of(cache: FeatureCache) -> NDArray[np.bool_]:
     return train
 
 
-def _plan(cache: FeatureCache, missing: NDArray[np.int64]) -> Iterator[str]:
-    images, store, backbone = cache.images, cache.store, cache.backbone
+def _plan(caches: Sequence[FeatureCache]) -> Iterator[str]:
+    cache = caches[0]
+    images, backbone, missing = cache.images, cache.backbone, cache.missing(beside=caches[1:])
     yield from images.warnings
     if ignored := sorted(images.samples.ignored.items()):
         counts = ", ".join(f"{count} {extension or '(no extension)'}" for extension, count in ignored)
@@ -98,15 +98,20 @@ def _plan(cache: FeatureCache, missing: NDArray[np.int64]) -> Iterator[str]:
         yield f"Precision auto: {backbone.choice}"
     yield f"{len(images)} images in {len(images.samples.class_names)} classes under {images.root}"
     new = int((~images.known[missing]).sum())
-    size = len(missing) * (store.feature_dim * (2 if store.spec.dtype == "float16" else 4) + 16)
+    stores = [each.store for each in caches]
+    size = len(missing) * sum(store.feature_dim * (2 if store.spec.dtype == "float16" else 4) + 16 for store in stores)
+    for store in stores[:-1]:
+        yield f"{store.spec.folder_name} ({store.spec.pooling}): {len(store.digests)} features cached"
+    named = f" ({stores[-1].spec.pooling})" if len(stores) > 1 else ""
     yield (
-        f"{store.spec.folder_name}: {len(store.digests)} features cached; to do: {len(missing)} images"
+        f"{stores[-1].spec.folder_name}{named}: {len(stores[-1].digests)} features cached; to do: {len(missing)} images"
         f" ({new} not read before), at most {human_bytes(size)} to write, on {backbone.device} in {backbone.precision}"
     )
 
 
-def _summary(cache: FeatureCache, plain: Filled, views: list[tuple[FeatureCache, Filled]]) -> dict[str, Any]:
+def _summary(caches: Sequence[FeatureCache], plain: Filled, views: list[tuple[FeatureCache, Filled]]) -> dict[str, Any]:
     """The ledger is that of the plain view; rate, seconds and what bounds them are those of all views together."""
+    cache = caches[0]
     every = [plain, *(filled for _, filled in views)]
     clock, seconds = Clock(), sum(filled.seconds for filled in every)
     for filled in every:
@@ -123,6 +128,7 @@ def _summary(cache: FeatureCache, plain: Filled, views: list[tuple[FeatureCache,
         "waited_seconds": {name: round(value, 3) for name, value in clock.waited.items()},
         "bound_by": clock.bound_by(shared_cores=cache.backbone.device.type == "cpu") if forwarded else None,
         "cache": str(cache.store.folder.resolve()),
+        "poolings": [{"pooling": each.store.spec.pooling, "key": each.key} for each in caches],
         "views": [
             {"view": view.view.name, "key": view.key, "forwarded": len(filled.computed)} for view, filled in views
         ],

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..backbones import Backbone, BackboneIdentity, Transform, resolve_backbone
 from ..data.images import Images, open_images
-from ..features.cache import FeatureCache, FeatureTable
+from ..features.cache import FeatureCache, FeatureTable, Filled
 from ..features.inventory import key_folders, look_at
 from ..features.store import SPEC_FILE, read_spec
 from ..params import Params
@@ -36,6 +40,42 @@ def open_cache(
         images = open_images(params.data, params.cache.dir)
     backbone = open_backbone(params, begins=begins)
     return FeatureCache(images, backbone, params.cache, params.extract, world=world, quiet=quiet)
+
+
+def open_caches(
+    params: Params,
+    images: Images | None = None,
+    *,
+    begins: bool = False,
+    world: World | None = None,
+    quiet: bool = False,
+) -> list[FeatureCache]:
+    """A cache for each pooling of the params, all of the same images; arguments as in `open_cache`."""
+    if images is None:
+        images = open_images(params.data, params.cache.dir)
+    each = [with_pooling(params, pooling) for pooling in params.backbone.poolings]
+    return [open_cache(one, images, begins=begins, world=world, quiet=quiet) for one in each]
+
+
+def with_pooling(params: Params, pooling: str) -> Params:
+    """The params with one pooling only."""
+    return params.model_copy(update={"backbone": params.backbone.model_copy(update={"pooling": pooling})})
+
+
+def fill_together(caches: Sequence[FeatureCache], among: NDArray[np.bool_] | None = None) -> Filled:
+    """Fill caches that differ in the pooling alone, in one pass over the images for each precision that they have.
+
+    Args:
+        among: bool (n,), to look at these images only.
+    """
+    passes: dict[str, list[FeatureCache]] = {}
+    for cache in caches:
+        passes.setdefault(cache.backbone.precision, []).append(cache)
+    filled = [first.fill(first.missing(among, beside=others), beside=others) for first, *others in passes.values()]
+    for more in filled[1:]:
+        filled[0].clock.add(more.clock)
+    computed = np.concatenate([each.computed for each in filled])
+    return Filled(computed, filled[0].clock, sum(each.seconds for each in filled))
 
 
 def open_backbone(params: Params, *, begins: bool = False) -> Backbone:

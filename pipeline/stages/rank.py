@@ -21,7 +21,7 @@ from ..heads import make_head
 from ..params import BackboneParams, HeadParams, Params
 from ..runtime.cores import usable_cores
 from ..runtime.seeds import make_generator
-from .open import open_cache
+from .open import fill_together, open_caches
 
 Say = Callable[[str], None]
 Rows = NDArray[np.int64]
@@ -58,7 +58,8 @@ def rank_backbones(
     """Embed a stratified sample of train with each backbone, through the cache, and cross-validate a probe on it.
 
     Args:
-        names: ``name`` or ``name=weights``, two or more for a comparison.
+        names: ``name`` or ``name=weights``, two or more for a comparison; each in all poolings of the params, where
+            these name several.
         size: of the sample; every class keeps at least ``head.folds`` of its images where that fits.
 
     Returns:
@@ -70,15 +71,17 @@ def rank_backbones(
     if not names:
         raise UsageError("There is no backbone to rank.", remedy="name some: pipeline backbones --rank NAME...")
     images = open_images(params.data, params.cache.dir)
-    caches = {
-        label: open_cache(_with_backbone(params, label), images, begins=True, quiet=quiet)
-        for label in dict.fromkeys(names)
-    }
+    groups = [
+        open_caches(_with_backbone(params, label), images, begins=True, quiet=quiet) for label in dict.fromkeys(names)
+    ]
     sample = _sample(images, params.head, size)
-    filled = {}
-    for label, cache in caches.items():
-        filled[label] = cache.fill(cache.missing(sample))
-        cache.backbone.release()  # one network at a time is in memory
+    caches, filled = dict[str, FeatureCache](), dict[str, Filled]()
+    for name, group in zip(dict.fromkeys(names), groups, strict=True):
+        done = fill_together(group, sample)
+        for cache in group:
+            label = f"{name} ({cache.store.spec.pooling})" if len(group) > 1 else name
+            caches[label], filled[label] = cache, done
+            cache.backbone.release()  # one network at a time is in memory
     rows = np.flatnonzero(np.logical_and.reduce([sample, *(cache.present for cache in caches.values())]))
     say(f"{len(rows):,} training images of {images.root}, the same for each backbone and on the same folds")
     ranked = [_probe(label, cache, filled[label], rows, params.head) for label, cache in caches.items()]
@@ -90,6 +93,8 @@ def rank_backbones(
 def _with_backbone(params: Params, label: str) -> Params:
     name, _, weights = label.partition("=")
     own = params.backbone if name == params.backbone.name else BackboneParams(name=name, seed=params.backbone.seed)
+    if len(params.backbone.poolings) > 1:
+        own = own.model_copy(update={"pooling": params.backbone.pooling})
     backbone = own.model_copy(update={"weights": weights}) if weights else own
     return params.model_copy(update={"backbone": backbone})
 

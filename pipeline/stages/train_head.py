@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+import torch
 
 from ..artifacts import CurvePoint, ParameterCounts, Predictions, RunMetrics, check_run_name, default_run_name
 from ..data.source import SPLITS, TEST, VAL
 from ..evaluate import Provenance, metric_lines, score
 from ..features.cache import FeatureTable
-from ..heads import Choice, Score, choose_head, curve_band, learning_curve, make_head
+from ..heads import Choice, Score, choose_among, choose_head, curve_band, learning_curve, make_head
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
-from .open import open_cache
+from .open import open_caches, with_pooling
+from .prompts import with_texts
 from .run import publish_run, run_model
 
 Say = Callable[[str], None]
@@ -37,14 +41,20 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
     started = time.perf_counter()
     if params.runs.name:
         check_run_name(params.runs.dir, params.runs.name)
-    cache = open_cache(params)
-    table = cache.table()
+    caches = {cache.backbone.identity.pooling: cache for cache in open_caches(params)}
+    tables = {pooling: cache.table() for pooling, cache in caches.items()}
+    table = next(iter(tables.values()))
     reported = table.reported_split()
-    say(_data_line(table))
-    device = cache.backbone.device.type
-    choice = _choose(params.head, table, reported, device=str(cache.backbone.device) if device == "cuda" else "cpu")
+    for each in tables.values():
+        say(_data_line(each))
+    backbone = caches[params.backbone.poolings[0]].backbone
+    section = with_texts(params, backbone, table.class_names)
+    choose = partial(_choose, section, reported=reported, several=len(caches) > 1, device=backbone.device)
+    choices = {pooling: choose(each) for pooling, each in tables.items()}
+    pooling, choice = choose_among(choices, params.head, on_val=_judges(table, reported))
+    cache, table, params = caches[pooling], tables[pooling], with_pooling(params, pooling)
     head = choice.head
-    points = _learning_curve(params.head, table, head.kind, reported) if curve else []
+    points = _learning_curve(section, table, head.kind, reported) if curve else []
     metrics, predictions = _score(table, choice, reported, points, cache.warnings)
     model = run_model(cache, table, head)
     for line in [_parameter_line(model.parameters), *_leaderboard_lines(choice), *metric_lines(metrics)]:
@@ -72,7 +82,12 @@ def _parameter_line(counts: ParameterCounts) -> str:
     return f"Trainable: {counts.trainable:,} / {counts.total:,} ({share:.1f} %)"
 
 
-def _choose(params: HeadParams, table: FeatureTable, reported: int, *, device: str) -> Choice:
+def _judges(table: FeatureTable, reported: int) -> bool:
+    """Whether val chooses: where a test split is left to report on."""
+    return reported == TEST and bool(table.labelled(VAL).any())
+
+
+def _choose(params: HeadParams, table: FeatureTable, *, reported: int, several: bool, device: torch.device) -> Choice:
     """Fit the kinds of the params on train; the best is chosen on train, or on val where a test split exists."""
     val = table.labelled(VAL)
     return choose_head(
@@ -80,8 +95,9 @@ def _choose(params: HeadParams, table: FeatureTable, reported: int, *, device: s
         *table.training_rows(),
         class_names=table.class_names,
         jobs=usable_cores(),
-        device=device,
-        held_out=(table.features[val], table.targets[val]) if reported == TEST and val.any() else None,
+        several=several,
+        device=str(device) if device.type == "cuda" else "cpu",
+        held_out=(table.features[val], table.targets[val]) if _judges(table, reported) else None,
     )
 
 
@@ -119,11 +135,12 @@ def _score(
 def _leaderboard_lines(choice: Choice) -> list[str]:
     """One line a kind; those that were only shown beside the chosen one say so."""
     lines = [f"Heads{', by the scores that chose (the best is a little too good)' if choice.selections else ''}:"]
+    width = max(18, *(len(entry.kind) + 2 for entry in choice.entries))
     for entry in choice.entries:
         scores = [(name, score) for name, score in (("cross-validated", entry.cv), ("val", entry.val)) if score]
         shown = ", ".join(f"{name} {_accuracies(score)}" for name, score in scores)
         mark = "chosen" if entry.chosen else "baseline" if entry.baseline else ""
-        lines.append(f"  {entry.kind:<18}{mark:<10}{shown}  {entry.seconds:.1f} s")
+        lines.append(f"  {entry.kind:<{width}}{mark:<10}{shown}  {entry.seconds:.1f} s")
     return lines
 
 

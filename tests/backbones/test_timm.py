@@ -385,16 +385,18 @@ def test_near_names_are_those_of_the_architecture() -> None:
 def test_a_thousand_names_are_listed_only_when_asked_for() -> None:
     assert not any(name.startswith("timm/") for name in matching_names())
     assert len(matching_names(["timm/"])) > 1000
-    rows = list(list_backbones(["timm/test_*"], parameters=350_000, licence="apache"))
-    assert VIT in [row.name for row in rows]
-    assert all(row.parameters <= 350_000 and row.licence == "apache-2.0" for row in rows)
-    assert [row.name for row in list_backbones(["timm/test_*"], width=64)] and len(rows) < len(
-        matching_names(["timm/test_"])
-    )
+    assert len(matching_names(["timm/vit_*_dinov2*"])) > 4
+    for limits in ({"parameters": 30_000_000}, {"width": 500}):
+        rows = list(list_backbones(["timm/vit_*_dinov2*"], licence="apache", **limits))
+        assert DINOV2 in [row.name for row in rows] and len(rows) == 2
+        assert {row.licence for row in rows} == {"apache-2.0"} and {row.feature_dim for row in rows} == {384}
+    assert list(list_backbones(["timm/vit_*_dinov2*"], licence="mit")) == []
 
 
 def test_what_no_transform_computes_is_refused_and_not_listed() -> None:
     name = "timm/vit_base_patch16_sapiens2.fb"
+    if name not in matching_names(["sapiens2"]):
+        pytest.skip("this version of timm has no network of images that are not square")
     with pytest.raises(BackboneError, match="1024 x 768"):
         describe_backbone(name)
     assert list(list_backbones(["timm/vit_base_patch16_sapiens2*"])) == []
