@@ -16,6 +16,7 @@ from .schema import (
     BackboneRecord,
     ClassScores,
     ConfusedPair,
+    CorrectionsRecord,
     CurvePoint,
     DataRecord,
     HeadRecord,
@@ -24,6 +25,7 @@ from .schema import (
     ReliabilityBin,
     RunMetrics,
     RunModel,
+    Uncorrected,
 )
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "BackboneRecord",
     "ClassScores",
     "ConfusedPair",
+    "CorrectionsRecord",
     "CurvePoint",
     "DataRecord",
     "HeadRecord",
@@ -45,6 +48,7 @@ __all__ = [
     "RunEntry",
     "RunMetrics",
     "RunModel",
+    "Uncorrected",
     "check_run_name",
     "current_versions",
     "default_run_name",

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from ..artifacts import ClassScores, ConfusedPair, RunMetrics, RunModel
 from ..evaluate.metrics import METRICS
-from ..evaluate.protocol import leak_sentence
+from ..evaluate.protocol import leak_sentence, uncorrected_sentence
 from ..evaluate.text import duration, images, percent
 from . import page
 from .page import esc
@@ -34,7 +34,8 @@ class Content:
 def render_report(content: Content) -> str:
     """The report of a run as HTML without external resources and without scripts."""
     sections = (page.section(title, section(content)) for title, section in SECTIONS.items())
-    return page.page(content.name, [_header(content), _scores(content.metrics), _notes(content.metrics), *sections])
+    head = (_header(content), _uncorrected(content.metrics), _scores(content.metrics), _notes(content.metrics))
+    return page.page(content.name, [*head, *sections])
 
 
 # -- the head of the page -------------------------------------------------------------------------------------------
@@ -48,6 +49,11 @@ def _header(content: Content) -> str:
     made = model.created.strftime("%Y-%m-%d %H:%M UTC")
     subtitle = f"{line}. Scored on {images(metrics.n)} of {metrics.split}. Made {made} by {model.verb}."
     return f"<h1>{esc(content.name)}</h1>{page.paragraph(subtitle, soft=True)}"
+
+
+def _uncorrected(metrics: RunMetrics) -> str:
+    before = metrics.uncorrected
+    return "" if before is None else page.note(page.paragraph(uncorrected_sentence(before, metrics.split)), warn=True)
 
 
 def _scores(metrics: RunMetrics) -> str:

@@ -71,8 +71,8 @@ def inspect(params: Params, say: Say = print, *, run: Run | None = None, quiet: 
     """
     cache = open_cache(params, quiet=quiet) if run is None else _cache_of(run, quiet)
     params = params if run is None else run.params
-    table = cache.table()
-    view = _View(cache, table, quiet)
+    view = _View(cache, quiet)
+    table = view.table
     say(f"{len(table):,} images, {len(view.contents):,} different contents, under {cache.key}")
     survey = _survey(view, params, run, say)
     curator = Curator(table, view.thumbnails, SPLITS)
@@ -95,11 +95,19 @@ def _made(cache: FeatureCache) -> str:
 
 
 class _View:
-    """A table with what is kept of its images beside the features: distinct contents, neighbours, looks, the bar."""
+    """The images that are not left out, with what is kept beside their features: neighbours, looks, the bar.
 
-    def __init__(self, cache: FeatureCache, table: FeatureTable, quiet: bool) -> None:
-        self.cache, self.table, self._quiet = cache, table, quiet
-        self.positions = np.flatnonzero(cache.present)
+    Attributes:
+        positions: (n,) where each row of the table stands among the images.
+        contents: rows of the first image with each content; ``content`` (n,) is the place of each image's there.
+    """
+
+    def __init__(self, cache: FeatureCache, quiet: bool) -> None:
+        self.cache, self._quiet = cache, quiet
+        table = cache.table()
+        kept = np.ones(len(table), bool) if table.found is None else (table.targets >= 0) | (table.found < 0)
+        self.positions = np.flatnonzero(cache.present)[kept]
+        self.table = table = cache.table_of(self.positions)
         self.contents = np.flatnonzero(first_occurrences(table.digests))
         self.digests = table.digests[self.contents]
         self.content = locate(self.digests, table.digests)

@@ -19,6 +19,7 @@ from ..artifacts import (
     PREDICTIONS_FILE,
     REPORT_FILE,
     BackboneRecord,
+    CorrectionsRecord,
     DataRecord,
     HeadRecord,
     ParameterCounts,
@@ -261,10 +262,25 @@ def run_model(cache: FeatureCache, table: FeatureTable, head: Head) -> RunModel:
             root=str(table.root),
             digest=table.data_digest,
             images={name: int((table.splits == number).sum()) for number, name in enumerate(SPLITS)},
+            corrections=_corrections_record(cache.images, table),
         ),
         parameters=_parameter_counts(backbone, head),
         versions=current_versions(),
         seconds=0.0,
+    )
+
+
+def _corrections_record(images: Images, table: FeatureTable) -> CorrectionsRecord | None:
+    corrections, found = images.corrections, table.found
+    if corrections is None or found is None:
+        return None
+    changed = found != table.targets
+    left_out = int((changed & (table.targets < 0)).sum())
+    return CorrectionsRecord(
+        file=str(corrections.file),
+        digest=corrections.digest,
+        relabelled=int(changed.sum()) - left_out,
+        left_out=left_out,
     )
 
 
