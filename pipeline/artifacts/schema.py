@@ -249,17 +249,7 @@ class RunMetrics(Record):
 
     def summary(self, run: str) -> dict[str, Any]:
         """The ``--json`` summary of train-head, finetune and evaluate; ``run`` is the folder's absolute path."""
-        names = (
-            "split",
-            "n",
-            "metrics",
-            "baseline_accuracy",
-            "selected",
-            "reasons",
-            "protocol",
-            "leak",
-            "uncorrected",
-            "warnings",
-        )
+        scores = ("split", "n", "metrics", "baseline_accuracy", "uncorrected", "leak")
+        names = (*scores, "selected", "reasons", "protocol", "warnings")
         values = self.model_dump(mode="python")
         return {"run": run, **{name: values[name] for name in names}}
