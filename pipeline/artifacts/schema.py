@@ -192,6 +192,15 @@ class Uncorrected(Record):
     accuracy_ci95: Interval | None
 
 
+class CoveragePoint(Record):
+    """The ``n`` images with at least this confidence: how many of them are classified rightly."""
+
+    n: Count
+    confidence: Share
+    accuracy: Share
+    accuracy_ci95: Interval | None
+
+
 class CurvePoint(Record):
     """One point of a learning curve; ``low`` and ``high`` are its band."""
 
@@ -223,6 +232,7 @@ class RunMetrics(Record):
     confused: list[ConfusedPair] = []
     per_class: list[ClassScores]
     reliability: list[ReliabilityBin] | None = None
+    coverage: list[CoveragePoint] = []
     protocol: Text
     leak: Leak | None = None
     uncorrected: Uncorrected | None = None

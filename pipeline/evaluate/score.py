@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..artifacts import ClassScores, ConfusedPair, Leak, Predictions, ReliabilityBin, RunMetrics, Uncorrected
 from ..data.source import SPLITS
 from .calibration import BINS, bins_of
+from .coverage import coverage_curve
 from .intervals import Floats, Ints, share_interval
 from .metrics import METRICS, NO_IMAGES, ScoredImages, measure
 from .protocol import Provenance, find_leak, leak_sentence, protocol_sentence, uncorrected_sentence
@@ -121,6 +122,9 @@ def score_images(
         confused=pairs,
         per_class=_per_class(images, class_names),
         reliability=_reliability(images) if images.has_probabilities and n else None,
+        coverage=(
+            coverage_curve(images.confidence, images.top_right, images.groups) if images.has_probabilities else []
+        ),
         protocol=protocol_sentence(provenance, where or split, n, images.units),
         leak=leak,
         groups=images.groups.tolist() if grouped else None,

@@ -14,7 +14,7 @@ from ..heads import Choice, choose_head, curve_band, learning_curve, make_head
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
 from .open import open_cache
-from .run import publish_run, run_model
+from .run import make_gallery, publish_run, run_model
 
 Say = Callable[[str], None]
 
@@ -53,7 +53,8 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
         say(line)
     model = model.model_copy(update={"seconds": time.perf_counter() - started})
     name = params.runs.name or default_run_name(params.data.root, cache.backbone.identity.name, head.kind)
-    path = publish_run(params, name, head=head, model=model, metrics=metrics, predictions=predictions)
+    gallery = make_gallery(cache, table, SPLITS[reported], predictions)
+    path = publish_run(params, name, head=head, model=model, metrics=metrics, predictions=predictions, gallery=gallery)
     say(f"Run: {path} (report.html shows the scores)")
     return metrics.summary(str(path))
 
