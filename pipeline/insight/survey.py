@@ -165,9 +165,9 @@ class Survey:
         near = same | np.isin(rows, list(near_leaks(self.groups, self.table.splits, self.reported, TRAIN)))
         shares = [_share("all images", right)]
         if same.any():
-            shares.append(_share("without byte-identical copies of train", right[~same]))
+            shares.append(_share("without byte-identical leaks", right[~same]))
         if near.any():
-            shares.append(_share("without near-identical copies of train, either", right[~near]))
+            shares.append(_share("without near-identical leaks", right[~near]))
         return shares
 
     def score_range(self) -> tuple[float, float] | None:

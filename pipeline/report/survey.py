@@ -155,13 +155,14 @@ def labels(content: SurveyContent) -> str:
         return ""
     doubted = judged.doubts.doubted
     if not len(doubted):
-        return page.paragraph("No label is more likely wrong than right.", soft=True)
+        return page.paragraph(f"No label is more likely wrong than right.{_disputed(content.survey)}", soft=True)
     first = doubted[:DOUBTS]
     expected = judged.doubts.expected_among_first(len(first))
     total = judged.doubts.wrong.sum()
     intro = (
         f"{judged.head} Of the first {len(first)} about {expected:.0f} are likely to be wrong; among all "
         f"{images(len(judged.rows))} about {total:.0f}, most of which cannot be told from hard images."
+        f"{_disputed(content.survey)}"
     )
     near = curator.nearest_in_train(judged.rows[first], 2)
     cases = []
@@ -180,6 +181,11 @@ def labels(content: SurveyContent) -> str:
         around = "".join(pictures.tile(each, esc(each.label), kind="near") for each in curator.pictures(near[number]))
         cases.append(f'<div class="case">{pictures.tile(own, *lines)}{around}</div>')
     return page.paragraph(intro, soft=True) + f'<div class="cases">{"".join(cases)}</div>'
+
+
+def _disputed(survey: Survey) -> str:
+    count = len(survey.disputed)
+    return f" {images(count)} look like another that is labelled otherwise: see the near-duplicates." if count else ""
 
 
 def outliers(content: SurveyContent) -> str:

@@ -79,7 +79,7 @@ def test_it_finds_what_was_planted_and_says_so(params: Params) -> None:
     order = ("near-duplicate", "leak", "label", "outlier", "quality")
     assert kinds == sorted(kinds, key=order.index)
     names = [share["name"] for share in summary["accuracy"]]
-    assert names == ["all images", "without near-identical copies of train, either"]
+    assert names == ["all images", "without near-identical leaks"]
     assert [share["n"] for share in summary["accuracy"]] == [17, 16]
 
 
