@@ -113,7 +113,7 @@ def _dot(drawn: FeatureMap, place: int, group: dict[int, int]) -> str:
     kind = f"m{number}{' w' if drawn.wrong[place] else ''}" if number >= 0 else "u"
     where = f"left:{100 * drawn.x[place]:.1f}%;top:{100 * (1 - drawn.y[place]):.1f}%"
     cell = f";--c:{place % 40};--r:{place // 40}" if drawn.atlas else ""
-    side = " e" if drawn.x[place] > 0.7 else ""
+    side = " e" if drawn.x[place] > 0.5 else ""
     text = f"{esc(drawn.paths[place])}: {esc(label)}{wrong}"
     return f'<b tabindex="-1" class="{kind}{side}" style="{where}{cell}" data-t="{text}"></b>'
 

@@ -38,7 +38,7 @@ from ..insight.duplicates import (
 from ..insight.findings import insights_csv
 from ..insight.gallery import Curator, Gallery
 from ..insight.labelling import Next, label_next, next_csv
-from ..insight.labels import find_doubts
+from ..insight.labels import find_doubts, with_neighbours
 from ..insight.looks import Looks, icon_of, look_at
 from ..insight.neighbours import Neighbours, find_neighbours
 from ..insight.outliers import outlier_scores, quality_problems
@@ -86,11 +86,11 @@ def inspect(
     opened = partial(open_cache, params, quiet=quiet) if run is None else partial(run.cache, quiet=quiet)
     params = params if run is None else _params_of(run)
     cache = opened(open_images(params.data, params.cache.dir))
-    view = _View(cache, quiet)
+    view = View(cache, quiet)
     table = view.table
     say(f"{len(table):,} images, {len(view.contents):,} different contents, under {cache.key}")
     judge = _judge(params, table, run)
-    survey = _survey(view, judge, params)
+    survey = survey_of(view, params, judge)
     curator = Curator(table, view.thumbnails, SPLITS)
     content = SurveyContent("", survey, _gallery(survey, curator), curator, _made(cache))
     if unlabelled is not None:
@@ -116,7 +116,7 @@ def _made(cache: FeatureCache) -> str:
     return f"Features of {identity.name} ({identity.weights}), made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
 
 
-class _View:
+class View:
     """The images that are not left out, with what is kept beside their features: neighbours, looks, the bar.
 
     Attributes:
@@ -203,7 +203,8 @@ class _View:
 # -- the survey -----------------------------------------------------------------------------------------------------
 
 
-def _survey(view: _View, judge: _Judge, params: Params) -> Survey:
+def survey_of(view: View, params: Params, judge: _Judge | None = None) -> Survey:
+    """All that is found; without a ``judge`` nothing of labels."""
     table, content = view.table, view.content
     neighbours, looks = view.neighbours(), view.looks()
     pairs = proposed_pairs(neighbours, looks.icons)
@@ -211,8 +212,8 @@ def _survey(view: _View, judge: _Judge, params: Params) -> Survey:
     groups = duplicate_groups(content, *pairs_over(pairs, bar), table.splits, table.targets)
     every = looks.take(content)
     problem = quality_problems(every)
-    judged = _judged(view, judge, params)
-    notes = [*view.cache.warnings, *([judge.why_not] if judge.why_not else [])]
+    judged = None if judge is None else _judged(view, judge, neighbours, params)
+    notes = [*view.cache.warnings, *([judge.why_not] if judge and judge.why_not else [])]
     return Survey(
         table=table,
         groups=groups,
@@ -296,12 +297,13 @@ def _joined(*parts: Logits) -> Logits:
     return rows[order], logits[order]
 
 
-def _judged(view: _View, judge: _Judge, params: Params) -> Judged | None:
+def _judged(view: View, judge: _Judge, neighbours: Neighbours, params: Params) -> Judged | None:
     """The doubts, and on how many of the other backbones in the cache they are shared."""
     if not len(judge.rows):
         return None
     targets = view.table.targets
-    doubts = find_doubts(judge.logits, targets[judge.rows])
+    near = neighbours.index[view.content[judge.rows]]
+    doubts = find_doubts(with_neighbours(judge.logits, near, targets[view.contents]), targets[judge.rows])
     names, agreeing = [], np.zeros(len(judge.rows), np.int64)
     for name, table in _other_tables(view) if len(doubts.doubted) else ():
         other = _judge(params, table, None)
@@ -327,7 +329,7 @@ def _of_all_classes(logits: NDArray[np.float64], head: Head, table: FeatureTable
     return every
 
 
-def _other_tables(view: _View) -> Iterable[tuple[str, FeatureTable]]:
+def _other_tables(view: View) -> Iterable[tuple[str, FeatureTable]]:
     """The same images under other backbones, as far as their features are all in the cache; the last used first."""
     own = view.cache.store.spec
     seen = {(own.backbone, own.weights_digest)}
@@ -348,7 +350,7 @@ def _other_tables(view: _View) -> Iterable[tuple[str, FeatureTable]]:
 # -- what to label next ---------------------------------------------------------------------------------------------
 
 
-def _label_next(view: _View, judge: _Judge, opened: Opened, folder: str, count: int) -> Next:
+def _label_next(view: View, judge: _Judge, opened: Opened, folder: str, count: int) -> Next:
     """Of the images in ``folder``, embedded as the others were, those to label; what has a label already is none."""
     plain = view.cache.images.data.model_copy(update={"group_pattern": None, "corrections": None})
     images = open_given([folder], plain, view.cache.store.cache_dir)
