@@ -16,6 +16,8 @@ from .schema import (
     BackboneRecord,
     ClassScores,
     ConfusedPair,
+    CorrectionsRecord,
+    CoveragePoint,
     CurvePoint,
     DataRecord,
     HeadRecord,
@@ -24,6 +26,7 @@ from .schema import (
     ReliabilityBin,
     RunMetrics,
     RunModel,
+    Uncorrected,
 )
 
 __all__ = [
@@ -35,6 +38,8 @@ __all__ = [
     "BackboneRecord",
     "ClassScores",
     "ConfusedPair",
+    "CorrectionsRecord",
+    "CoveragePoint",
     "CurvePoint",
     "DataRecord",
     "HeadRecord",
@@ -45,6 +50,7 @@ __all__ = [
     "RunEntry",
     "RunMetrics",
     "RunModel",
+    "Uncorrected",
     "check_run_name",
     "current_versions",
     "default_run_name",

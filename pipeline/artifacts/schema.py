@@ -65,12 +65,22 @@ class HeadRecord(Record):
     kind: Text
 
 
+class CorrectionsRecord(Record):
+    """The user's corrections of labels: the table, its digest in hex, and how many images it changed and left out."""
+
+    file: Text
+    digest: Text
+    relabelled: Count
+    left_out: Count
+
+
 class DataRecord(Record):
     """The data a run was made from. ``digest`` is `data_digest`; ``images`` counts the images of each split."""
 
     root: Text
     digest: Text
     images: dict[Text, Count]
+    corrections: CorrectionsRecord | None = None
 
 
 class ParameterCounts(Record):
@@ -173,6 +183,24 @@ class Leak(Record):
     accuracy_ci95: Interval | None
 
 
+class Uncorrected(Record):
+    """The score by the labels as they were found, where ``corrected`` images of the reported split were corrected."""
+
+    corrected: Count
+    n: Count
+    accuracy: Share | None
+    accuracy_ci95: Interval | None
+
+
+class CoveragePoint(Record):
+    """The ``n`` images with at least this confidence: how many of them are classified rightly."""
+
+    n: Count
+    confidence: Share
+    accuracy: Share
+    accuracy_ci95: Interval | None
+
+
 class CurvePoint(Record):
     """One point of a learning curve; ``low`` and ``high`` are its band."""
 
@@ -204,8 +232,10 @@ class RunMetrics(Record):
     confused: list[ConfusedPair] = []
     per_class: list[ClassScores]
     reliability: list[ReliabilityBin] | None = None
+    coverage: list[CoveragePoint] = []
     protocol: Text
     leak: Leak | None = None
+    uncorrected: Uncorrected | None = None
     groups: list[Count] | None = None
     warnings: list[Text] = []
     selected: dict[Text, Any] = {}
@@ -229,6 +259,7 @@ class RunMetrics(Record):
 
     def summary(self, run: str) -> dict[str, Any]:
         """The ``--json`` summary of train-head, finetune and evaluate; ``run`` is the folder's absolute path."""
-        names = ("split", "n", "metrics", "baseline_accuracy", "selected", "reasons", "protocol", "leak", "warnings")
+        scores = ("split", "n", "metrics", "baseline_accuracy", "uncorrected", "leak")
+        names = (*scores, "selected", "reasons", "protocol", "warnings")
         values = self.model_dump(mode="python")
         return {"run": run, **{name: values[name] for name in names}}

@@ -19,6 +19,7 @@ from ..params import DataParams, Place
 from ..runtime.cores import usable_cores
 from ..runtime.progress import ProgressBar
 from .archive import ArchiveSource
+from .corrections import Corrections, read_corrections
 from .digests import Digests
 from .folder import FolderSource
 from .given import Given, GivenSource
@@ -52,6 +53,7 @@ class Images:
         digests: uint8 (n, 16), BLAKE2b-128 of each image's bytes; rows mean nothing where ``known`` (n,) is false.
         failures: position -> why the image could not be read in this process.
         warnings: what the user should be told of the source and of what is remembered of it.
+        corrections: of labels, where the user has some; splits are drawn without them.
     """
 
     def __init__(self, source: Source, data: DataParams, cache_dir: Path) -> None:
@@ -65,6 +67,7 @@ class Images:
         self._stamps = self.samples.stamps.copy()
         self._read_ns = np.zeros(len(self), np.int64)
         self._ahead: _ReadAhead | None = None
+        self.corrections: Corrections | None = None
 
     def __len__(self) -> int:
         return len(self.samples.paths)
@@ -93,6 +96,22 @@ class Images:
         """For each row the index (n,) into ``class_names``, -1 where there is no label."""
         targets = self.targets[rows]
         return np.where(targets >= 0, np.searchsorted(self._used_targets, targets), -1)
+
+    def corrected_indices(self, rows: Rows) -> Rows:
+        """As `class_indices` with the corrections, -1 also for an image that they leave out; digests must be known.
+
+        Raises:
+            DataError: they correct an image in two ways.
+        """
+        targets = self.class_indices(rows)
+        if self.corrections is None:
+            return targets
+        paths = [self.paths[row] for row in rows]
+        targets, unmatched = self.corrections.apply(paths, self.digests[rows], targets, self.class_names)
+        warning = f"{unmatched} of {len(self.corrections.rows)} corrections match no image."
+        if unmatched and warning not in self.warnings:
+            self.warnings.append(warning)
+        return targets
 
     @cached_property
     def _used_targets(self) -> NDArray[np.int32]:
@@ -252,7 +271,11 @@ def open_images(data: DataParams, cache_dir: Path) -> Images:
     Raises:
         DataError: see its message.
     """
-    return Images(_open_source(data, cache_dir), data, cache_dir)
+    images = Images(_open_source(data, cache_dir), data, cache_dir)
+    if data.corrections is not None:
+        images.corrections = read_corrections(data.corrections)
+        images.corrections.check(images.class_names)
+    return images
 
 
 def _open_source(data: DataParams, cache_dir: Path) -> Source:

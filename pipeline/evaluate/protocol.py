@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifacts import CurvePoint, Leak
+from ..artifacts import CurvePoint, Leak, Uncorrected
 from .intervals import Ints, share_interval
 from .metrics import METRICS
 from .text import images
@@ -100,6 +100,17 @@ def leak_sentence(leak: Leak, split: str) -> str:
     accuracy = METRICS["accuracy"]
     bounds = f"95 %: {accuracy.show_interval(leak.accuracy_ci95)} %, " if leak.accuracy_ci95 else ""
     return f"{start}. Without them the accuracy is {accuracy.show(leak.accuracy)} ({bounds}{images(leak.n)})."
+
+
+def uncorrected_sentence(uncorrected: Uncorrected, split: str) -> str:
+    """The score by the labels as found, to stand before the one by the labels as corrected."""
+    accuracy = METRICS["accuracy"]
+    bounds = f"95 %: {accuracy.show_interval(uncorrected.accuracy_ci95)} %, " if uncorrected.accuracy_ci95 else ""
+    return (
+        f"By the labels as found the accuracy on {split} is {accuracy.show(uncorrected.accuracy)} "
+        f"({bounds}{images(uncorrected.n)}). You corrected {images(uncorrected.corrected)} of {split}; the scores "
+        "below are by the labels as corrected."
+    )
 
 
 def _listed(items: Sequence[str]) -> str:

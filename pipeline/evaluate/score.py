@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifacts import ClassScores, ConfusedPair, Leak, Predictions, ReliabilityBin, RunMetrics
+from ..artifacts import ClassScores, ConfusedPair, Leak, Predictions, ReliabilityBin, RunMetrics, Uncorrected
 from ..data.source import SPLITS
 from .calibration import BINS, bins_of
+from .coverage import coverage_curve
 from .intervals import Floats, Ints, share_interval
 from .metrics import METRICS, NO_IMAGES, ScoredImages, measure
-from .protocol import Provenance, find_leak, leak_sentence, protocol_sentence
+from .protocol import Provenance, find_leak, leak_sentence, protocol_sentence, uncorrected_sentence
 from .text import percent
 
 if TYPE_CHECKING:  # a comparison of finished runs needs no torch
@@ -66,9 +67,22 @@ def score(
     probabilities = None if output.probabilities is None else output.probabilities[rows]
     images = ScoredImages(table.targets[rows], output.predicted[rows], probabilities, table.groups[rows])
     leak = find_leak(provenance.train_digests, table.digests, table.groups, rows, images.right)
-    return (
-        score_images(images, names, provenance, split=split, where=where, leak=leak, why_none=output.why_none),
-        _predictions(table, output),
+    metrics = score_images(images, names, provenance, split=split, where=where, leak=leak, why_none=output.why_none)
+    uncorrected = _uncorrected(table, np.isin(table.splits, table.splits[rows]), output)
+    return metrics.model_copy(update={"uncorrected": uncorrected}), _predictions(table, output)
+
+
+def _uncorrected(table: FeatureTable, rows: NDArray[np.bool_], output: ClassifierOutput) -> Uncorrected | None:
+    """The score on ``rows`` (bool (n,)) by the labels as found, where some of them were corrected."""
+    if table.found is None or not (corrected := int((table.found != table.targets)[rows].sum())):
+        return None
+    rows = rows & (table.found >= 0)
+    right = output.predicted[rows] == table.found[rows]
+    return Uncorrected(
+        corrected=corrected,
+        n=len(right),
+        accuracy=float(right.mean()) if len(right) else None,
+        accuracy_ci95=share_interval(right, table.groups[rows]),
     )
 
 
@@ -108,6 +122,9 @@ def score_images(
         confused=pairs,
         per_class=_per_class(images, class_names),
         reliability=_reliability(images) if images.has_probabilities and n else None,
+        coverage=(
+            coverage_curve(images.confidence, images.top_right, images.groups) if images.has_probabilities else []
+        ),
         protocol=protocol_sentence(provenance, where or split, n, images.units),
         leak=leak,
         groups=images.groups.tolist() if grouped else None,
@@ -133,6 +150,8 @@ def metric_lines(metrics: RunMetrics) -> list[str]:
     if metrics.baseline_accuracy is not None:
         share = percent(metrics.baseline_accuracy)
         lines.append(f"  {'majority baseline':<{width}}{share}  (always {metrics.baseline_class!r})")
+    if metrics.uncorrected is not None:
+        lines.insert(0, uncorrected_sentence(metrics.uncorrected, metrics.split))
     leak = [leak_sentence(metrics.leak, metrics.split)] if metrics.leak else []
     return [*lines, metrics.protocol, *(f"Warning: {warning}" for warning in [*leak, *metrics.warnings])]
 

@@ -47,12 +47,13 @@ class FeatureTable:
 
     Attributes:
         features: float32 (n, d).
-        targets: int (n,), index into ``class_names``; -1 where the image has no label.
+        targets: int (n,), index into ``class_names``; -1 where the image has no label, or is left out.
         paths: relative to ``root``.
         splits: int (n,), index into `SPLITS` (train, val, test).
         digests: uint8 (n, 16), BLAKE2b-128 of each image's bytes.
         groups: int (n,), equal for images that must stay on one side of any split.
         views: each (rows of train, d): augmented views of the training images, in their order.
+        found: int (n,), the targets before the user's corrections; None without any.
     """
 
     root: Place
@@ -64,14 +65,15 @@ class FeatureTable:
     digests: Digests
     groups: NDArray[np.int64]
     views: tuple[Features, ...] = ()
+    found: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @property
     def train(self) -> NDArray[np.bool_]:
-        """Which rows (n,) are of train."""
-        return np.equal(self.splits, TRAIN)
+        """Which rows (n,) are trained on: of train, with a label."""
+        return self.labelled(TRAIN)
 
     def labelled(self, split: int) -> NDArray[np.bool_]:
         """Which rows (n,) of a split have a label."""
@@ -252,11 +254,12 @@ class FeatureCache:
             root=images.root,
             class_names=images.class_names,
             features=features,
-            targets=images.class_indices(rows),
+            targets=images.corrected_indices(rows),
             paths=[images.paths[row] for row in rows],
             splits=images.splits_of(rows),
             digests=digests,
             groups=images.groups_of(rows),
+            found=None if images.corrections is None else images.class_indices(rows),
         )
 
     def _view_of(self, table: FeatureTable) -> Features:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,8 +16,8 @@ from ..errors import HeadError
 from ..files import read_regular_file
 from ..runtime.seeds import make_generator
 from .base import Head
-from .common import Features, Floats, Ints, near
-from .crossval import OutOfFold, no_folds
+from .common import Features, Floats, Ints, check_training_data, near
+from .crossval import no_folds, stratified_group_folds
 from .layers import Layers
 from .logistic import LogisticHead
 
@@ -44,27 +45,28 @@ class PromptsHead(Head):
     def fit(self, X: Features, y: Ints, groups: Ints | None = None) -> Self:
         """As `Head.fit`; and find from how many images a class on the probe alone beats the prompts."""
         super().fit(X, y, groups)
-        index = np.searchsorted(self.classes_, y)
-        self.selected["probe_beats_prompts_from"] = self._labels_needed(np.asarray(X, np.float32), index, groups)
+        (plain, *_), _, index = check_training_data(X, y)
+        self.selected["probe_beats_prompts_from"] = self._labels_needed(plain, index, groups)
         return self
 
     def learn(self, X: Features, index: Ints, groups: Ints | None) -> None:
         """Fit the probe, and choose the share of the texts on the predictions of its cross-validation."""
         self.texts = _one_layer(self._matrix(X.shape[1])[self.classes_])
-        probe = self._probe().fit(X, self.classes_[index], groups)
+        plain, own = self._plain(index, groups)
+        probe = self._probe().fit(X.reshape(self._views, len(plain), -1), self.classes_[plain], own)
         seen = probe.out_of_fold
         if seen is None or seen.logits is None:
             raise no_folds()
-        self.probe, said = probe.as_layers(), self._said(X)
-        blends = [OutOfFold(_positions(both), both, seen.known) for both in _mixtures(seen.logits, said)]
-        losses = [blended.log_loss(index) or 0.0 for blended in blends]
+        self.probe, said = probe.as_layers(), self._said(X[: len(plain)])
+        blends = [replace(seen, predicted=_positions(both), logits=both) for both in _mixtures(seen.logits, said)]
+        losses = [blended.log_loss or 0.0 for blended in blends]
         best = int(np.argmin(losses))
         self.blend, self.out_of_fold, self.warnings = BLENDS[best], blends[best], probe.warnings
         self.selected |= {
             "share_of_prompts": self.blend,
-            "prompts_accuracy": blends[-1].accuracy(index),
-            "probe_accuracy": blends[0].accuracy(index),
-            "cv_accuracy": blends[best].accuracy(index),
+            "prompts_accuracy": blends[-1].accuracy,
+            "probe_accuracy": blends[0].accuracy,
+            "cv_accuracy": blends[best].accuracy,
             "cv_log_loss": losses[best],
             "C": probe.selected["C"],
         }
@@ -119,7 +121,7 @@ class PromptsHead(Head):
 
     def _labels_needed(self, X: Features, index: Ints, groups: Ints | None) -> str:
         """From how many images a class on a probe beats the prompts, judged on rows that it did not see."""
-        folds = self._folds(index, groups)
+        folds = stratified_group_folds(index, groups, self.params.folds, self.params.seed)
         probe = self._probe()
         probe.classes_ = self.classes_
         order = make_generator("prompts", self.params.seed).permutation(len(index))

@@ -167,9 +167,9 @@ class Survey:
         groups = self.table.groups[rows]
         shares = [_share("all images", right, groups)]
         if same.any():
-            shares.append(_share("without byte-identical copies of train", right[~same], groups[~same]))
+            shares.append(_share("without byte-identical leaks", right[~same], groups[~same]))
         if near.any():
-            shares.append(_share("without near-identical copies of train, either", right[~near], groups[~near]))
+            shares.append(_share("without near-identical leaks", right[~near], groups[~near]))
         return shares
 
     def score_range(self) -> tuple[float, float] | None:

@@ -14,7 +14,15 @@ from .parse import NotYamlError, Repeated, dump_yaml, parse_yaml
 from .problems import problems_of, section_at, short
 from .sections import Params, is_url
 
-PATH_KEYS = ("data.root", "data.images", "backbone.weights", "cache.dir", "head.prompts", "runs.dir")
+PATH_KEYS = (
+    "data.root",
+    "data.images",
+    "data.corrections",
+    "backbone.weights",
+    "cache.dir",
+    "head.prompts",
+    "runs.dir",
+)
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt")
 LARGEST = 1 << 24  # bytes of a params file
 Tree = dict[str, Any]

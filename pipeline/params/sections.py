@@ -94,6 +94,7 @@ class DataParams(Section):
     layout: Literal["auto", "flat", "split"] = "auto"
     columns: ColumnParams = ColumnParams()
     images: Place | None = None
+    corrections: Place | None = None
     extensions: list[str] | Literal["all"] = list(IMAGE_EXTENSIONS)
     group_pattern: str | None = None
     val_fraction: Fraction = 0.2

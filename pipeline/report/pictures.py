@@ -86,7 +86,8 @@ def feature_map(drawn: FeatureMap | None) -> str:
     group = {target: min(place, FILTERS) for place, target in enumerate(order)}
     sample = f" A sample of {len(drawn.x):,} of {drawn.total:,} images." if len(drawn.x) < drawn.total else ""
     wrong = " Rings mark mistakes." if drawn.wrong.any() else ""
-    how = "Tick classes on and off; point at or tap a dot to see the image."
+    what = "the image" if drawn.atlas else "which image it is"
+    how = f"Tick classes on and off; point at a dot, or tap it, to see {what}."
     intro = page.paragraph(f"{drawn.method} of the features, coloured by class.{wrong}{sample} {how}", soft=True)
     keys = "".join(_key(group[target], drawn.class_names[target]) for target in order[:FILTERS])
     if len(order) > FILTERS:
@@ -112,7 +113,7 @@ def _dot(drawn: FeatureMap, place: int, group: dict[int, int]) -> str:
     kind = f"m{number}{' w' if drawn.wrong[place] else ''}" if number >= 0 else "u"
     where = f"left:{100 * drawn.x[place]:.1f}%;top:{100 * (1 - drawn.y[place]):.1f}%"
     cell = f";--c:{place % 40};--r:{place // 40}" if drawn.atlas else ""
-    side = " e" if drawn.x[place] > 0.7 else ""
+    side = " e" if drawn.x[place] > 0.5 else ""
     text = f"{esc(drawn.paths[place])}: {esc(label)}{wrong}"
     return f'<b tabindex="-1" class="{kind}{side}" style="{where}{cell}" data-t="{text}"></b>'
 
@@ -122,7 +123,7 @@ def _rules(drawn: FeatureMap) -> str:
     side = ATLAS_SIDE
     rules = [
         f".mapping:has(#map-{group}:not(:checked)) .m{group}{{display:none}}"
-        f".m{group}{{background:{COLOURS[group % len(COLOURS)]}}}"
+        f".map .m{group}{{background:{COLOURS[group % len(COLOURS)]}}}"
         for group in range(FILTERS + 1)
     ]
     if drawn.atlas:

@@ -15,9 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..artifacts import CurvePoint, ReliabilityBin
+from ..artifacts import CoveragePoint, CurvePoint, ReliabilityBin
 
 BLUE, ORANGE, GREY = "#2563a8", "#d97706", "#8b95a1"
+# Of further curves, each with a dash of its own, so that they are told apart in print too.
+OTHERS = (("#15803d", "--"), ("#a21caf", "-."), ("#0e7490", ":"), ("#7c2d12", (0, (1, 1))))
 _STYLE: Any = {  # its stubbed type changes with the version of matplotlib
     "svg.fonttype": "path",
     "svg.hashsalt": "report",  # the same ids for the same plot, so that a report repeats to the byte
@@ -56,8 +58,25 @@ def reliability_plot(bins: Sequence[ReliabilityBin]) -> str:
         upper.plot([part.confidence for part in bins], [part.accuracy for part in bins], "o", color=BLUE, markersize=4)
         upper.set(ylabel="accuracy", ylim=(0, 1.03), xlim=(0, 1))
         upper.legend(loc="upper left")
-        lower.bar(middles, [part.n for part in bins], width * 0.92, color=GREY)
+        bars = lower.bar(middles, [part.n for part in bins], width * 0.92, color=GREY)
+        lower.bar_label(bars, [f"{part.n:,}" for part in bins], fontsize=6.5, padding=1)
+        lower.margins(y=0.22)
         lower.set(xlabel="top probability (confidence)", ylabel="images")
+        return _svg(figure)
+
+
+def coverage_plot(points: Sequence[CoveragePoint]) -> str:
+    """Accuracy of the surest images by their share of all, with its band, as SVG."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        axes = figure.subplots()
+        share = [100 * point.n / points[-1].n for point in points]
+        bounds = [point.accuracy_ci95 or [point.accuracy, point.accuracy] for point in points]
+        low, high = ([100 * bound[side] for bound in bounds] for side in (0, 1))
+        axes.fill_between(share, low, high, color="#d6e5f5")
+        axes.plot(share, [100 * point.accuracy for point in points], color=BLUE, linewidth=1.8)
+        axes.axhline(99, color=GREY, linestyle="--", linewidth=1)
+        axes.set(xlabel="images decided, the surest first (%)", ylabel="accuracy (%)", xlim=(0, 100))
         return _svg(figure)
 
 
@@ -117,11 +136,15 @@ def _history_plot(curves: Mapping[str, Sequence[tuple[float, float]]], ending: s
         figure = Figure(figsize=(4.8, 3.1), layout="constrained")
         axes: Axes = figure.subplots()
         factor = 100 if ending == "accuracy" else 1
+        others = iter(OTHERS * len(curves))
         for key, points in curves.items():
-            color = BLUE if key.startswith("train") else ORANGE if key.startswith(("val", "held")) else None
+            known = BLUE if key.startswith("train") else ORANGE if key.startswith(("val", "held")) else None
+            color, dash = (known, "-") if known else next(others)
             epochs, values = zip(*points, strict=True)
             label = key.removesuffix(ending).strip("_").replace("_", " ") or ending
-            axes.plot(epochs, [factor * value for value in values], color=color, linewidth=1.6, label=label)
+            axes.plot(
+                epochs, [factor * value for value in values], color=color, linestyle=dash, linewidth=1.8, label=label
+            )
         axes.set(xlabel="epoch", ylabel="accuracy (%)" if ending == "accuracy" else "loss")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ..artifacts import ClassScores, ConfusedPair, RunMetrics, RunModel
+from ..evaluate.coverage import coverage_sentence
 from ..evaluate.metrics import METRICS
-from ..evaluate.protocol import leak_sentence
+from ..evaluate.protocol import leak_sentence, uncorrected_sentence
 from ..evaluate.text import duration, images, percent
-from . import page
+from ..insight.gallery import Gallery
+from . import page, pictures
 from .page import esc
-from .plots import confusion_image, curve_plot, history_plots, reliability_plot
+from .plots import confusion_image, coverage_plot, curve_plot, history_plots, reliability_plot
 
 MAX_TABLE = 30
 _FEW, _DENSE = 5, 12
@@ -23,18 +25,20 @@ _SHOWN_CLASSES = 5000
 
 @dataclass(frozen=True)
 class Content:
-    """What a report is made from: a run's name, its ``model.json``, ``metrics.json`` and ``params.yaml``."""
+    """What a report is made from: a run's name, its ``model.json``, ``metrics.json``, ``params.yaml`` and pictures."""
 
     name: str
     model: RunModel
     metrics: RunMetrics
     params_text: str = ""
+    gallery: Gallery = field(default_factory=Gallery)
 
 
 def render_report(content: Content) -> str:
     """The report of a run as HTML without external resources and without scripts."""
     sections = (page.section(title, section(content)) for title, section in SECTIONS.items())
-    return page.page(content.name, [_header(content), _scores(content.metrics), _notes(content.metrics), *sections])
+    head = (_header(content), _uncorrected(content.metrics), _scores(content.metrics), _notes(content.metrics))
+    return page.page(content.name, [*head, *sections])
 
 
 # -- the head of the page -------------------------------------------------------------------------------------------
@@ -48,6 +52,11 @@ def _header(content: Content) -> str:
     made = model.created.strftime("%Y-%m-%d %H:%M UTC")
     subtitle = f"{line}. Scored on {images(metrics.n)} of {metrics.split}. Made {made} by {model.verb}."
     return f"<h1>{esc(content.name)}</h1>{page.paragraph(subtitle, soft=True)}"
+
+
+def _uncorrected(metrics: RunMetrics) -> str:
+    before = metrics.uncorrected
+    return "" if before is None else page.note(page.paragraph(uncorrected_sentence(before, metrics.split)), warn=True)
 
 
 def _scores(metrics: RunMetrics) -> str:
@@ -162,7 +171,7 @@ def _cell(count: int, total: int, index: int, place: int, names: Sequence[str]) 
     color = "37, 99, 168" if index == place else "201, 84, 28"
     # The square root keeps a rare confusion visible; white text where the shade is dark.
     shade = 0.08 + 0.82 * share**0.5
-    ink = "#fff" if shade > 0.6 else "#1d2530"
+    ink = "#fff" if shade > 0.6 else "var(--ink)"
     title = f"{names[index]} predicted as {names[place]}: {count:,} of {total:,} ({share:.1%})"
     style = f"background:rgba({color}, {shade:.2f});color:{ink}"
     return f'<td style="{style}" title="{esc(title)}">{count}</td>'
@@ -236,6 +245,34 @@ def calibration(content: Content) -> str:
     return page.figure(reliability_plot(bins), caption)
 
 
+def coverage(content: Content) -> str:
+    """What share of the images can be decided automatically, at what accuracy."""
+    points = content.metrics.coverage
+    if len(points) < 2:
+        return ""
+    return page.paragraph(coverage_sentence(points, content.metrics.n)) + page.figure(
+        coverage_plot(points), "Accuracy of the surest images, against their share, with its 95 % interval."
+    )
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------
+
+
+def mistakes(content: Content) -> str:
+    """The surest mistakes, each with the training images nearest to it."""
+    return pictures.mistakes(content.gallery)
+
+
+def most_confused(content: Content) -> str:
+    """Examples of the pairs that are confused most."""
+    return pictures.confusions(content.gallery)
+
+
+def feature_map(content: Content) -> str:
+    """All images as points."""
+    return pictures.feature_map(content.gallery.map)
+
+
 # -- how it was made ------------------------------------------------------------------------------------------------
 
 
@@ -272,10 +309,14 @@ def _parameters(trainable: int | None, total: int | None) -> str:
 Section = Callable[[Content], str]
 SECTIONS: Final[dict[str, Section]] = {
     "Heads": leaderboard,
+    "Mistakes": mistakes,
     "Confusion matrix": confusion_matrix,
+    "Most confused": most_confused,
     "Classes": classes,
+    "Map": feature_map,
     "Training": training,
     "Learning curve": learning_curve,
     "Calibration": calibration,
+    "Coverage": coverage,
     "How it was made": making,
 }

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from ..data.source import SPLITS
 from ..evaluate.text import images, percent, percent_range
 from ..insight.duplicates import DuplicateGroup
 from ..insight.gallery import Curator, Gallery
+from ..insight.labelling import Next
 from ..insight.survey import Survey
 from . import page, pictures
 from .page import esc
 
 GROUPS, OF_A_GROUP = 30, 6
 DOUBTS = 36
-OUTLIERS, POOR = 24, 24
+OUTLIERS, POOR, NEXT = 24, 24, 60
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class SurveyContent:
     """What the page is made from.
 
     Attributes:
-        next: rows of another curator's table that are to be labelled next, each with the reason.
+        next: what to label next, where that was asked.
     """
 
     name: str
@@ -32,8 +33,7 @@ class SurveyContent:
     gallery: Gallery
     curator: Curator
     made: str
-    next: list[tuple[int, str]] = field(default_factory=list)
-    next_curator: Curator | None = None
+    next: Next | None = None
 
 
 def render_survey(content: SurveyContent) -> str:
@@ -155,13 +155,14 @@ def labels(content: SurveyContent) -> str:
         return ""
     doubted = judged.doubts.doubted
     if not len(doubted):
-        return page.paragraph("No label is more likely wrong than right.", soft=True)
+        return page.paragraph(f"No label is more likely wrong than right.{_disputed(content.survey)}", soft=True)
     first = doubted[:DOUBTS]
     expected = judged.doubts.expected_among_first(len(first))
     total = judged.doubts.wrong.sum()
     intro = (
         f"{judged.head} Of the first {len(first)} about {expected:.0f} are likely to be wrong; among all "
         f"{images(len(judged.rows))} about {total:.0f}, most of which cannot be told from hard images."
+        f"{_disputed(content.survey)}"
     )
     near = curator.nearest_in_train(judged.rows[first], 2)
     cases = []
@@ -180,6 +181,11 @@ def labels(content: SurveyContent) -> str:
         around = "".join(pictures.tile(each, esc(each.label), kind="near") for each in curator.pictures(near[number]))
         cases.append(f'<div class="case">{pictures.tile(own, *lines)}{around}</div>')
     return page.paragraph(intro, soft=True) + f'<div class="cases">{"".join(cases)}</div>'
+
+
+def _disputed(survey: Survey) -> str:
+    count = len(survey.disputed)
+    return f" {images(count)} look like another that is labelled otherwise: see the near-duplicates." if count else ""
 
 
 def outliers(content: SurveyContent) -> str:
@@ -215,11 +221,13 @@ def quality(content: SurveyContent) -> str:
 
 def label_next(content: SurveyContent) -> str:
     """What to label next."""
-    if content.next_curator is None:
+    if content.next is None:
         return ""
-    shown = content.next_curator.pictures([row for row, _ in content.next])
-    return page.paragraph(f"{images(len(shown))}, the most useful first; next.csv lists them.", soft=True) + (
-        pictures.tiles(pictures.tile(each, esc(reason)) for each, (_, reason) in zip(shown, content.next, strict=True))
+    picks = content.next.picks[:NEXT]
+    shown = content.next.curator.pictures([pick.row for pick in picks])
+    words = f"{images(len(content.next.picks))}, the most useful first; next.csv lists them."
+    return page.paragraph(words, soft=True) + (
+        pictures.tiles(pictures.tile(each, page.prose(pick.reason)) for each, pick in zip(shown, picks, strict=True))
     )
 
 

@@ -29,7 +29,7 @@ def evaluate_run(run: Run, root: Place | None = None, *, quiet: bool = False) ->
     Raises:
         DataError: no labelled images, or a class that the run does not know.
     """
-    elsewhere = {} if root is None else {"root": as_place(root), "images": None, "layout": "auto"}
+    elsewhere = {} if root is None else {"root": as_place(root), "images": None, "corrections": None, "layout": "auto"}
     data = run.params.data.model_copy(update=elsewhere)
     images = open_images(data, run.params.cache.dir)
     cache = run.cache(images, quiet=quiet)
@@ -55,7 +55,8 @@ def in_run_order(table: FeatureTable, class_names: tuple[str, ...]) -> FeatureTa
         )
     order = np.array([class_names.index(name) for name in table.class_names])
     targets = np.where(table.targets >= 0, order[table.targets], -1)
-    return replace(table, class_names=class_names, targets=targets)
+    found = None if table.found is None else np.where(table.found >= 0, order[table.found], -1)
+    return replace(table, class_names=class_names, targets=targets, found=found)
 
 
 def _reported(table: FeatureTable, run: Run, *, whole: bool) -> tuple[str, NDArray[np.bool_]]:
@@ -70,7 +71,10 @@ def _reported(table: FeatureTable, run: Run, *, whole: bool) -> tuple[str, NDArr
 
 def _score(run: Run, table: FeatureTable, split: str, chosen: NDArray[np.bool_]) -> RunMetrics:
     recorded = read_predictions(run.folder, probabilities=False)
-    train = np.array([name == "train" for name in recorded.splits])
+    # An image of train without a label was left out by the user.
+    train = np.array(
+        [name == "train" and label != "" for name, label in zip(recorded.splits, recorded.labels, strict=True)]
+    )
     labels = [label for label, is_train in zip(recorded.labels, train, strict=True) if is_train]
     counts = np.bincount([run.class_names.index(label) for label in labels], minlength=len(run.class_names))
     provenance = Provenance(

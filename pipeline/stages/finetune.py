@@ -69,7 +69,7 @@ from ..runtime.distributed import World, world_from_environment
 from ..runtime.interrupt import Interruption, stop_after_batch
 from ..runtime.progress import ProgressBar
 from .open import open_cache
-from .run import BACKBONE_FILE, Run, backbone_record, load_run, publish_run, run_model
+from .run import BACKBONE_FILE, Run, backbone_record, load_run, make_gallery, publish_run, run_model
 
 Say = Callable[[str], None]
 TRAINING_FOLDER = ".training"
@@ -229,7 +229,10 @@ def finetune(
             (run_folder / "history.csv").write_text(history_csv(result.history))
             (run_folder / "history.svg").write_bytes(history_plot(result.history))
 
-        path = publish_run(params, name, head=head, model=model, metrics=metrics, predictions=predictions, fill=fill)
+        gallery = make_gallery(cache, replace(table, features=features), split, predictions)
+        path = publish_run(
+            params, name, head=head, model=model, metrics=metrics, predictions=predictions, gallery=gallery, fill=fill
+        )
         tell(f"Run: {path} (backbone.weights={path / BACKBONE_FILE} extracts with it)")
     shutil.rmtree(folder, ignore_errors=True)
     return metrics.summary(str(path))

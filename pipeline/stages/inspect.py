@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 
 from ..artifacts import REPORT_FILE, default_run_name, publishing_run
 from ..data.digests import first_occurrences, locate
-from ..data.images import open_images
-from ..data.source import SPLITS, TEST, TRAIN, VAL
+from ..data.images import Images, open_given, open_images
+from ..data.source import SPLITS, TEST, VAL
 from ..errors import HeadError
 from ..features.cache import FeatureCache, FeatureTable
 from ..features.inventory import list_keys
@@ -36,7 +37,8 @@ from ..insight.duplicates import (
 )
 from ..insight.findings import insights_csv
 from ..insight.gallery import Curator, Gallery
-from ..insight.labels import find_doubts
+from ..insight.labelling import Next, label_next, next_csv
+from ..insight.labels import find_doubts, with_neighbours
 from ..insight.looks import Looks, icon_of, look_at
 from ..insight.neighbours import Neighbours, find_neighbours
 from ..insight.outliers import outlier_scores, quality_problems
@@ -50,43 +52,63 @@ from .open import open_cache
 from .run import Run
 
 Say = Callable[[str], None]
-INSIGHTS_FILE, SUMMARY_FILE = "insights.csv", "inspect.json"
+Opened = Callable[[Images], FeatureCache]
+INSIGHTS_FILE, SUMMARY_FILE, NEXT_FILE = "insights.csv", "inspect.json", "next.csv"
+COUNT = 20
 OTHER_BACKBONES = 3
 FEWEST_FOR_COPIES = 5
 LOWEST = 1e-12  # a probability of a head, before its logarithm is taken
 
 
-def inspect(params: Params, say: Say = print, *, run: Run | None = None, quiet: bool = False) -> dict[str, Any]:
+def inspect(
+    params: Params,
+    say: Say = print,
+    *,
+    run: Run | None = None,
+    unlabelled: str | None = None,
+    count: int = COUNT,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Look at the images of the params, or of ``run``, through their cached features, and publish what is found.
 
     Args:
         run: judge by its head, on the images it was made from.
+        unlabelled: a folder of images of which to say which ``count`` are to be labelled next; embedded first.
 
     Returns:
-        the summary of ``--json``: ``images, near_duplicate_groups, leaks, doubted, outliers, insights, report``.
+        the summary of ``--json``: ``images, near_duplicate_groups, leaks, doubted, outliers, insights, report``, and
+        ``next`` where a folder was given.
 
     Raises:
         MissingFeaturesError: run extract first.
         DataError, BackboneError, CacheError, RunError: see their messages.
     """
-    cache = open_cache(params, quiet=quiet) if run is None else _cache_of(run, quiet)
-    params = params if run is None else run.params
-    table = cache.table()
-    view = _View(cache, table, quiet)
+    opened = partial(open_cache, params, quiet=quiet) if run is None else partial(run.cache, quiet=quiet)
+    params = params if run is None else _params_of(run)
+    cache = opened(open_images(params.data, params.cache.dir))
+    view = View(cache, quiet)
+    table = view.table
     say(f"{len(table):,} images, {len(view.contents):,} different contents, under {cache.key}")
-    survey = _survey(view, params, run, say)
+    judge = _judge(params, table, run)
+    survey = survey_of(view, params, judge)
     curator = Curator(table, view.thumbnails, SPLITS)
     content = SurveyContent("", survey, _gallery(survey, curator), curator, _made(cache))
+    if unlabelled is not None:
+        content = replace(content, next=_label_next(view, judge, opened, unlabelled, count))
     name = params.runs.name or default_run_name(params.data.root, cache.backbone.identity.name, "inspect")
     summary = _publish(params, name, content)
     for line in _lines(survey):
         say(line)
+    if content.next is not None:
+        say(f"To label next: {summary['next']}")
     say(f"Report: {summary['report']}")
     return summary
 
 
-def _cache_of(run: Run, quiet: bool) -> FeatureCache:
-    return run.cache(open_images(run.params.data, run.params.cache.dir), quiet=quiet)
+def _params_of(run: Run) -> Params:
+    """The run's, to publish beside it, under another name."""
+    runs = run.params.runs.model_copy(update={"dir": run.folder.parent, "name": None})
+    return run.params.model_copy(update={"runs": runs})
 
 
 def _made(cache: FeatureCache) -> str:
@@ -94,12 +116,20 @@ def _made(cache: FeatureCache) -> str:
     return f"Features of {identity.name} ({identity.weights}), made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
 
 
-class _View:
-    """A table with what is kept of its images beside the features: distinct contents, neighbours, looks, the bar."""
+class View:
+    """The images that are not left out, with what is kept beside their features: neighbours, looks, the bar.
 
-    def __init__(self, cache: FeatureCache, table: FeatureTable, quiet: bool) -> None:
-        self.cache, self.table, self._quiet = cache, table, quiet
-        self.positions = np.flatnonzero(cache.present)
+    Attributes:
+        positions: (n,) where each row of the table stands among the images.
+        contents: rows of the first image with each content; ``content`` (n,) is the place of each image's there.
+    """
+
+    def __init__(self, cache: FeatureCache, quiet: bool) -> None:
+        self.cache, self._quiet = cache, quiet
+        table = cache.table()
+        kept = np.ones(len(table), bool) if table.found is None else (table.targets >= 0) | (table.found < 0)
+        self.positions = np.flatnonzero(cache.present)[kept]
+        self.table = table = cache.table_of(self.positions)
         self.contents = np.flatnonzero(first_occurrences(table.digests))
         self.digests = table.digests[self.contents]
         self.content = locate(self.digests, table.digests)
@@ -173,7 +203,8 @@ class _View:
 # -- the survey -----------------------------------------------------------------------------------------------------
 
 
-def _survey(view: _View, params: Params, run: Run | None, say: Say) -> Survey:
+def survey_of(view: View, params: Params, judge: _Judge | None = None) -> Survey:
+    """All that is found; without a ``judge`` nothing of labels."""
     table, content = view.table, view.content
     neighbours, looks = view.neighbours(), view.looks()
     pairs = proposed_pairs(neighbours, looks.icons)
@@ -181,7 +212,8 @@ def _survey(view: _View, params: Params, run: Run | None, say: Say) -> Survey:
     groups = duplicate_groups(content, *pairs_over(pairs, bar), table.splits, table.targets)
     every = looks.take(content)
     problem = quality_problems(every)
-    judged, notes = _judged(view, params, run)
+    judged = None if judge is None else _judged(view, judge, neighbours, params)
+    notes = [*view.cache.warnings, *([judge.why_not] if judge and judge.why_not else [])]
     return Survey(
         table=table,
         groups=groups,
@@ -192,59 +224,93 @@ def _survey(view: _View, params: Params, run: Run | None, say: Say) -> Survey:
         problems=problem[1],
         judged=judged,
         reported=next((split for split in (TEST, VAL) if table.labelled(split).any()), None),
-        notes=[*view.cache.warnings, *notes],
+        notes=notes,
     )
 
 
-def _judged(view: _View, params: Params, run: Run | None) -> tuple[Judged | None, list[str]]:
-    """What a head says of labels that it has not seen; or why there is none that could."""
-    table = view.table
-    try:
-        rows, logits, words = _unseen_logits(params, table, run)
-    except HeadError as error:
-        return None, [f"No label was judged: {error.what} {error.why or ''}".rstrip()]
-    doubts = find_doubts(logits, table.targets[rows])
-    names, agreeing = [], np.zeros(len(rows), np.int64)
-    if run is None and len(doubts.doubted):
-        for name, other in _other_tables(view):
-            other_rows, other_logits, _ = _unseen_logits(params, other, None)
-            doubted = other_rows[find_doubts(other_logits, table.targets[other_rows]).doubted]
-            agreeing += np.isin(rows, doubted)
-            names.append(name)
-    return Judged(rows, logits, doubts, words, agreeing, tuple(names)), []
+@dataclass(frozen=True)
+class _Judge:
+    """A head, and what it says of labels that it has not seen; or ``why_not``, where no head can say anything.
 
-
-def _unseen_logits(
-    params: Params, table: FeatureTable, run: Run | None
-) -> tuple[NDArray[np.int64], NDArray[np.float64], str]:
-    """Rows with a label, and the logits (m, c) of a head that was fitted without them; train is out of fold.
-
-    Raises:
-        HeadError: there is nothing to fit, or nothing that can be held out.
+    Attributes:
+        rows: (m,) of the table; logits: (m, c) of its classes.
+        words: how it judges.
     """
-    train = np.flatnonzero(table.labelled(TRAIN))
-    others = np.flatnonzero((table.targets >= 0) & ~table.train)
-    tuned = run is not None and run.model.verb == "finetune"
+
+    rows: NDArray[np.int64]
+    logits: NDArray[np.float64]
+    head: Head | None = None
+    words: str = ""
+    why_not: str = ""
+
+
+def _judge(params: Params, table: FeatureTable, run: Run | None) -> _Judge:
+    """The head of the run, or one fitted to train, and its logits: of train out of fold, of the rest as it predicts."""
+    try:
+        return _fitted_judge(params, table) if run is None else _judge_of_run(params, table, run)
+    except HeadError as error:
+        why = f"No label was judged: {error.what} {error.why or ''}".rstrip()
+        return _Judge(np.empty(0, np.int64), np.empty((0, len(table.class_names))), why_not=why)
+
+
+def _fitted_judge(params: Params, table: FeatureTable) -> _Judge:
     head = _head(params, table)
-    parts: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
-    if not tuned:  # features that were trained on the labels cannot judge them
-        X, y, groups = table.features[train], table.targets[train], table.groups[train]
-        if run is None:
-            head.fit(X, y, groups)
-        seen = head.cross_validate(X, y, groups)
-        assert seen.logits is not None
-        parts.append((train[seen.known], _of_all_classes(seen.logits[seen.known], head, table)))
-    if len(others):
-        judge = head if run is None else run.head
-        if judge.has_probabilities:
-            chances = np.log(np.maximum(judge.predict_proba(table.features[others]), LOWEST))
-            parts.append((others, _of_all_classes(chances, judge, table)))
-    if not parts:
-        raise HeadError("The run's head gives no probabilities.", why=run.head.why_no_probabilities if run else None)
+    head.fit(table.features[table.train], table.targets[table.train], table.groups[table.train])
+    rows, logits = _joined(_out_of_fold(head, table), _of_the_rest(head, table))
+    return _Judge(rows, logits, head, f"Judged by a {head.kind} head trained on train, train itself out of fold.")
+
+
+def _judge_of_run(params: Params, table: FeatureTable, run: Run) -> _Judge:
+    """Features that were fine-tuned on the labels of train cannot judge them: there the rest alone is judged."""
+    if not run.head.has_probabilities:
+        raise HeadError("The run's head gives no probabilities.", why=run.head.why_no_probabilities)
+    rest = _of_the_rest(run.head, table)
+    if run.model.verb == "finetune":
+        words = f"Judged by the {run.head.kind} head of {run.folder.name}; train, which it was tuned on, is not."
+        return _Judge(*rest, run.head, words)
+    rows, logits = _joined(_out_of_fold(_head(params, table), table), rest)
+    words = f"Judged by the {run.head.kind} head of {run.folder.name}, train out of fold."
+    return _Judge(rows, logits, run.head, words)
+
+
+Logits = tuple[NDArray[np.int64], NDArray[np.float64]]
+
+
+def _out_of_fold(head: Head, table: FeatureTable) -> Logits:
+    train = np.flatnonzero(table.train)
+    seen = head.cross_validate(table.features[train], table.targets[train], table.groups[train])
+    assert seen.logits is not None
+    return train[seen.known], _of_all_classes(seen.logits[seen.known], head, table)
+
+
+def _of_the_rest(head: Head, table: FeatureTable) -> Logits:
+    rest = np.flatnonzero((table.targets >= 0) & ~table.train)
+    if not len(rest):
+        return rest, np.empty((0, len(table.class_names)))
+    chances = head.predict_proba(table.features[rest])
+    return rest, _of_all_classes(np.log(np.maximum(chances, LOWEST)), head, table)
+
+
+def _joined(*parts: Logits) -> Logits:
     rows, logits = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.argsort(rows, kind="stable")
-    how = "trained on train, train itself by cross-validation" if not tuned else "of the run, train left out"
-    return rows[order], logits[order], f"Judged by a {(run.head if tuned and run else head).kind} head {how}."
+    return rows[order], logits[order]
+
+
+def _judged(view: View, judge: _Judge, neighbours: Neighbours, params: Params) -> Judged | None:
+    """The doubts, and on how many of the other backbones in the cache they are shared."""
+    if not len(judge.rows):
+        return None
+    targets = view.table.targets
+    near = neighbours.index[view.content[judge.rows]]
+    doubts = find_doubts(with_neighbours(judge.logits, near, targets[view.contents]), targets[judge.rows])
+    names, agreeing = [], np.zeros(len(judge.rows), np.int64)
+    for name, table in _other_tables(view) if len(doubts.doubted) else ():
+        other = _judge(params, table, None)
+        doubted = other.rows[find_doubts(other.logits, targets[other.rows]).doubted]
+        agreeing += np.isin(judge.rows, doubted)
+        names.append(name)
+    return Judged(judge.rows, judge.logits, doubts, judge.words, agreeing, tuple(names))
 
 
 def _head(params: Params, table: FeatureTable) -> Head:
@@ -263,7 +329,7 @@ def _of_all_classes(logits: NDArray[np.float64], head: Head, table: FeatureTable
     return every
 
 
-def _other_tables(view: _View) -> Iterable[tuple[str, FeatureTable]]:
+def _other_tables(view: View) -> Iterable[tuple[str, FeatureTable]]:
     """The same images under other backbones, as far as their features are all in the cache; the last used first."""
     own = view.cache.store.spec
     seen = {(own.backbone, own.weights_digest)}
@@ -279,6 +345,30 @@ def _other_tables(view: _View) -> Iterable[tuple[str, FeatureTable]]:
         if store.contains(view.digests).all():
             seen.add((spec.backbone, spec.weights_digest))
             yield spec.backbone, replace(view.table, features=store.read(view.table.digests), views=())
+
+
+# -- what to label next ---------------------------------------------------------------------------------------------
+
+
+def _label_next(view: View, judge: _Judge, opened: Opened, folder: str, count: int) -> Next:
+    """Of the images in ``folder``, embedded as the others were, those to label; what has a label already is none."""
+    plain = view.cache.images.data.model_copy(update={"group_pattern": None, "corrections": None})
+    images = open_given([folder], plain, view.cache.store.cache_dir)
+    cache = opened(images)
+    cache.fill()
+    positions = np.flatnonzero(cache.present)
+    labelled = view.table.digests[view.table.targets >= 0]
+    new = first_occurrences(images.digests[positions]) & (locate(labelled, images.digests[positions]) < 0)
+    positions = positions[new]
+    table = cache.table_of(positions)
+    chances = None
+    if judge.head is not None and len(table):
+        chances = np.zeros((len(table), len(view.table.class_names)))
+        chances[:, judge.head.classes_] = judge.head.predict_proba(table.features)
+    picks = label_next(table.features, chances, view.table.class_names, count)
+    thumbnails = Thumbnails(images, positions, cache.backbone.decoder, view.cache.store.cache_dir)
+    paths = [images.path(int(positions[pick.row])) for pick in picks]
+    return Next(picks, paths, Curator(table, thumbnails, SPLITS))
 
 
 # -- what is published ----------------------------------------------------------------------------------------------
@@ -299,6 +389,9 @@ def _publish(params: Params, name: str, content: SurveyContent) -> dict[str, Any
     with publishing_run(params.runs.dir, name) as (folder, path):
         (folder / INSIGHTS_FILE).write_bytes(insights_csv(survey.table, survey.findings()))
         summary = {**_summary(survey), "insights": str(path / INSIGHTS_FILE), "report": str(path / REPORT_FILE)}
+        if content.next is not None:
+            (folder / NEXT_FILE).write_bytes(next_csv(content.next))
+            summary["next"] = str(path / NEXT_FILE)
         (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         report = render_survey(replace(content, name=path.name))
         (folder / REPORT_FILE).write_text(report, encoding="utf-8")

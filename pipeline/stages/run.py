@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..artifacts import (
     PREDICTIONS_FILE,
     REPORT_FILE,
     BackboneRecord,
+    CorrectionsRecord,
     DataRecord,
     HeadRecord,
     ParameterCounts,
@@ -39,6 +40,8 @@ from ..evaluate import ClassifierOutput, apply_head
 from ..export.card import CARD_FILE, render_card
 from ..features.cache import FeatureCache, FeatureTable
 from ..heads import Head, load_head
+from ..insight.gallery import Curator, Gallery
+from ..insight.thumbnails import Thumbnails
 from ..params import Params, dump_params, load_params
 from ..report import Content, render_report
 from ..runtime.device import resolve_device
@@ -261,10 +264,25 @@ def run_model(cache: FeatureCache, table: FeatureTable, head: Head) -> RunModel:
             root=str(table.root),
             digest=table.data_digest,
             images={name: int((table.splits == number).sum()) for number, name in enumerate(SPLITS)},
+            corrections=_corrections_record(cache.images, table),
         ),
         parameters=_parameter_counts(backbone, head),
         versions=current_versions(),
         seconds=0.0,
+    )
+
+
+def _corrections_record(images: Images, table: FeatureTable) -> CorrectionsRecord | None:
+    corrections, found = images.corrections, table.found
+    if corrections is None or found is None:
+        return None
+    changed = found != table.targets
+    left_out = int((changed & (table.targets < 0)).sum())
+    return CorrectionsRecord(
+        file=str(corrections.file),
+        digest=corrections.digest,
+        relabelled=int(changed.sum()) - left_out,
+        left_out=left_out,
     )
 
 
@@ -286,6 +304,24 @@ def _parameter_counts(backbone: Backbone, head: Head) -> ParameterCounts:
     return ParameterCounts(trainable=trainable, total=None if trainable is None else trainable + backbone.parameters)
 
 
+def make_gallery(cache: FeatureCache, table: FeatureTable, split: str, predictions: Predictions) -> Gallery:
+    """The pictures of a run's report: mistakes on ``split``, and all images as points.
+
+    Args:
+        table: all images of ``cache`` that can be used, with the features that the head was given.
+    """
+    place = {name: target for target, name in enumerate(table.class_names)}
+    predicted = np.array([place[name] for name in predictions.predicted], np.int64)
+    rows = np.flatnonzero(table.labelled(SPLITS.index(split)))
+    chances = None if predictions.probabilities is None else predictions.probabilities[rows]
+    positions = np.flatnonzero(cache.present)
+    thumbnails = Thumbnails(cache.images, positions, cache.backbone.decoder, cache.store.cache_dir)
+    curator = Curator(table, thumbnails, SPLITS)
+    gallery = curator.mistakes(rows, predicted[rows], chances)
+    wrong = rows[predicted[rows] != table.targets[rows]]
+    return replace(gallery, map=curator.map(wrong, method="PCA", pictures=False))
+
+
 def publish_run(
     params: Params,
     name: str,
@@ -294,6 +330,7 @@ def publish_run(
     model: RunModel,
     metrics: RunMetrics,
     predictions: Predictions,
+    gallery: Gallery | None = None,
     fill: Callable[[Path], None] = lambda _folder: None,
 ) -> Path:
     """The absolute path of a new run folder under ``runs.dir``: whole, or not there.
@@ -301,6 +338,7 @@ def publish_run(
     Args:
         name: taken over, or followed by ``-2`` and so on where it exists.
         model: its ``head`` record is completed with what loading the head needs.
+        gallery: the pictures of its report.
         fill: writes further files (a fine-tuned backbone) into the folder.
 
     Raises:
@@ -314,7 +352,7 @@ def publish_run(
         (folder / METRICS_FILE).write_bytes(metrics.to_json())
         with open(folder / PREDICTIONS_FILE, "wb") as file:
             write_predictions(file, predictions)
-        report = render_report(Content(path.name, model, metrics, dump_params(params)))
+        report = render_report(Content(path.name, model, metrics, dump_params(params), gallery or Gallery()))
         (folder / REPORT_FILE).write_text(report, encoding="utf-8")
         card = render_card(path.name, model, metrics, predictions, params)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")

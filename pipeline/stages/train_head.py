@@ -18,7 +18,7 @@ from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
 from .open import open_caches, with_pooling
 from .prompts import with_texts
-from .run import publish_run, run_model
+from .run import make_gallery, publish_run, run_model
 
 Say = Callable[[str], None]
 
@@ -63,7 +63,8 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
         say(line)
     model = model.model_copy(update={"seconds": time.perf_counter() - started})
     name = params.runs.name or default_run_name(params.data.root, cache.backbone.identity.name, head.kind)
-    path = publish_run(params, name, head=head, model=model, metrics=metrics, predictions=predictions)
+    gallery = make_gallery(cache, table, SPLITS[reported], predictions)
+    path = publish_run(params, name, head=head, model=model, metrics=metrics, predictions=predictions, gallery=gallery)
     say(f"Run: {path} (report.html shows the scores)")
     return metrics.summary(str(path))
 

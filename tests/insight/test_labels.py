@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from pipeline.insight.labels import accuracy_range, find_doubts
+from pipeline.insight.labels import accuracy_range, find_doubts, with_neighbours
 
 
 def made_up(
@@ -37,6 +37,18 @@ def test_clean_labels_are_left_alone() -> None:
     logits, labels, _ = made_up(0.0)
     doubts = find_doubts(logits, labels)
     assert doubts.wrong.sum() < 30 and len(doubts.doubted) < 15
+
+
+def test_the_labels_of_neighbours_have_a_say() -> None:
+    logits, labels, swapped = made_up(0.05, n=600)
+    generator = np.random.default_rng(1)
+    truth = np.where(swapped, logits.argmax(1), labels)
+    near = np.array([generator.choice(np.flatnonzero(truth == truth[row]), 10) for row in range(600)])
+    joined = with_neighbours(logits, near, labels)
+    plain, helped = (roc_auc_score(swapped, find_doubts(each, labels).wrong) for each in (logits, joined))
+    assert helped > plain
+    unlabelled = with_neighbours(logits, near, np.full(600, -1))
+    np.testing.assert_allclose(np.diff(unlabelled, axis=1), np.diff(logits, axis=1))
 
 
 def test_the_suggestion_is_the_best_other_class() -> None:

@@ -24,7 +24,7 @@ HOSTILE = (
     "&amp; </table></html>",
     "日本語",
 )
-_VOID = {"meta", "img", "br"}
+_VOID = {"meta", "img", "br", "input"}
 
 
 class _Document(HTMLParser):
@@ -83,7 +83,7 @@ def _assert_harmless(text: str) -> _Document:
         assert tag not in {"script", "iframe", "link", "object", "embed", "form"}
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "xlink:href"):
-            assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,"))
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,", "data:image/jpeg;base64,"))
     assert "@import" not in text and "url(http" not in text
     return document
 
@@ -148,7 +148,7 @@ def test_matrix_cells_are_the_counts() -> None:
 
 def test_curves_are_drawn_only_where_there_are_any() -> None:
     plain = _render(_metrics(("a", "b"), chances=False))
-    for title in ("Training", "Learning curve", "Calibration", "Heads"):
+    for title in ("Training", "Learning curve", "Calibration", "Coverage", "Heads"):
         assert f"<h2>{title}</h2>" not in plain
     assert "the head gives no probabilities" in plain
     rows = [
@@ -156,9 +156,9 @@ def test_curves_are_drawn_only_where_there_are_any() -> None:
     ]
     points = [{"images": k, "accuracy": 0.5, "low": 0.4, "high": 0.6} for k in (10, 20)]
     full = _render(_metrics(("a", "b"), history=rows, curve=points, leaderboard=[{"kind": "svm", "selected": True}]))
-    for title in ("Training", "Learning curve", "Calibration", "Heads"):
+    for title in ("Training", "Learning curve", "Calibration", "Coverage", "Heads"):
         assert f"<h2>{title}</h2>" in full
-    assert full.count("<figure>") == 4
+    assert full.count("<figure>") == 5
     _assert_harmless(full)
 
 

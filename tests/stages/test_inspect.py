@@ -15,6 +15,7 @@ from PIL import Image
 
 from pipeline.artifacts import list_runs
 from pipeline.backbones.backbone import Forward
+from pipeline.cli import main
 from pipeline.errors import MissingFeaturesError
 from pipeline.params import Params
 from pipeline.stages.extract import extract
@@ -78,7 +79,7 @@ def test_it_finds_what_was_planted_and_says_so(params: Params) -> None:
     order = ("near-duplicate", "leak", "label", "outlier", "quality")
     assert kinds == sorted(kinds, key=order.index)
     names = [share["name"] for share in summary["accuracy"]]
-    assert names == ["all images", "without near-identical copies of train, either"]
+    assert names == ["all images", "without near-identical leaks"]
     assert [share["n"] for share in summary["accuracy"]] == [17, 16]
 
 
@@ -153,3 +154,44 @@ def _addresses(text: str) -> list[str]:
     import re
 
     return re.findall(r"""(?:src|href)=["']([^"']*)""", text)
+
+
+def next_rows(summary: dict[str, Any]) -> list[dict[str, str]]:
+    with open(summary["next"], newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_to_label_next_leaves_out_what_has_a_label(params: Params, tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    for number in range(100, 130):
+        write_picture(pool / f"{number}.jpg", number, number % 3)
+    shutil.copy(params.data.root / "train" / "red" / "02.jpg", pool / "labelled.jpg")
+    shutil.copy(pool / "100.jpg", pool / "twice.jpg")
+    summary = look(params, unlabelled=str(pool), count=6)
+    rows = next_rows(summary)
+    assert list(rows[0]) == ["rank", "path", "reason"]
+    assert [row["rank"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert all(Path(row["path"]).parent == pool and row["reason"].startswith("unsure: ") for row in rows)
+    assert str(pool / "labelled.jpg") not in {row["path"] for row in rows}
+    everything = next_rows(look(params, unlabelled=str(pool), count=100))
+    assert len(everything) == 30
+    assert "Label these next" in Path(summary["report"]).read_text()
+
+
+def test_what_to_label_first_without_any_label(make_params: Make, tmp_path: Path) -> None:
+    for number in range(12):
+        write_picture(tmp_path / "pool" / f"{number}.jpg", number, number % 3)
+    params = make_params(*QUICK, f"data.root={tmp_path / 'pool'}")
+    extract(params, lambda _line: None, quiet=True)
+    rows = next_rows(look(params, unlabelled=str(tmp_path / "pool"), count=4))
+    assert len(rows) == 4 and all(row["reason"].startswith("typical of ") for row in rows)
+
+
+def test_the_verb_gives_one_json_object(params: Params, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(train_head(params, lambda _line: None)["run"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(folder), "--label-next", str(params.data.root / "val"), "--count", "3", "--json", "-q"])
+    summary = json.loads(capsys.readouterr().out)
+    assert not stop.value.code and summary["images"] == 49
+    assert Path(summary["report"]).parent.parent == folder.parent and Path(summary["next"]).exists()
