@@ -286,8 +286,7 @@ def _rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _mcnemar(row: dict[str, Any]) -> str:
-    probe, tuned = row["probe_right"], row["tuned_right"]
-    return f"{mcnemar_exact(int((probe > tuned).sum()), int((probe < tuned).sum())):.2g}"
+    return f"{mcnemar_exact(row['probe_right'].astype(bool), row['tuned_right'].astype(bool)):.2g}"
 
 
 def _t_test(row: dict[str, Any]) -> str:
