@@ -396,7 +396,7 @@ class FeatureCache:
     def _preparation(self, opened: Journal, caches: Sequence[FeatureCache]) -> Preparation:
         return Preparation(
             self.images,
-            set.intersection(*({row.tobytes() for row in cache.store.digests} for cache in caches)),
+            lambda digest: all(cache.store.contains(stack_digests([digest]))[0] for cache in caches),
             self.quarantine,
             decode=self.backbone.decoder,
             crop=lambda image, digest: self.view.pixels(image, digest, self.backbone.transform),

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from pipeline.data.digests import first_occurrences
+from pipeline.features import merge
 from pipeline.features import store as store_module
+from pipeline.features.merge import MERGE_AT
 from pipeline.features.parts import part_names
-from pipeline.features.store import MERGE_AT, FeatureStore
+from pipeline.features.store import FeatureStore
 
 from .examples import features_of, fill, make_digests, make_store
 
@@ -88,7 +90,7 @@ def test_damage_gains_no_valid_digest(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_merge_that_is_cut_short_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """At the publishing, before anything is removed, and in the middle of the removal."""
     fill_one_by_one(tmp_path, MERGE_AT - 1)
-    real_publish, real_unlink, left = store_module.publish_file, Path.unlink, [after]
+    real_publish, real_unlink, left = merge.publish_file, Path.unlink, [after]
 
     def step() -> None:
         left[0] -= 1
@@ -105,13 +107,34 @@ def test_a_merge_that_is_cut_short_loses_nothing(tmp_path: Path, monkeypatch: py
             step()
         real_unlink(path, missing_ok)
 
-    monkeypatch.setattr(store_module, "publish_file", publish)
+    for module in (merge, store_module):
+        monkeypatch.setattr(module, "publish_file", publish)
     monkeypatch.setattr(Path, "unlink", unlink)
     fill_one_by_one(tmp_path, 1, start=MERGE_AT - 1)
     monkeypatch.undo()
-    store = make_store(tmp_path)
-    digests = make_digests(MERGE_AT)
-    assert (store.read(digests) == features_of(digests)).all() and not store.warnings
+    again, digests = make_store(tmp_path), make_digests(MERGE_AT)
+    assert (again.read(digests) == features_of(digests)).all() and not again.warnings
+
+
+def test_no_part_grows_beyond_the_largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of long before there was any merging come in any number."""
+    with monkeypatch.context() as before:
+        before.setattr(merge, "MERGE_AT", 10_000)
+        fill_one_by_one(tmp_path, 200)
+    size = make_store(tmp_path).parts[0].size
+    monkeypatch.setattr(merge, "MOST_BYTES", 50 * size)
+    monkeypatch.setattr(merge, "SMALL_BYTES", 2 * size)
+    fill_one_by_one(tmp_path, 1, start=200)
+    again = make_store(tmp_path)
+    assert len(again.parts) < 5 + MERGE_AT and max(part.size for part in again.parts) <= 50 * size
+    assert_whole(again, 201)
+
+
+def test_a_few_rows_of_a_large_part_are_read_alone(tmp_path: Path) -> None:
+    digests = make_digests(100)
+    fill(make_store(tmp_path), digests)
+    some = digests[[90, 3, 3, 41]]
+    assert (make_store(tmp_path).read(some) == features_of(some)).all()
 
 
 def test_where_there_are_no_locks_nothing_is_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def read_rows(cache: Path) -> dict[bytes, bytes]:
             data = (folder / name).read_bytes()
             if check_part(name, data, key, None) is None:
                 part = part_of(folder / name, data)
-                for digest, row in zip(part.digests, part.read(), strict=True):
+                for digest, row in zip(part.digests, part.read().astype(np.float32), strict=True):
                     assert rows.setdefault(digest.tobytes(), row.tobytes()) == row.tobytes()
     return rows
 
