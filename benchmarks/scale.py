@@ -35,11 +35,9 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def row(what: str, value: float, baseline: str = "", base: float = 0.0) -> None:
-    """A line of the table, with the ratio where there is a baseline."""
-    print(
-        f"| {what} | {value:.2f} | {baseline} | {f'{base:.2f}' if base else ''} | {f'{value / base:.2f}' if base else ''} |"
-    )
+def row(what: str, value: float, baseline: str, base: float) -> None:
+    """A line of the table."""
+    print(f"| {what} | {value:.2f} | {baseline} | {base:.2f} | {value / base:.2f} |")
 
 
 def make_spec(width: int) -> FeatureSpec:
@@ -97,9 +95,7 @@ def rows(folder: Path, count: int, width: int) -> None:
     digests = np.concatenate(every)
     digests = digests[np.random.default_rng(1).permutation(count)]
     FeatureStore(folder, spec, width)
-    stored = np.ones((count, width), np.float16)
-    copied = seconds(lambda: stored.astype(np.float32))
-    del stored
+    copied = seconds(lambda: np.ones((count, width), np.float16).astype(np.float32))
     store = FeatureStore(folder, spec, width)
     row(
         f"open {len(store.parts)} parts, all proven", seconds(lambda: FeatureStore(folder, spec, width)), "copy", copied
