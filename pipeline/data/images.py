@@ -193,10 +193,15 @@ class Images:
                     bar.advance()
         self.remember()
 
-    def learn(self, digests: Digests, known: NDArray[np.bool_], failures: dict[int, str]) -> None:
-        """Take over what another process has read: digests (n, 16) where ``known`` (n,), and its failures."""
-        self.digests[known] = digests[known]
-        self.known |= known
+    @property
+    def read_here(self) -> Rows:
+        """The positions of the images that this process has read."""
+        return np.flatnonzero(self.known & (self._read_ns > 0))
+
+    def learn(self, positions: Rows, digests: Digests, failures: dict[int, str]) -> None:
+        """Take over what another process has read: ``positions`` (m,) with digests (m, 16), and its failures."""
+        self.digests[positions] = digests
+        self.known[positions] = True
         self.failures |= failures
 
     def remember(self) -> None:
@@ -204,7 +209,8 @@ class Images:
 
         An index only saves time, so that one which cannot be written is worth a warning, not an end.
         """
-        new = np.flatnonzero(self.known & ~self._remembered & (self._read_ns > 0))
+        new = self.read_here
+        new = new[~self._remembered[new]]
         if self.index_file is None or not len(new):
             return
         try:
