@@ -106,8 +106,20 @@ class FeatureStore:
 
     def refresh(self) -> None:
         """See what other processes have published or removed since; damaged parts are set aside and named."""
+        names, proofs = self._names(), Proofs(self.folder)
+        for _ in range(READ_AGAIN):
+            opened = {name: self._parts.get(name) or self._open_part(self.folder / name, proofs) for name in names}
+            # Parts that were merged meanwhile may have been listed neither before nor after.
+            if names == (names := self._names()):
+                break
+        parts = {name: part for name, part in opened.items() if part}
+        if parts.keys() != self._parts.keys():
+            self._parts, self._sorted = parts, None
+        proofs.save(set(self._parts))
+
+    def _names(self) -> list[str]:
         try:
-            names = sorted(part_names(self.folder))
+            return sorted(part_names(self.folder))
         except OSError as error:
             raise CacheError(
                 "A folder of the feature cache cannot be read.",
@@ -115,12 +127,6 @@ class FeatureStore:
                 why=str(error),
                 remedy="give permission to read it, or set cache.dir to another folder",
             ) from error
-        proofs = Proofs(self.folder)
-        opened = {name: self._parts.get(name) or self._open_part(self.folder / name, proofs) for name in names}
-        parts = {name: part for name, part in opened.items() if part}
-        if parts.keys() != self._parts.keys():
-            self._parts, self._sorted = parts, None
-        proofs.save(set(self._parts))
 
     def _open_part(self, path: Path, proofs: Proofs) -> Part | None:
         try:
@@ -186,6 +192,8 @@ class FeatureStore:
         except FileNotFoundError:
             raise
         except HDF5_ERRORS as error:
+            if not part.path.exists():  # it went while libhdf5 opened it
+                raise FileNotFoundError(part.path) from error
             raise CacheError(
                 "A part of the feature cache can no longer be read.",
                 where=part.path,

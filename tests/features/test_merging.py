@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -68,6 +69,38 @@ def test_a_reader_whose_parts_are_merged_looks_again(tmp_path: Path) -> None:
     assert count(tmp_path) == 1
     digests = make_digests(MERGE_AT - 1)
     assert (reader.read(digests) == features_of(digests)).all()
+
+
+def test_a_part_that_goes_while_libhdf5_opens_it_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_one_by_one(tmp_path, MERGE_AT - 1)
+    reader, opened, real = make_store(tmp_path), list[Path](), h5py.File
+
+    def open_late(path: Path, mode: str) -> h5py.File:
+        opened.append(path)
+        if len(opened) == 1:
+            monkeypatch.setattr(h5py, "File", real)
+            fill_one_by_one(tmp_path, 1, start=MERGE_AT - 1)
+            raise OSError("Unable to synchronously open file (can't retrieve stat info for file)")
+        return real(path, mode)
+
+    monkeypatch.setattr(h5py, "File", open_late)
+    digests = make_digests(MERGE_AT - 1)
+    assert (reader.read(digests) == features_of(digests)).all() and opened
+
+
+@pytest.mark.parametrize("listed", [slice(None), slice(0, 0), slice(0, 5)])
+def test_parts_that_are_merged_while_a_reader_opens_them_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: slice
+) -> None:
+    """A listing may hold what has gone a moment later, or neither that nor what came of it."""
+    fill_one_by_one(tmp_path, MERGE_AT - 1)
+    names = list(part_names(make_store(tmp_path).folder))[listed]
+    fill_one_by_one(tmp_path, 1, start=MERGE_AT - 1)
+    listings = iter([names])
+    monkeypatch.setattr(store_module, "part_names", lambda folder: next(listings, None) or part_names(folder))
+    assert_whole(make_store(tmp_path), MERGE_AT)
 
 
 def test_damage_gains_no_valid_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
