@@ -1,13 +1,6 @@
 """Name + weights -> a frozen network: module, transform, feature dimension, identity."""
 
-from .backbone import (
-    Backbone,
-    Features,
-    Forward,
-    Pixels,
-    make_decoder,
-    resolve_backbone,
-)
+from .backbone import Backbone, Forward, make_decoder, resolve_backbone
 from .build import (
     BackboneIdentity,
     BuiltNetwork,
@@ -21,6 +14,7 @@ from .build import (
 )
 from .catalogue import ZOOS, BackboneRow, backbone_names, describe_backbone, is_own_code, list_backbones
 from .memo import WeightsMemo
+from .pipe import Features, Pixels
 from .precision import Verdict, accept_precision, kind_of_device, reduced_precisions_of, verdict_key
 from .prepare import PreparedBackbone, prepare_for_inference
 from .together import forward_together

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
@@ -24,6 +23,7 @@ from ..runtime.device import is_out_of_memory, on_device, resolve_device
 from ..runtime.distributed import World
 from .build import BackboneIdentity, BuiltNetwork, build_network, identify_network, make_module, trainable_module
 from .memo import WeightsMemo
+from .pipe import Features, Pipe, Pixels, stack_pixels
 from .precision import (
     PrecisionChoice,
     Verdict,
@@ -38,8 +38,6 @@ from .prepare import REDUCED, prepare_for_inference
 from .transform import Transform
 from .zoo import FeatureNetwork
 
-Pixels = NDArray[np.uint8]
-Features = NDArray[np.float32]
 Normalise = Callable[[torch.Tensor], torch.Tensor]
 
 WEIGHTS_MEMO = "weights.json"
@@ -77,6 +75,8 @@ class Forward:
         self.normalise, self.device, self.batch_size, self.exact = normalise, device, batch_size, exact
         self._load, self._lock, self._halved, self._fits = load, threading.Lock(), halved, False
         self._module: nn.Module | None = None
+        self._pipe: Pipe | None = None
+        self._pipe_lock = threading.Lock()
 
     @property
     def module(self) -> nn.Module:
@@ -113,6 +113,7 @@ class Forward:
             if size == 1 or not is_out_of_memory(error):
                 raise
         # Only out here is the traceback gone, whose frames hold what the layers gave.
+        self._pipe = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -125,18 +126,29 @@ class Forward:
             logger.warning("%s is out of memory: a batch of %d images is computed in parts.", self.device, size)
             return half
         logger.warning("%s has too little memory for batches of %d images: they are of %d.", self.device, size, half)
-        self.batch_size = half
-        self._halved(half)
+        self.batch_size = min(self.batch_size, half)
+        self._halved(self.batch_size)
         return half
 
     def _forward(self, pixels: Sequence[Pixels], size: int) -> Features:
-        shape = (size, *pixels[0].shape)
-        batch = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        np.stack(pixels, out=batch[: len(pixels)].numpy())
+        if self.device.type == "cuda" and size == self.batch_size:
+            return self._piped(size, pixels[0].shape)(pixels)
+        batch = torch.zeros((size, *pixels[0].shape[1:], 3), dtype=torch.uint8)
+        stack_pixels(pixels, batch)
+        features = self._compute(batch.to(self.device).permute(0, 3, 1, 2))
+        return np.asarray(features[: len(pixels)].cpu().numpy())
+
+    def _compute(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (n, d), float32, of uint8 images (n, 3, h, w), both on the device."""
         with torch.inference_mode():
-            images = self.normalise(batch.to(self.device, non_blocking=True))
-            features = self.module(images.contiguous(memory_format=torch.channels_last))
-            return np.asarray(features[: len(pixels)].float().cpu().numpy())
+            features: torch.Tensor = self.module(self.normalise(images).contiguous(memory_format=torch.channels_last))
+            return features.float()
+
+    def _piped(self, size: int, shape: tuple[int, ...]) -> Pipe:
+        with self._pipe_lock:
+            if self._pipe is None or (self._pipe.size, self._pipe.shape) != (size, shape):
+                self._pipe = Pipe(self._compute, self.device, size, shape)
+            return self._pipe
 
 
 @dataclass(frozen=True)
