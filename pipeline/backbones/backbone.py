@@ -7,20 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
 from ..data.decode import DECODER, DRAFT_DECODER, Decoder
 from ..errors import WeightsError
 from ..params import BackboneParams, ExtractParams, TransformParams
 from ..runtime.device import resolve_device
 from ..runtime.distributed import World
-from .build import BackboneIdentity, BuiltNetwork, build_network, identify_network, make_module, trainable_module
+from .identity import BackboneIdentity, recall
 from .memo import WeightsMemo
 from .precision import (
     PrecisionChoice,
@@ -32,13 +30,20 @@ from .precision import (
     reduced_precision_of,
     verdict_key,
 )
-from .prepare import prepare_for_inference
 from .transform import Transform
-from .zoo import FeatureNetwork
+
+# torch, and all that knows networks, is imported where one of them works: most commands find every feature there.
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .build import BuiltNetwork
+    from .zoo import FeatureNetwork
+
+    Normalise = Callable[[torch.Tensor], torch.Tensor]
 
 Pixels = NDArray[np.uint8]
 Features = NDArray[np.float32]
-Normalise = Callable[[torch.Tensor], torch.Tensor]
 
 WEIGHTS_MEMO = "weights.json"
 DECODER_RULES = {"pillow": DECODER, "draft": DRAFT_DECODER}
@@ -79,6 +84,8 @@ class Forward:
 
     def __call__(self, pixels: Sequence[Pixels]) -> Features:
         """Features (n, d), float32, of uint8 images (3, h, w) of one size."""
+        import torch
+
         rows: list[Features] = []
         done = 0
         while done < len(pixels):
@@ -98,6 +105,8 @@ class Forward:
         return features
 
     def _forward(self, pixels: Sequence[Pixels], size: int) -> Features:
+        import torch
+
         shape = (size, *pixels[0].shape)
         batch = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         np.stack(pixels, out=batch[: len(pixels)].numpy())
@@ -115,9 +124,11 @@ class Backbone:
         decoder: from an image's bytes to RGB.
         transform: from RGB to pixels, and from pixels to what the network takes.
         feature_dim: numbers in a feature.
+        place: the device as the params name it, for the process ``world``.
         precision: of the forward pass, resolved; ``choice`` says why, where it was `auto`.
-        batch_size: images in one forward pass.
+        batch: images in one forward pass, as the params say it.
         source: loads the network.
+        parameters: how many numbers the network has; ``None`` where that was not recorded.
         compiled: run it through torch.compile.
         notes: what the user should know of how the weights were read; there once the network was loaded.
     """
@@ -126,13 +137,29 @@ class Backbone:
     transform: Transform
     feature_dim: int
     decoder: Decoder
-    device: torch.device
+    place: str
     precision: str
-    batch_size: int
+    batch: int | Literal["auto"]
     source: Callable[[], BuiltNetwork] = field(repr=False)
+    parameters: int | None = None
+    world: World | None = None
     compiled: bool = False
     choice: PrecisionChoice | None = None
     notes: list[str] = field(default_factory=list, compare=False)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the network runs.
+
+        Raises:
+            DeviceError: it is not on this machine.
+        """
+        return resolve_device(self.place, self.world)
+
+    @cached_property
+    def batch_size(self) -> int:
+        """Images in one forward pass."""
+        return batch_size(self.batch, self.device, self.transform.crop)
 
     @cached_property
     def forward(self) -> Forward:
@@ -172,19 +199,19 @@ class Backbone:
 
     def trainable(self) -> FeatureNetwork:
         """A network of one's own to fine-tune, all parameters trainable; in eval mode it computes the same features."""
+        from .build import trainable_module
+
         return trainable_module(self.build())
 
     def release(self) -> None:
         """Forget the loaded network; the next call loads it again."""
         self.__dict__.pop("forward", None)
 
-    @property
-    def parameters(self) -> int:
-        """Numbers in the network, told without its weights."""
-        network, _ = make_module(self.identity.name, layer=self.identity.layer, pooling=self.identity.pooling)
-        return sum(parameter.numel() for parameter in network.parameters())
-
     def _prepare(self, precision: str) -> nn.Module:
+        import torch
+
+        from .prepare import prepare_for_inference
+
         module: nn.Module = prepare_for_inference(
             self.build(), device=self.device, precision=precision, fuse=not self.compiled
         )
@@ -202,7 +229,8 @@ def resolve_backbone(
     begins: bool = False,
     world: World | None = None,
 ) -> Backbone:
-    """The backbone that the params name; weights whose digest the cache remembers are neither loaded nor hashed.
+    """The backbone that the params name; weights whose digest the cache remembers are neither loaded nor hashed, and
+    where it remembers what the libraries said, these are not imported.
 
     Args:
         max_pixels: images with more are not decoded.
@@ -214,10 +242,18 @@ def resolve_backbone(
         BackboneError, WeightsError, DeviceError: see their messages.
     """
     memo = WeightsMemo(cache_dir / WEIGHTS_MEMO)
-    identity, resolved, feature_dim = identify_network(params, transform, memo)
-    device = resolve_device(extract.device, world)
+    known = recall(params, transform, memo)
+    if known is None:
+        from .build import identify
+
+        known = identify(params, transform, memo)
+    identity, resolved = known.identity, known.transform
+    if extract.device not in ("auto", "cpu"):  # say at once that it is not there
+        resolve_device(extract.device, world)
 
     def source() -> BuiltNetwork:
+        from .build import build_network
+
         return build_network(params, transform)
 
     choice = None
@@ -225,18 +261,20 @@ def resolve_backbone(
         choice = kept_choice(cache_dir, identity, resolved)
         if choice is None and (most := cached_precision(identity, resolved)):
             choice = PrecisionChoice(most, "most features of this backbone in the cache are so")
-        choice = choice or _choose_precision(identity, resolved, device, source, memo)
+        choice = choice or _choose_precision(identity, resolved, resolve_device(extract.device, world), source, memo)
         if begins:
             choice = keep_choice(cache_dir, identity, resolved, choice)
     return Backbone(
         identity=identity,
         transform=resolved,
-        feature_dim=feature_dim,
+        feature_dim=known.feature_dim,
         decoder=make_decoder(resolved, max_pixels, DECODER_RULES[extract.decoder]),
-        device=device,
+        place=extract.device,
         precision=choice.precision if choice else extract.precision,
-        batch_size=batch_size(extract.batch_size, device, resolved.crop),
+        batch=extract.batch_size,
         source=source,
+        parameters=known.parameters,
+        world=world,
         compiled=extract.compile,
         choice=choice,
     )
@@ -262,6 +300,8 @@ def batch_size(wanted: int | Literal["auto"], device: torch.device, crop: int) -
         return wanted
     if device.type != "cuda":
         return CPU_BATCH
+    import torch
+
     free, _ = torch.cuda.mem_get_info(device)
     fitting = max(free // (crop**2 * 4096), 8)
     return int(min(2 ** (int(fitting).bit_length() - 1), 256))

@@ -11,19 +11,21 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-import torch
-import torchvision
-from torch import Tensor
-from torch.nn import functional as F
 
 from ..files import canonical_json, digest_bytes, publish_file, seal_json, unseal_json
+from ..params.sections import Precision
 from ..runtime.seeds import make_generator
-from .build import BackboneIdentity, BuiltNetwork
-from .prepare import DTYPES, prepare_for_inference
+from .identity import BackboneIdentity
 from .transform import Transform
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .build import BuiltNetwork
 
 # Cosines between the features of float32 and of the reduced precision, over the sample. Measured: most backbones lie
 # above 0.9999; a mobilenet_v2 at 0.9987 and 0.9965 made a probe worse (five flowers, exact McNemar p = 0.02, n = 834).
@@ -77,7 +79,7 @@ def kept_choice(cache_dir: Path, identity: BackboneIdentity, transform: Transfor
     """What `auto` stands for in a cache for this network, decided by whoever began; None where nobody has."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         kept = unseal_json(_choice_file(cache_dir, identity, transform).read_bytes())
-        if kept["precision"] in DTYPES:
+        if kept["precision"] in get_args(Precision):
             return PrecisionChoice(kept["precision"], str(kept["why"]))
     return None
 
@@ -101,6 +103,8 @@ def _choice_file(cache_dir: Path, identity: BackboneIdentity, transform: Transfo
 
 def reduced_precision_of(device: torch.device) -> str | None:
     """The reduced precision that ``device`` computes faster than float32; ``None`` where there is none."""
+    import torch
+
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         return "bfloat16" if major >= 8 else "float16"
@@ -114,6 +118,9 @@ def accept_precision(backbone: BuiltNetwork, *, device: torch.device, precision:
 
     Remember the verdict under `verdict_key`.
     """
+    import torch
+    from torch.nn import functional as F
+
     images = sample_images(backbone.transform.crop)
     exact = _features(backbone, images, device, "float32")
     reduced = _features(backbone, images, device, precision)
@@ -125,6 +132,9 @@ def accept_precision(backbone: BuiltNetwork, *, device: torch.device, precision:
 
 def verdict_key(identity: BackboneIdentity, crop: int, *, device: torch.device, precision: str) -> dict[str, Any]:
     """What a verdict depends on: the key to remember it under."""
+    import torch
+    import torchvision
+
     return {
         "about": "precision",
         "backbone": identity.as_dict(),
@@ -138,6 +148,9 @@ def verdict_key(identity: BackboneIdentity, crop: int, *, device: torch.device, 
 
 def sample_images(crop: int) -> Tensor:
     """16 fixed images, uint8 (16, 3, crop, crop): smooth colours from coarse to fine, with some noise."""
+    import torch
+    from torch.nn import functional as F
+
     images = np.empty((_IMAGES, 3, crop, crop), dtype=np.uint8)
     for index in range(_IMAGES):
         generator = make_generator(SAMPLE, index)
@@ -151,6 +164,10 @@ def sample_images(crop: int) -> Tensor:
 
 
 def _features(backbone: BuiltNetwork, images: Tensor, device: torch.device, precision: str) -> Tensor:
+    import torch
+
+    from .prepare import prepare_for_inference
+
     prepared = prepare_for_inference(backbone, device=device, precision=precision)
     batches = (backbone.transform.normalise(batch.to(device)) for batch in torch.split(images, _BATCH))
     return torch.cat([prepared(batch).cpu() for batch in batches])
@@ -158,12 +175,16 @@ def _features(backbone: BuiltNetwork, images: Tensor, device: torch.device, prec
 
 def _cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 natively (AVX-512-bf16 or AMX)."""
+    import torch
+
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
 
 
 def kind_of_device(device: torch.device) -> str:
     """The kind of hardware, so far as it decides how numbers are rounded."""
+    import torch
+
     if device.type == "cuda":
         return f"cuda {torch.cuda.get_device_name(device)}"
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type

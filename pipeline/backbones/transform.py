@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
 
 from ..data.decode import BadImage, Reason
 from ..errors import BackboneError, WeightsError
 from ..params import TransformParams
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -51,6 +51,9 @@ class Transform:
         Raises:
             BadImage: the resized image would have too many pixels.
         """
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as F
+
         self.check_size(image)
         if self.resize is not None:
             size = [self.resize] * (2 if self.resize_mode == "squash" else 1)
@@ -58,11 +61,13 @@ class Transform:
         image = F.center_crop(image, [self.crop])
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
-    def normalise(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 pixels (n, 3, h, w) to normalised ``dtype``, on the batch's device, computed in float32."""
+    def normalise(self, batch: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """uint8 pixels (n, 3, h, w) to normalised ``dtype`` (float32), on the batch's device, computed in float32."""
+        import torch
+
         mean = torch.tensor(self.mean, device=batch.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=batch.device).view(3, 1, 1)
-        return (batch.to(torch.float32) / 255).sub_(mean).div_(std).to(dtype)
+        return (batch.to(torch.float32) / 255).sub_(mean).div_(std).to(dtype or torch.float32)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back. The usual resize mode is left out: keys from before hold."""

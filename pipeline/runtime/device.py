@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from ..errors import DeviceError
 from .distributed import World
+
+if TYPE_CHECKING:
+    import torch
 
 
 def resolve_device(name: str, world: World | None = None) -> torch.device:
@@ -14,6 +17,8 @@ def resolve_device(name: str, world: World | None = None) -> torch.device:
     Raises:
         DeviceError: the device asked for by name is not on this machine.
     """
+    import torch
+
     local_rank = world.local_rank if world else 0
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -103,9 +103,10 @@ def _plan(caches: Sequence[FeatureCache]) -> Iterator[str]:
     for store in stores[:-1]:
         yield f"{store.spec.folder_name} ({store.spec.pooling}): {len(store.digests)} features cached"
     named = f" ({stores[-1].spec.pooling})" if len(stores) > 1 else ""
+    where = f", on {backbone.device} in {backbone.precision}" if len(missing) else ""
     yield (
         f"{stores[-1].spec.folder_name}{named}: {len(stores[-1].digests)} features cached; to do: {len(missing)} images"
-        f" ({new} not read before), at most {human_bytes(size)} to write, on {backbone.device} in {backbone.precision}"
+        f" ({new} not read before), at most {human_bytes(size)} to write{where}"
     )
 
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-
 from ..artifacts import CurvePoint, ParameterCounts, Predictions, RunMetrics, check_run_name, default_run_name
+from ..backbones import Backbone
 from ..data.source import SPLITS, TEST, VAL
 from ..evaluate import Provenance, metric_lines, score
 from ..features.cache import FeatureTable
@@ -49,7 +48,7 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
         say(_data_line(each))
     backbone = caches[params.backbone.poolings[0]].backbone
     section = with_texts(params, backbone, table.class_names)
-    choose = partial(_choose, section, reported=reported, several=len(caches) > 1, device=backbone.device)
+    choose = partial(_choose, section, reported=reported, several=len(caches) > 1, backbone=backbone)
     choices = {pooling: choose(each) for pooling, each in tables.items()}
     pooling, choice = choose_among(choices, params.head, on_val=_judges(table, reported))
     cache, table, params = caches[pooling], tables[pooling], with_pooling(params, pooling)
@@ -88,7 +87,7 @@ def _judges(table: FeatureTable, reported: int) -> bool:
     return reported == TEST and bool(table.labelled(VAL).any())
 
 
-def _choose(params: HeadParams, table: FeatureTable, *, reported: int, several: bool, device: torch.device) -> Choice:
+def _choose(params: HeadParams, table: FeatureTable, *, reported: int, several: bool, backbone: Backbone) -> Choice:
     """Fit the kinds of the params on train; the best is chosen on train, or on val where a test split exists."""
     val = table.labelled(VAL)
     return choose_head(
@@ -97,7 +96,7 @@ def _choose(params: HeadParams, table: FeatureTable, *, reported: int, several: 
         class_names=table.class_names,
         jobs=usable_cores(),
         several=several,
-        device=str(device) if device.type == "cuda" else "cpu",
+        device=str(backbone.device) if backbone.device.type == "cuda" else "cpu",
         held_out=(table.features[val], table.targets[val]) if _judges(table, reported) else None,
     )
 
