@@ -15,6 +15,7 @@ from .cache import cache
 from .compare import compare
 from .inspect import inspect
 from .options import Count, Reporter, experiment_options, lazy_options, reporting_options, run_options
+from .sweep import sweep
 from .tables import print_backbones, print_ranking, write_predictions_csv
 
 if TYPE_CHECKING:
@@ -268,6 +269,7 @@ VERBS: dict[str, click.Command] = {
     "advise": advise,
     "extract": extract,
     "train-head": train_head,
+    "sweep": sweep,
     "finetune": finetune,
     "inspect": inspect,
     "evaluate": evaluate,

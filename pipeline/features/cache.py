@@ -203,6 +203,14 @@ class FeatureCache:
         bad: NDArray[np.bool_] = self.images.known & (rows >= 0)
         return bad
 
+    @property
+    def of_train(self) -> NDArray[np.bool_]:
+        """Which images (n,) with a feature are of train."""
+        rows = np.flatnonzero(self.present)
+        train = np.zeros(len(self.images), bool)
+        train[rows[self.images.splits_of(rows) == TRAIN]] = True
+        return train
+
     def missing(
         self, among: NDArray[np.bool_] | None = None, *, beside: Sequence[FeatureCache] = ()
     ) -> NDArray[np.int64]:

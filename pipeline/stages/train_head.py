@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..artifacts import CurvePoint, ParameterCounts, Predictions, RunMetrics, ch
 from ..backbones import Backbone
 from ..data.source import SPLITS, TEST, VAL
 from ..evaluate import Provenance, metric_lines, score
-from ..features.cache import FeatureTable
+from ..features.cache import FeatureCache, FeatureTable
 from ..heads import Choice, Score, choose_among, choose_head, curve_band, learning_curve, make_head
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
@@ -40,17 +40,37 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
     started = time.perf_counter()
     if params.runs.name:
         check_run_name(params.runs.dir, params.runs.name)
-    caches = {cache.backbone.identity.pooling: cache for cache in open_caches(params)}
-    tables = {pooling: cache.table() for pooling, cache in caches.items()}
+    caches = open_caches(params)
+    return train_on([(cache, cache.table()) for cache in caches], params, say, curve=curve, started=started)
+
+
+def train_on(
+    opened: Sequence[tuple[FeatureCache, FeatureTable]],
+    params: Params,
+    say: Say,
+    *,
+    curve: bool = False,
+    judged: bool = False,
+    started: float,
+) -> dict[str, Any]:
+    """As `train_head`, on features that are there: a cache and its table for each pooling of the params.
+
+    Args:
+        judged: cross-validate a single kind of head too, so that the run can be compared with others before it is
+            reported.
+        started: when the work for this run began, by `time.perf_counter`.
+    """
+    caches = {cache.backbone.identity.pooling: cache for cache, _ in opened}
+    tables = dict(zip(caches, (table for _, table in opened), strict=True))
     table = next(iter(tables.values()))
     reported = table.reported_split()
     for each in tables.values():
         say(_data_line(each))
     backbone = caches[params.backbone.poolings[0]].backbone
     section = with_texts(params, backbone, table.class_names)
-    choose = partial(_choose, section, reported=reported, several=len(caches) > 1, backbone=backbone)
+    choose = partial(_choose, section, reported=reported, several=judged or len(caches) > 1, backbone=backbone)
     choices = {pooling: choose(each) for pooling, each in tables.items()}
-    pooling, choice = choose_among(choices, params.head, on_val=_judges(table, reported))
+    pooling, choice = choose_among(choices, params.head, on_val=judges(table, reported))
     cache, table, params = caches[pooling], tables[pooling], with_pooling(params, pooling)
     head = choice.head
     points = _learning_curve(section, table, head.kind, reported) if curve else []
@@ -82,7 +102,7 @@ def _parameter_line(counts: ParameterCounts) -> str:
     return f"Trainable: {counts.trainable:,} / {counts.total:,} ({share:.1f} %)"
 
 
-def _judges(table: FeatureTable, reported: int) -> bool:
+def judges(table: FeatureTable, reported: int) -> bool:
     """Whether val chooses: where a test split is left to report on."""
     return reported == TEST and bool(table.labelled(VAL).any())
 
@@ -97,7 +117,7 @@ def _choose(params: HeadParams, table: FeatureTable, *, reported: int, several: 
         jobs=usable_cores(),
         several=several,
         device=str(backbone.device) if backbone.device.type == "cuda" else "cpu",
-        held_out=(table.features[val], table.targets[val]) if _judges(table, reported) else None,
+        held_out=(table.features[val], table.targets[val]) if judges(table, reported) else None,
     )
 
 
