@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ..params import load_params
+from ..params import Params, load_params
 from ..runtime.distributed import world_from_environment
 
 
@@ -91,13 +91,17 @@ def experiment_options(verb: Verb) -> Verb:
 
 
 def lazy_options(verb: Verb) -> Verb:
-    """As `experiment_options`, for verbs that do not always need params: the verb gets ``load``, which reads them."""
+    """As `experiment_options`, for verbs that do not always need params, or need several: the verb gets ``load``, which
+    reads them with what further ``key.path=value`` it is given."""
 
     @_params_options
     @reporting_options
     @functools.wraps(verb)
     def wrapped(file: Path | None, overrides: tuple[str, ...], **arguments: Any) -> None:
-        verb(load=functools.partial(load_params, file or DEFAULT_FILE, overrides), **arguments)
+        def load(*more: str) -> Params:
+            return load_params(file or DEFAULT_FILE, (*overrides, *more))
+
+        verb(load=load, **arguments)
 
     return wrapped
 

@@ -15,11 +15,14 @@ from .cache import cache
 from .compare import compare
 from .inspect import inspect
 from .options import Count, Reporter, experiment_options, lazy_options, reporting_options, run_options
+from .sweep import sweep
 from .tables import print_backbones, print_ranking, write_predictions_csv
 
 if TYPE_CHECKING:
-    from ..stages.run import Prediction
+    from ..stages.export import ExportedRun
+    from ..stages.run import Prediction, Run
 
+EXPORTED = (".onnx", ".pt2")
 PATHS = click.Path(path_type=Path)
 SHOWN = 60
 PLACES = click.Path(path_type=str)  # which may be URLs
@@ -100,13 +103,21 @@ def predict(
     reporter: Reporter,
 ) -> None:
     """Classify images at PATHS (files, folders, tables, shards, URLs) with RUN (path, name, `latest`, exported)."""
-    from ..artifacts import resolve_run
-    from ..stages.export import is_exported, load_exported
-    from ..stages.run import load_run
-
-    loaded = load_exported(run) if is_exported(run) else load_run(resolve_run(runs_dir, run), overrides)
+    loaded = _open_run(runs_dir, run, overrides)
     predictions = loaded.predict(paths, top=top, say=reporter.warn, quiet=reporter.quiet)
     _finish_predictions(predictions, top, output, reporter, run=str(loaded.folder))
+
+
+def _open_run(runs_dir: Path, run: str, overrides: tuple[str, ...]) -> Run | ExportedRun:
+    """What predicts: a run, or an exported file, whose libraries no run needs."""
+    from ..artifacts import resolve_run
+    from ..stages.run import load_run
+
+    if run.endswith(EXPORTED) and Path(run).is_file():
+        from ..stages.export import load_exported
+
+        return load_exported(run)
+    return load_run(resolve_run(runs_dir, run), overrides)
 
 
 @click.command()
@@ -258,6 +269,7 @@ VERBS: dict[str, click.Command] = {
     "advise": advise,
     "extract": extract,
     "train-head": train_head,
+    "sweep": sweep,
     "finetune": finetune,
     "inspect": inspect,
     "evaluate": evaluate,

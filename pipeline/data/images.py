@@ -34,6 +34,7 @@ from .table import TableSource
 Rows = NDArray[np.int64]
 # Images that threads are given to read at a time.
 READ_AHEAD = 1024
+FEW_READS = 4  # are not worth finding out how many cores there are
 
 # The kinds of places that ``data.root`` may name: the first that opens it, rather than answer None, has it. Each is
 # given the folder of the cache, too, for what it remembers of the place.
@@ -186,7 +187,8 @@ class Images:
         unknown = np.flatnonzero(~self.known).tolist()
         if not unknown:
             return
-        with ThreadPoolExecutor(self._reads_at_once) as pool, ProgressBar("reading", len(unknown), quiet=quiet) as bar:
+        threads = len(unknown) if len(unknown) <= FEW_READS else self._reads_at_once
+        with ThreadPoolExecutor(threads) as pool, ProgressBar("reading", len(unknown), quiet=quiet) as bar:
             for start in range(0, len(unknown), READ_AHEAD):
                 block = unknown[start : start + READ_AHEAD]
                 for _ in pool.map(lambda position: self.read(position) and None, block):

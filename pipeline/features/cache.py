@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backbones import Backbone, Pixels, forward_together
+from ..backbones import Backbone, Pixels
 from ..data.decode import Reason, decoder_versions
 from ..data.digests import Digests, data_digest, empty_digests, first_occurrences, locate, stack_digests
 from ..data.images import Images
@@ -203,6 +203,14 @@ class FeatureCache:
         bad: NDArray[np.bool_] = self.images.known & (rows >= 0)
         return bad
 
+    @property
+    def of_train(self) -> NDArray[np.bool_]:
+        """Which images (n,) with a feature are of train."""
+        rows = np.flatnonzero(self.present)
+        train = np.zeros(len(self.images), bool)
+        train[rows[self.images.splits_of(rows) == TRAIN]] = True
+        return train
+
     def missing(
         self, among: NDArray[np.bool_] | None = None, *, beside: Sequence[FeatureCache] = ()
     ) -> NDArray[np.int64]:
@@ -338,6 +346,8 @@ class FeatureCache:
         return worker_count(self._extract.workers, self._world)
 
     def _embed(self, positions: NDArray[np.int64], opened: Journal, caches: Sequence[FeatureCache]) -> Filled:
+        from ..backbones import forward_together
+
         computed: list[Digests] = []
         refused: list[Digests] = []
         pace, after = self._extract.part_seconds, self._remember_often()

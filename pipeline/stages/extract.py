@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..data.source import TRAIN
 from ..errors import BadImagesError
 from ..features.cache import FeatureCache, Filled
 from ..features.extractor import Clock
@@ -55,7 +53,7 @@ def extract(params: Params, say: Say = print, *, retry: bool = False, quiet: boo
         say(line)
     filled = fill_together(caches)
     if params.extract.views:
-        say(f"{_train_of(cache).sum():,} training images in {params.extract.views} views, each under a key of its own")
+        say(f"{cache.of_train.sum():,} training images in {params.extract.views} views, each under a key of its own")
     summary = _summary(caches, filled, _fill_views(caches))
     bad = _bad_images(cache)
     notes = [f"Weights: {note}." for note in cache.backbone.notes]
@@ -75,16 +73,8 @@ def _world(extract: ExtractParams) -> World:
 
 def _fill_views(caches: Sequence[FeatureCache]) -> list[tuple[FeatureCache, Filled]]:
     """Embed the augmented views of the training images, each under a key of its own; those of the first pooling."""
-    train = _train_of(caches[0])
+    train = caches[0].of_train
     return [(views[0], fill_together(views, train)) for views in zip(*(cache.views() for cache in caches), strict=True)]
-
-
-def _train_of(cache: FeatureCache) -> NDArray[np.bool_]:
-    """Which images (n,) with a feature are of train."""
-    rows = np.flatnonzero(cache.present)
-    train = np.zeros(len(cache.images), bool)
-    train[rows[cache.images.splits_of(rows) == TRAIN]] = True
-    return train
 
 
 def _plan(caches: Sequence[FeatureCache]) -> Iterator[str]:
@@ -103,9 +93,10 @@ def _plan(caches: Sequence[FeatureCache]) -> Iterator[str]:
     for store in stores[:-1]:
         yield f"{store.spec.folder_name} ({store.spec.pooling}): {len(store.digests)} features cached"
     named = f" ({stores[-1].spec.pooling})" if len(stores) > 1 else ""
+    where = f", on {backbone.device} in {backbone.precision}" if len(missing) else ""
     yield (
         f"{stores[-1].spec.folder_name}{named}: {len(stores[-1].digests)} features cached; to do: {len(missing)} images"
-        f" ({new} not read before), at most {human_bytes(size)} to write, on {backbone.device} in {backbone.precision}"
+        f" ({new} not read before), at most {human_bytes(size)} to write{where}"
     )
 
 
