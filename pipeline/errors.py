@@ -97,6 +97,10 @@ class MissingFeaturesError(CacheError):
     """Samples without a cached feature; they are named, never replaced."""
 
 
+class NotFiniteError(CacheError):
+    """Features that hold NaN or infinity; they are in no cache."""
+
+
 class DriftError(CacheError):
     """The decoder now yields other pixels than those the cached features were computed from."""
 

@@ -17,7 +17,7 @@ COLUMNS = ("backbone", "key", "weights", "precision", "dtype", "view", "rows", "
 
 @click.group()
 def cache() -> None:
-    """Look after the cached features: list, verify, explain, clean up, export."""
+    """Look after the cached features: list, verify, explain, clean up, export, import."""
 
 
 @cache.command("ls")
@@ -88,6 +88,19 @@ def export(params: Params, target: Path, reporter: Reporter) -> None:
     from ..stages.cache import export_features
 
     reporter.finish(export_features(params, target, reporter.say))
+
+
+@cache.command("import")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@experiment_options
+def import_(params: Params, files: tuple[Path, ...], reporter: Reporter) -> None:
+    """Take the features of Parquet files, or folders of them, that an Embedder's rows were written to.
+
+    A file of which a bit has changed is refused whole.
+    """
+    from ..stages.cache import import_features
+
+    reporter.finish(import_features(params, files, reporter.say))
 
 
 def _print_keys(keys: list[Mapping[str, Any]]) -> None:

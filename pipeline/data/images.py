@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from .archive import ArchiveSource
 from .corrections import Corrections, read_corrections
 from .digests import Digests
 from .folder import FolderSource
-from .given import Given, GivenSource
+from .given import BatchSource, Given, GivenSource
 from .index import MOST_BLOCKS, DigestIndex, index_file
 from .objects import ObjectSource
 from .parquet import open_parquet
@@ -327,4 +328,9 @@ def open_given(given: Given | Iterable[Given], data: DataParams, cache_dir: Path
     return Images(GivenSource(given, data.extensions, open_place), data, cache_dir)
 
 
-__all__ = ["SOURCES", "Given", "Images", "Samples", "Source", "open_given", "open_images"]
+def open_batch(contents: Sequence[Any], paths: Sequence[Any], data: DataParams, cache_dir: Path) -> Images:
+    """The rows of a table as images, as `BatchSource` takes them; relative paths are relative to ``data.root``."""
+    return Images(BatchSource(contents, paths, data.root), data, cache_dir)
+
+
+__all__ = ["SOURCES", "Given", "Images", "Samples", "Source", "open_batch", "open_given", "open_images"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,7 +20,7 @@ from ..data.images import Images
 from ..data.source import SPLITS, TEST, TRAIN, VAL
 from ..data.trial import find_killers
 from ..data.walk import read_file
-from ..errors import CacheError, DataError, Interrupted, MissingFeaturesError
+from ..errors import DataError, Interrupted, MissingFeaturesError, NotFiniteError
 from ..files import digest_bytes
 from ..params import CacheParams, ExtractParams, Place
 from ..runtime.cores import worker_count
@@ -161,6 +162,12 @@ class FeatureCache:
         transform = backbone.transform
         rule = decoding_rule(backbone.decoder, transform.resize, transform.crop)
         self.quarantine = Quarantine(cache.dir, rule)
+
+    def of(self, images: Images) -> FeatureCache:
+        """The same features of other images; what is known of the store, and a loaded backbone, are known still."""
+        other = copy(self)
+        other.images = images
+        return other
 
     def views(self) -> Iterator[FeatureCache]:
         """The caches of the augmented views that the params ask for, of the same images."""
@@ -393,10 +400,10 @@ class FeatureCache:
             raise self._not_finite(lost, "was put into the cache; those of the other images were")
         return Filled(np.concatenate([empty_digests(), *computed]), clock, seconds)
 
-    def _not_finite(self, digests: Digests, put: str) -> CacheError:
+    def _not_finite(self, digests: Digests, put: str) -> NotFiniteError:
         rows = np.flatnonzero(self.images.known & (locate(digests, self.images.digests) >= 0))
         examples = ", ".join(repr(self.images.paths[row]) for row in rows[:EXAMPLES])
-        return CacheError(
+        return NotFiniteError(
             f"The features of {len(digests)} images hold NaN or infinity; none of them {put}.",
             where=f"{self.images.root}: {examples}{' ...' if len(rows) > EXAMPLES else ''}",
             why="the network overflows on them, in float32 too",

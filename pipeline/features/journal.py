@@ -20,7 +20,8 @@ from .store import cannot_write
 
 FOLDER, SUFFIX = "journal", ".slots"
 # A slot: the length of the path, 0 while nothing is in hand; the content's digest; the path.
-SLOT = 4096 + DIGEST_BYTES + 2
+PATH_BYTES = 4096
+SLOT = PATH_BYTES + DIGEST_BYTES + 2
 EMPTY = b"\0\0"
 
 
@@ -81,7 +82,7 @@ class Journal:
             CacheError: the cache folder cannot be written.
         """
         slot = self._free.pop()
-        name = os.fsencode(path)
+        name = os.fsencode(path)[:PATH_BYTES]
         self._write(len(name).to_bytes(2, "little") + digest + name, slot)
         try:
             yield
