@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.source import TRAIN
+from ..data.images import Images
+from ..data.source import SPLITS, TRAIN
 from ..errors import BadImagesError
 from ..features.cache import FeatureCache, Filled
 from ..features.extractor import Clock
@@ -21,6 +22,7 @@ from .open import fill_together, open_caches
 
 Say = Callable[[str], None]
 EXAMPLES = 5
+CLASSES = 8  # shown by name
 ADVICE = {
     "read": "Reading files takes longest: a faster or local disk would help.",
     "decode": "Decoding takes longest: more cores (extract.workers), or smaller image files, would help.",
@@ -97,6 +99,7 @@ def _plan(caches: Sequence[FeatureCache]) -> Iterator[str]:
     if backbone.choice:
         yield f"Precision auto: {backbone.choice}"
     yield f"{len(images)} images in {len(images.samples.class_names)} classes under {images.root}"
+    yield from _class_lines(images)
     new = int((~images.known[missing]).sum())
     stores = [each.store for each in caches]
     size = len(missing) * sum(store.feature_dim * (2 if store.spec.dtype == "float16" else 4) + 16 for store in stores)
@@ -107,6 +110,28 @@ def _plan(caches: Sequence[FeatureCache]) -> Iterator[str]:
         f"{stores[-1].spec.folder_name}{named}: {len(stores[-1].digests)} features cached; to do: {len(missing)} images"
         f" ({new} not read before), at most {human_bytes(size)} to write, on {backbone.device} in {backbone.precision}"
     )
+
+
+def _class_lines(images: Images) -> Iterator[str]:
+    """Which classes there are and how many images each has, a line a split where the source has splits."""
+    samples = images.samples
+    for number, split in enumerate(SPLITS):
+        among = images.targets if samples.splits is None else images.targets[samples.splits == number]
+        counts = np.bincount(among[among >= 0], minlength=len(samples.class_names)).tolist()
+        named = sorted(zip(counts, samples.class_names, strict=True), key=lambda pair: (-pair[0], pair[1]))
+        parts = [f"{name} {count:,}" for count, name in named[:CLASSES]]
+        if len(named) > CLASSES:
+            parts.append(f"and {len(named) - CLASSES} more of {named[-1][0]:,} to {named[CLASSES][0]:,}")
+        if without := int((among < 0).sum()):
+            parts.append(f"{without:,} without a label")
+        if len(among):
+            yield f"  {split + ': ' if samples.splits is not None else ''}{', '.join(parts)}"
+        if samples.splits is None:
+            break
+    if not images.class_names:
+        yield "Warning: no image has a label; to train on them, give each class a folder, or a table as data.root."
+    elif len(images.class_names) == 1:
+        yield "Warning: there is one class only, and a classifier needs two."
 
 
 def _summary(caches: Sequence[FeatureCache], plain: Filled, views: list[tuple[FeatureCache, Filled]]) -> dict[str, Any]:
