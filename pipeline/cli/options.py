@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..params import load_params
+from ..errors import ParamsError, Problem
+from ..params import Params, is_url, load_params
+from ..params.load import WEIGHTS_SUFFIXES
 from ..runtime.distributed import world_from_environment
 
 
@@ -85,9 +88,40 @@ def experiment_options(verb: Verb) -> Verb:
     @reporting_options
     @functools.wraps(verb)
     def wrapped(file: Path | None, overrides: tuple[str, ...], **arguments: Any) -> None:
-        verb(params=load_params(file or DEFAULT_FILE, overrides), **arguments)
+        verb(params=params_of(file, overrides), **arguments)
 
     return wrapped
+
+
+def params_of(file: Path | None, overrides: Sequence[str]) -> Params:
+    """The params of ``-p`` and ``-s``; without ``-p`` those of params.yaml, or every default where it is not there."""
+    return load_params(file or (DEFAULT_FILE if DEFAULT_FILE.exists() else None), overrides, check_names=True)
+
+
+def require_paths(params: Params) -> None:
+    """Refuse params that name what is not there, before anything slow is imported.
+
+    Raises:
+        ParamsError: files and folders that do not exist, all of them at once.
+        DataError: data.root is not there.
+    """
+    from ..data.images import require_place
+
+    weights = params.backbone.weights
+    named: dict[str, Path | str | None] = {
+        "data.images": params.data.images,
+        "data.corrections": params.data.corrections,
+        "backbone.weights": weights if os.sep in weights or weights.endswith(WEIGHTS_SUFFIXES) else None,
+        "head.prompts": params.head.prompts,
+    }
+    missing = [
+        Problem(key, "must be the path of something that is there", str(place))
+        for key, place in named.items()
+        if place is not None and not is_url(place) and not Path(place).exists()
+    ]
+    if missing:
+        raise ParamsError("the params, with what is given by -s", missing)
+    require_place(params.data, params.cache.dir)
 
 
 def lazy_options(verb: Verb) -> Verb:
@@ -97,7 +131,7 @@ def lazy_options(verb: Verb) -> Verb:
     @reporting_options
     @functools.wraps(verb)
     def wrapped(file: Path | None, overrides: tuple[str, ...], **arguments: Any) -> None:
-        verb(load=functools.partial(load_params, file or DEFAULT_FILE, overrides), **arguments)
+        verb(load=functools.partial(params_of, file, overrides), **arguments)
 
     return wrapped
 
@@ -105,8 +139,7 @@ def lazy_options(verb: Verb) -> Verb:
 def run_options(verb: Verb) -> Verb:
     """As `experiment_options`, for verbs on a finished run, which brings params of its own: ``-p`` says where runs are.
 
-    The verb gets ``runs_dir``, the ``overrides`` of the run's params, and a ``reporter``. Without ``-p`` the file
-    need not exist.
+    The verb gets ``runs_dir``, the ``overrides`` of the run's params, and a ``reporter``.
     """
 
     @_params_options
@@ -115,9 +148,7 @@ def run_options(verb: Verb) -> Verb:
     @functools.wraps(verb)
     def wrapped(file: Path | None, overrides: tuple[str, ...], backbone: str | None, **arguments: Any) -> None:
         overrides += (f"backbone.name={backbone}",) if backbone else ()
-        there = file is not None or DEFAULT_FILE.exists()
-        runs_dir = load_params(file or DEFAULT_FILE, overrides).runs.dir if there else Path("runs")
-        verb(runs_dir=runs_dir, overrides=overrides, **arguments)
+        verb(runs_dir=params_of(file, overrides).runs.dir, overrides=overrides, **arguments)
 
     return wrapped
 

@@ -14,7 +14,7 @@ from .advise import advise
 from .cache import cache
 from .compare import compare
 from .inspect import inspect
-from .options import Count, Reporter, experiment_options, lazy_options, reporting_options, run_options
+from .options import Count, Reporter, experiment_options, lazy_options, reporting_options, require_paths, run_options
 from .tables import print_backbones, print_ranking, write_predictions_csv
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ PLACES = click.Path(path_type=str)  # which may be URLs
 @experiment_options
 def extract(params: Params, retry: bool, reporter: Reporter) -> None:
     """Embed the images of data.root that the cache does not hold yet."""
+    require_paths(params)
     from ..stages.extract import extract as stage
 
     reporter.finish(stage(params, reporter.say, retry=retry, quiet=reporter.quiet))
@@ -40,6 +41,7 @@ def extract(params: Params, retry: bool, reporter: Reporter) -> None:
 @experiment_options
 def train_head(params: Params, curve: bool, reporter: Reporter) -> None:
     """Train a head on the cached features, score it and publish a run."""
+    require_paths(params)
     from ..stages.train_head import train_head as stage
 
     reporter.finish(stage(params, reporter.say, curve=curve))
@@ -52,6 +54,8 @@ def train_head(params: Params, curve: bool, reporter: Reporter) -> None:
 @experiment_options
 def finetune(params: Params, from_run: str | None, resume: str | None, find: bool, reporter: Reporter) -> None:
     """Train backbone and head together, starting from the probe."""
+    if resume is None:
+        require_paths(params)
     from ..stages.finetune import find_lr
     from ..stages.finetune import finetune as stage
 
@@ -73,11 +77,13 @@ def finetune(params: Params, from_run: str | None, resume: str | None, find: boo
 def evaluate(runs_dir: Path, overrides: tuple[str, ...], run: str, root: str | None, reporter: Reporter) -> None:
     """Score RUN (a path, a name or `latest`) again, or on another folder."""
     from ..artifacts import resolve_run
+
+    folder = resolve_run(runs_dir, run)
     from ..evaluate import metric_lines
     from ..stages.evaluate import evaluate_run
     from ..stages.run import load_run
 
-    loaded = load_run(resolve_run(runs_dir, run), overrides)
+    loaded = load_run(folder, overrides)
     metrics = evaluate_run(loaded, root, quiet=reporter.quiet)
     for line in metric_lines(metrics):
         reporter.say(line)
@@ -101,10 +107,12 @@ def predict(
 ) -> None:
     """Classify images at PATHS (files, folders, tables, shards, URLs) with RUN (path, name, `latest`, exported)."""
     from ..artifacts import resolve_run
+
+    folder = run if Path(run).is_file() else resolve_run(runs_dir, run)
     from ..stages.export import is_exported, load_exported
     from ..stages.run import load_run
 
-    loaded = load_exported(run) if is_exported(run) else load_run(resolve_run(runs_dir, run), overrides)
+    loaded = load_exported(run) if is_exported(run) else load_run(Path(folder), overrides)
     predictions = loaded.predict(paths, top=top, say=reporter.warn, quiet=reporter.quiet)
     _finish_predictions(predictions, top, output, reporter, run=str(loaded.folder))
 
@@ -139,10 +147,12 @@ def export(
     The file takes an RGB image, uint8 (height, width, 3), of any size: all preprocessing is inside.
     """
     from ..artifacts import resolve_run
+
+    folder = resolve_run(runs_dir, run)
     from ..stages.export import export_run
     from ..stages.run import load_run
 
-    loaded = load_run(resolve_run(runs_dir, run), overrides)
+    loaded = load_run(folder, overrides)
     reporter.finish(
         export_run(
             loaded,
@@ -213,11 +223,13 @@ def backbones(
 ) -> None:
     """List backbones with their sizes (NAME: a part of names, or a pattern with *), or rank some on your images."""
     if rank:
-        from ..stages.rank import rank_backbones
-
         if not names:
             raise click.UsageError("--rank needs the names of backbones: backbones --rank NAME NAME")
-        summary = rank_backbones(load(), names, reporter.say, size=images, quiet=reporter.quiet)
+        params = load()
+        require_paths(params)
+        from ..stages.rank import rank_backbones
+
+        summary = rank_backbones(params, names, reporter.say, size=images, quiet=reporter.quiet)
         if not reporter.as_json:
             print_ranking(summary)
         reporter.finish(summary)

@@ -95,10 +95,27 @@ def scan_folder(root: Path, *, layout: Layout = "auto", extensions: Extensions) 
     Raises:
         DataError: there is nothing to scan, a folder cannot be read, or the folders contradict each other.
     """
-    if not root.is_dir():
-        why = "it is a file" if root.exists() else "there is no such folder"
-        raise DataError("The data folder cannot be scanned.", where=shown(root), why=why, remedy="correct data.root")
+    require_folder(root)
     return scan_tree(Walker(root, extensions), Walker(root, extensions), root, layout)
+
+
+def require_folder(root: Path) -> None:
+    """Refuse a data folder that is not there.
+
+    Raises:
+        DataError: with the names beside it that are near.
+    """
+    if root.is_dir():
+        return
+    beside = os.listdir(root.parent) if root.parent.is_dir() else []
+    near = difflib.get_close_matches(root.name, beside, 3, 0.5)
+    raise DataError(
+        "The data folder cannot be scanned.",
+        where=shown(root),
+        why=("it is a file" if root.exists() else "there is no such folder")
+        + (f"; beside it there is {_some(near)}" if near and not root.exists() else ""),
+        remedy="set data.root to the folder of your images (`pipeline demo-data FOLDER` writes some to try)",
+    )
 
 
 def scan_tree(walker: Walker | ListedTree, probe: Walker | ListedTree, root: Place, layout: Layout) -> Samples:

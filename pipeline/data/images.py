@@ -21,7 +21,7 @@ from ..runtime.progress import ProgressBar
 from .archive import ArchiveSource
 from .corrections import Corrections, read_corrections
 from .digests import Digests
-from .folder import FolderSource
+from .folder import FolderSource, require_folder
 from .given import Given, GivenSource
 from .index import DigestIndex, index_file
 from .objects import ObjectSource
@@ -278,6 +278,17 @@ def open_images(data: DataParams, cache_dir: Path) -> Images:
     return images
 
 
+def require_place(data: DataParams, cache_dir: Path) -> None:
+    """Refuse a ``data.root`` that is not there; nothing is listed yet.
+
+    Raises:
+        DataError: see its message.
+    """
+    source = _open_source(data, cache_dir)
+    if isinstance(source, FolderSource):
+        require_folder(Path(data.root))
+
+
 def _open_source(data: DataParams, cache_dir: Path) -> Source:
     return next(source for opens in SOURCES if (source := opens(data, cache_dir)) is not None)
 
@@ -298,4 +309,4 @@ def open_given(given: Given | Iterable[Given], data: DataParams, cache_dir: Path
     return Images(GivenSource(given, data.extensions, open_place), data, cache_dir)
 
 
-__all__ = ["SOURCES", "Given", "Images", "Samples", "Source", "open_given", "open_images"]
+__all__ = ["SOURCES", "Given", "Images", "Samples", "Source", "open_given", "open_images", "require_place"]

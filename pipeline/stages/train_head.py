@@ -42,6 +42,8 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
     if params.runs.name:
         check_run_name(params.runs.dir, params.runs.name)
     caches = {cache.backbone.identity.pooling: cache for cache in open_caches(params)}
+    for kind in params.head.kinds:  # refuses, before anything is paid for, what it cannot be configured with
+        make_head(kind, params.head, class_names=next(iter(caches.values())).images.class_names)
     tables = {pooling: cache.table() for pooling, cache in caches.items()}
     table = next(iter(tables.values()))
     reported = table.reported_split()

@@ -1,0 +1,34 @@
+"""What is wrong is said before anything is imported that takes time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import sys
+from pipeline.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("torch" in sys.modules, "sklearn" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["extract", "-s", "head.kind=svmm"], 2, ["-s head.kind", "svm"]),
+        (["train-head", "-s", "data.root=pictures"], 1, ["pictures", "'picture'", "demo-data"]),
+        (["finetune", "-s", "backbone.weights=no.pth", "-s", "head.prompts=no.txt"], 2, ["no.pth", "no.txt"]),
+        (["predict", "foo", "x.jpg"], 1, ["There is no run foo"]),
+    ],
+)
+def test_mistakes_are_told_without_torch(tmp_path: Path, arguments: list[str], code: int, words: list[str]) -> None:
+    (tmp_path / "picture").mkdir()
+    done = subprocess.run([sys.executable, "-c", CODE, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code and done.stdout == "False False\n", done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
