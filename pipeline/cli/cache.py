@@ -93,16 +93,14 @@ def export(params: Params, target: Path, reporter: Reporter) -> None:
 
 
 def _print_keys(keys: list[Mapping[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from .tables import screen_for
 
     table = Table(*COLUMNS, box=None, header_style="bold")
     for key in keys:
         table.add_row(*_cells(key))
-    console = Console(highlight=False, markup=False)
-    # As wide as it needs: a terminal folds long lines better than a table folds its cells, and a pipe has no width.
-    console.width = max(console.width, console.measure(table, options=console.options.update_width(10_000)).maximum)
-    console.print(table)
+    screen_for(table).print(table)
 
 
 def _cells(key: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import click
 
 from ..errors import PipelineError
-from .options import Reporter
+from .options import Reporter, hang_up
 
-GENERAL_FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+USAGE, INTERRUPTED = 2, 130
 
 
 class _LazyGroup(click.Group):
@@ -54,10 +53,8 @@ def _run(arguments: list[str], reporter: Reporter) -> int:
         return _fail(reporter, {"type": "Interrupted", "what": "Interrupted."}, "Interrupted.", INTERRUPTED)
     except click.ClickException as error:
         return _fail(reporter, {"type": "UsageError", "what": error.format_message()}, _usage(error), USAGE)
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`); there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return GENERAL_FAILURE
+    except (BrokenPipeError, SystemExit):  # click and rich exit where the reader of our output has gone
+        hang_up(1)  # it has seen enough of it (`| head`), which is no error
     except Exception as error:  # noqa: BLE001 - the last line of defence: a message, and a traceback with -v
         remedy = "run again with -v for the traceback, and report it: this is a fault of the program"
         what = f"Unexpected {type(error).__name__}: {error}"

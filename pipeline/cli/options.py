@@ -33,17 +33,32 @@ class Reporter:
     def say(self, line: str) -> None:
         """Print a line for people."""
         if self.is_main and not self.quiet:
-            click.echo(line.encode("utf-8", "backslashreplace").decode(), err=self.as_json)
+            _echo(line, err=self.as_json)
 
     def warn(self, line: str) -> None:
         """Print a line for people where it mixes with no result: on standard error."""
         if self.is_main and not self.quiet:
-            click.echo(line.encode("utf-8", "backslashreplace").decode(), err=True)
+            _echo(line, err=True)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Print the one JSON object of ``--json``."""
         if self.is_main and self.as_json:
             click.echo(json.dumps(summary))
+
+
+def _echo(line: str, *, err: bool) -> None:
+    """Print a line that any terminal takes; where its reader has gone (``| head``), work goes on without a word."""
+    try:
+        click.echo(line.encode("utf-8", "backslashreplace").decode(), err=err)
+    except BrokenPipeError:
+        hang_up(2 if err else 1)
+
+
+def hang_up(stream: int) -> None:
+    """Write to nowhere instead of to file descriptor ``stream``, whose reader has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 class Count(click.ParamType):  # type: ignore[type-arg]

@@ -59,7 +59,7 @@ def print_backbones(rows: Sequence[BackboneRow], *, more: bool = False, sizes: M
         numbers = (str(row.feature_dim), f"{row.parameters:,}", str(row.input_size))
         others = [tag for tag in row.weights if not row.name.endswith(f".{tag}")]
         table.add_row(row.name, *numbers, row.licence or "-", " ".join(others))
-    console = _console_for(table)
+    console = screen_for(table)
     console.print(table)
     if not rows:
         console.print("No backbone fits.")
@@ -96,12 +96,12 @@ def print_ranking(summary: dict[str, Any]) -> None:
         accuracy, interval = f"{100 * row['accuracy']:.1f} %", f"{low:.1f} to {high:.1f}"
         numbers = (f"{row['parameters']:,}", str(row["feature_dim"]), f"{row['milliseconds']:.1f}")
         table.add_row(row["label"], accuracy, interval, *numbers)
-    console = _console_for(table)
+    console = screen_for(table)
     console.print(table)
     console.print(f"Recommended: {summary['reason']}")
 
 
-def _console_for(table: Table) -> Console:
+def screen_for(table: Table) -> Console:
     """Standard output, as wide as the table needs, so that names and paths stay whole."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.width = max(console.width, console.measure(table, options=console.options.update_width(10_000)).maximum)

@@ -210,8 +210,6 @@ def finetune(
         provenance = _provenance(table, fitted, head, result, selected, selections, [*cache.warnings, *warnings])
         split = SPLITS[reported]
         metrics, predictions = score(head, replace(table, features=features), rows, provenance, split=split)
-        for line in [*_verdict_lines(selected, split, metrics.metrics["accuracy"], probe), *metric_lines(metrics)]:
-            tell(line)
 
         # The run.
         model = run_model(tuned, table, head).model_copy(
@@ -233,6 +231,8 @@ def finetune(
         path = publish_run(
             params, name, head=head, model=model, metrics=metrics, predictions=predictions, gallery=gallery, fill=fill
         )
+        for line in [*_verdict_lines(selected, split, metrics.metrics["accuracy"], probe), *metric_lines(metrics)]:
+            tell(line)
         tell(f"Run: {path} (backbone.weights={path / BACKBONE_FILE} extracts with it)")
     shutil.rmtree(folder, ignore_errors=True)
     return metrics.summary(str(path))

@@ -59,14 +59,14 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
     points = _learning_curve(section, table, head.kind, reported) if curve else []
     metrics, predictions = _score(table, choice, reported, points, cache.warnings)
     model = run_model(cache, table, head)
-    for line in [_parameter_line(model.parameters), *_leaderboard_lines(choice), *metric_lines(metrics)]:
-        say(line)
-    for line in _curve_lines(points):
-        say(line)
     model = model.model_copy(update={"seconds": time.perf_counter() - started})
     name = params.runs.name or default_run_name(params.data.root, cache.backbone.identity.name, head.kind)
     gallery = make_gallery(cache, table, SPLITS[reported], predictions)
     path = publish_run(params, name, head=head, model=model, metrics=metrics, predictions=predictions, gallery=gallery)
+    for line in [_parameter_line(model.parameters), *_leaderboard_lines(choice), *metric_lines(metrics)]:
+        say(line)
+    for line in _curve_lines(points):
+        say(line)
     say(f"Run: {path} (report.html shows the scores)")
     return metrics.summary(str(path))
 
