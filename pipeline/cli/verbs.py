@@ -49,7 +49,10 @@ def train_head(params: Params, curve: bool, reporter: Reporter) -> None:
 
 @click.command()
 @click.option("--from", "from_run", metavar="RUN", help="Stage-two run to start from (default: the latest).")
-@click.option("--resume", metavar="RUN", help="Go on with a training that was stopped or killed (or `latest`).")
+@click.option(
+    "--resume", is_flag=False, flag_value="latest", metavar="[RUN]",
+    help="Go on with a training that was stopped or killed, the latest or RUN.",
+)  # fmt: skip
 @click.option("--find-lr", "find", is_flag=True, help="Only draw loss against learning rate and suggest both rates.")
 @experiment_options
 def finetune(params: Params, from_run: str | None, resume: str | None, find: bool, reporter: Reporter) -> None:
