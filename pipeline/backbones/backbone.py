@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -225,9 +225,10 @@ def resolve_backbone(
         choice = kept_choice(cache_dir, identity, resolved)
         if choice is None and (most := cached_precision(identity, resolved)):
             choice = PrecisionChoice(most, "most features of this backbone in the cache are so")
+        new = choice is None
         choice = choice or _choose_precision(identity, resolved, device, source, memo)
         if begins:
-            choice = keep_choice(cache_dir, identity, resolved, choice)
+            choice = replace(keep_choice(cache_dir, identity, resolved, choice), new=new)
     return Backbone(
         identity=identity,
         transform=resolved,

@@ -44,11 +44,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str], reporter: Reporter) -> int:
     try:
-        cli.main(args=arguments, prog_name="pipeline", standalone_mode=False)
+        code = cli.main(args=arguments, prog_name="pipeline", standalone_mode=False)
+        return code if isinstance(code, int) else 0  # a verb's own, by `click.exceptions.Exit`
     except PipelineError as error:
         return _fail(reporter, error.as_dict(), str(error), error.exit_code)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _fail(reporter, {"type": "Interrupted", "what": "Interrupted."}, "Interrupted.", INTERRUPTED)
     except click.ClickException as error:

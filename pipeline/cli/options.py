@@ -16,6 +16,7 @@ from ..errors import ParamsError, Problem
 from ..params import Params, is_url, load_params
 from ..params.load import WEIGHTS_SUFFIXES
 from ..runtime.distributed import world_from_environment
+from ..runtime.progress import print_above
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,11 @@ class Reporter:
 
 def _echo(line: str, *, err: bool) -> None:
     """Print a line that any terminal takes; where its reader has gone (``| head``), work goes on without a word."""
+    text = line.encode("utf-8", "backslashreplace").decode()
+    if os.isatty(2 if err else 1) and print_above(text):
+        return
     try:
-        click.echo(line.encode("utf-8", "backslashreplace").decode(), err=err)
+        click.echo(text, err=err)
     except BrokenPipeError:
         hang_up(2 if err else 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,20 @@ def write_predictions_csv(predictions: Sequence[Prediction], top: int, file: Pat
         sys.stdout.flush()
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+
+
+def print_predictions(predictions: Sequence[Prediction], top: int) -> None:
+    """One line an image on a terminal, with the ``top`` classes; those that could not be classified are left out."""
+    table = Table("image", *["class", "probability"] * top, box=None, header_style="bold")
+    for prediction in predictions:
+        if prediction.error is None:
+            pairs = ((label, "-" if value is None else f"{100 * value:.1f} %") for label, value in prediction.top[:top])
+            path = os.path.relpath(prediction.path) if os.path.isabs(prediction.path) else prediction.path
+            table.add_row(min(path, prediction.path, key=len), *(cell for pair in pairs for cell in pair))
+    for column in table.columns[2::2]:
+        column.justify = "right"
+    if table.row_count:
+        screen_for(table).print(table)
 
 
 def print_backbones(rows: Sequence[BackboneRow], *, more: bool = False, sizes: Mapping[str, int] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from .cache import cache
 from .compare import compare
 from .inspect import inspect
 from .options import Count, Reporter, experiment_options, lazy_options, reporting_options, require_paths, run_options
-from .tables import print_backbones, print_ranking, write_predictions_csv
+from .tables import print_backbones, print_predictions, print_ranking, write_predictions_csv
 
 if TYPE_CHECKING:
     from ..stages.run import Prediction
@@ -97,7 +98,7 @@ def evaluate(runs_dir: Path, overrides: tuple[str, ...], run: str, root: str | N
 @click.argument("run")
 @click.argument("paths", nargs=-1, required=True, type=PLACES)
 @click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="Classes to list for each image.")
-@click.option("-o", "--output", type=PATHS, help="Write the CSV to this file instead of the terminal.")
+@click.option("-o", "--output", type=PATHS, help="Write CSV to this file.")
 @run_options
 def predict(
     runs_dir: Path,
@@ -173,7 +174,7 @@ def export(
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=PLACES)
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to list for each image.")
-@click.option("-o", "--output", type=PATHS, help="Write the CSV to this file instead of the terminal.")
+@click.option("-o", "--output", type=PATHS, help="Write CSV to this file.")
 @experiment_options
 def classify(
     params: Params,
@@ -192,16 +193,24 @@ def classify(
 def _finish_predictions(
     predictions: Sequence[Prediction], top: int, output: Path | None, reporter: Reporter, run: str | None
 ) -> None:
+    bad = [prediction for prediction in predictions if prediction.error is not None]
+    good = len(predictions) - len(bad)
+    counts = f"{good:,} {'image' if good == 1 else 'images'} classified" + (f", {len(bad):,} not" if bad else "")
     if output:
         write_predictions_csv(predictions, top, output)
-        reporter.say(f"{len(predictions)} predictions: {output.resolve()}")
+        reporter.say(f"{counts}: {output.resolve()}")
+    elif not reporter.as_json and sys.stdout.isatty():
+        print_predictions(predictions, top)
     elif not reporter.as_json:
         write_predictions_csv(predictions, top, None)
-    bad = [prediction for prediction in predictions if prediction.error is not None]
     for prediction in bad:
         click.echo(f"not classified: {prediction.path!r}: {prediction.error}", err=True)
+    if bad and not output:
+        reporter.warn(counts)
     rows = [prediction.as_dict() for prediction in predictions]
     reporter.finish({"run": run, "n": len(predictions), "errors": len(bad), "predictions": rows})
+    if len(bad) == len(predictions):
+        raise click.exceptions.Exit(1)
 
 
 @click.command()

@@ -96,20 +96,24 @@ def _plan(caches: Sequence[FeatureCache]) -> Iterator[str]:
     if ignored := sorted(images.samples.ignored.items()):
         counts = ", ".join(f"{count} {extension or '(no extension)'}" for extension, count in ignored)
         yield f"Ignored files: {counts}."
-    if backbone.choice:
+    if backbone.choice and backbone.choice.new:
         yield f"Precision auto: {backbone.choice}"
     yield f"{len(images)} images in {len(images.samples.class_names)} classes under {images.root}"
     yield from _class_lines(images)
     new = int((~images.known[missing]).sum())
     stores = [each.store for each in caches]
     size = len(missing) * sum(store.feature_dim * (2 if store.spec.dtype == "float16" else 4) + 16 for store in stores)
-    for store in stores[:-1]:
-        yield f"{store.spec.folder_name} ({store.spec.pooling}): {len(store.digests)} features cached"
+    for each in caches[:-1]:
+        yield f"{each.store.spec.folder_name} ({each.store.spec.pooling}): {_cached(each)}"
     named = f" ({stores[-1].spec.pooling})" if len(stores) > 1 else ""
-    yield (
-        f"{stores[-1].spec.folder_name}{named}: {len(stores[-1].digests)} features cached; to do: {len(missing)} images"
-        f" ({new} not read before), at most {human_bytes(size)} to write, on {backbone.device} in {backbone.precision}"
-    )
+    unread = f" ({new:,} not read before; those known under another name cost nothing)" if new else ""
+    yield f"{stores[-1].spec.folder_name}{named}: {_cached(caches[-1])}; to do: {len(missing):,}{unread}"
+    if len(missing):
+        yield f"At most {human_bytes(size)} to write, on {backbone.device} in {backbone.precision}"
+
+
+def _cached(cache: FeatureCache) -> str:
+    return f"{int(cache.present.sum()):,} of these images cached"
 
 
 def _class_lines(images: Images) -> Iterator[str]:

@@ -173,7 +173,10 @@ def finetune(
             # What is best on the images that choose: the probe, an epoch, or a mix of both; then that on all of train.
             calibrates = "temperature" in (section.calibrate, params.head.calibrate)
             transform = backbone.transform
-            choice = choose(result, classifier, train, selection, transform, section, setup, calibrate=calibrates)
+            with ProgressBar(
+                "choosing among the probe, the epochs and mixes of both", quiet=quiet or not world.is_main
+            ):
+                choice = choose(result, classifier, train, selection, transform, section, setup, calibrate=calibrates)
             tell(_choice_line(choice, probe))
             every = np.flatnonzero(table.train)
             refits, warnings = section.refit and bool(choice.epoch) and len(every) > len(holdout.train), list[str]()
@@ -232,9 +235,17 @@ def finetune(
             (run_folder / "history.svg").write_bytes(history_plot(result.history))
 
         gallery = make_gallery(cache, replace(table, features=features), split, predictions)
-        path = publish_run(
-            params, name, head=head, model=model, metrics=metrics, predictions=predictions, gallery=gallery, fill=fill
-        )
+        with ProgressBar("publishing the run and its report", quiet=quiet):
+            path = publish_run(
+                params,
+                name,
+                head=head,
+                model=model,
+                metrics=metrics,
+                predictions=predictions,
+                gallery=gallery,
+                fill=fill,
+            )
         for line in [*_verdict_lines(selected, split, metrics.metrics["accuracy"], probe), *metric_lines(metrics)]:
             tell(line)
         tell(f"Run: {path} (backbone.weights={path / BACKBONE_FILE} extracts with it)")
