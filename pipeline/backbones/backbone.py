@@ -6,7 +6,7 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -349,9 +349,10 @@ def resolve_backbone(
         choice = kept_choice(cache_dir, identity, resolved)
         if choice is None and (most := cached_precision(identity, resolved)):
             choice = PrecisionChoice(most, "most features of this backbone in the cache are so")
+        new = choice is None
         choice = choice or _choose_precision(identity, resolved, resolve_device(extract.device, world), source, memo)
         if begins:
-            choice = keep_choice(cache_dir, identity, resolved, choice)
+            choice = replace(keep_choice(cache_dir, identity, resolved, choice), new=new)
     return Backbone(
         identity=identity,
         transform=resolved,

@@ -65,10 +65,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """What precision `auto` stands for, and why."""
+    """What precision `auto` stands for, and why; ``new``: it was decided just now."""
 
     precision: str
     why: str
+    new: bool = False
 
     def __str__(self) -> str:
         return f"{self.precision} ({self.why})"

@@ -22,7 +22,7 @@ from ..runtime.progress import ProgressBar
 from .archive import ArchiveSource
 from .corrections import Corrections, read_corrections
 from .digests import Digests
-from .folder import FolderSource
+from .folder import FolderSource, require_folder
 from .given import BatchSource, Given, GivenSource
 from .index import MOST_BLOCKS, DigestIndex, index_file
 from .objects import ObjectSource
@@ -308,6 +308,17 @@ def open_images(data: DataParams, cache_dir: Path) -> Images:
     return images
 
 
+def require_place(data: DataParams, cache_dir: Path) -> None:
+    """Refuse a ``data.root`` that is not there; nothing is listed yet.
+
+    Raises:
+        DataError: see its message.
+    """
+    source = _open_source(data, cache_dir)
+    if isinstance(source, FolderSource):
+        require_folder(Path(data.root))
+
+
 def _open_source(data: DataParams, cache_dir: Path) -> Source:
     return next(source for opens in SOURCES if (source := opens(data, cache_dir)) is not None)
 
@@ -333,4 +344,14 @@ def open_batch(contents: Sequence[Any], paths: Sequence[Any], data: DataParams, 
     return Images(BatchSource(contents, paths, data.root), data, cache_dir)
 
 
-__all__ = ["SOURCES", "Given", "Images", "Samples", "Source", "open_batch", "open_given", "open_images"]
+__all__ = [
+    "SOURCES",
+    "Given",
+    "Images",
+    "Samples",
+    "Source",
+    "open_batch",
+    "open_given",
+    "open_images",
+    "require_place",
+]

@@ -26,7 +26,7 @@ from ..params import CacheParams, ExtractParams, Place
 from ..runtime.cores import worker_count
 from ..runtime.distributed import World, gather
 from ..runtime.interrupt import stop_after_batch
-from ..runtime.progress import ProgressBar
+from ..runtime.progress import ProgressBar, quiet_libraries
 from .drift import PixelRecord
 from .extractor import Clock, extract_features
 from .journal import Journal, journal, suspects_left_behind
@@ -373,6 +373,7 @@ class FeatureCache:
         started = time.perf_counter()
         with (
             stop_after_batch() as interruption,
+            quiet_libraries(),
             ProgressBar("embedding", len(positions), quiet=self._quiet) as bar,
             self.images.reading_ahead(positions.tolist()),
         ):

@@ -44,6 +44,8 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
     if params.runs.name:
         check_run_name(params.runs.dir, params.runs.name)
     caches = open_caches(params)
+    for kind in params.head.kinds:  # refuses, before anything is paid for, what it cannot be configured with
+        make_head(kind, params.head, class_names=caches[0].images.class_names)
     return train_on([(cache, cache.table()) for cache in caches], params, say, curve=curve, started=started)
 
 
@@ -79,14 +81,14 @@ def train_on(
     points = _learning_curve(section, table, head.kind, reported, backbone.device) if curve else []
     metrics, predictions = _score(table, choice, reported, points, cache.warnings)
     model = run_model(cache, table, head)
-    for line in [_parameter_line(model.parameters), *_leaderboard_lines(choice), *metric_lines(metrics)]:
-        say(line)
-    for line in _curve_lines(points):
-        say(line)
     model = model.model_copy(update={"seconds": time.perf_counter() - started})
     name = params.runs.name or default_run_name(params.data.root, cache.backbone.identity.name, head.kind)
     gallery = make_gallery(cache, table, SPLITS[reported], predictions)
     path = publish_run(params, name, head=head, model=model, metrics=metrics, predictions=predictions, gallery=gallery)
+    for line in [_parameter_line(model.parameters), *_leaderboard_lines(choice), *metric_lines(metrics)]:
+        say(line)
+    for line in _curve_lines(points):
+        say(line)
     say(f"Run: {path} (report.html shows the scores)")
     return metrics.summary(str(path))
 
