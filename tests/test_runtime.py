@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pipeline.errors import DeviceError
 from pipeline.runtime import progress
 from pipeline.runtime.cores import usable_cores, worker_count
-from pipeline.runtime.device import resolve_device
+from pipeline.runtime.device import resolve_device, tf32
 from pipeline.runtime.distributed import World, gather, world_from_environment
 from pipeline.runtime.interrupt import stop_after_batch
 from pipeline.runtime.progress import ProgressBar
@@ -59,6 +59,18 @@ class TestDevice:
         worlds = [World(rank=4 + local, size=8, local_rank=local) for local in range(4)]
         assert [resolve_device("cuda", world).index for world in worlds] == [0, 1, 0, 1]
         assert resolve_device("cuda:1", worlds[0]).index == 1
+
+    def test_float32_on_a_gpu_is_not_tf32_unless_it_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.machine(monkeypatch, gpus=1)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        flags = lambda: (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)  # noqa: E731
+        resolve_device("cpu")
+        assert flags() == (True, True)
+        resolve_device("auto")
+        assert flags() == (False, False)
+        with tf32():
+            assert flags() == (True, True)
+        assert flags() == (False, False)
 
     @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
     def test_a_device_that_is_missing_is_named_with_a_way_out(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:

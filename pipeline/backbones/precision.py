@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..files import canonical_json, digest_bytes, publish_file, seal_json, unseal_json
 from ..runtime.seeds import make_generator
 from .build import BackboneIdentity, BuiltNetwork
-from .prepare import DTYPES, prepare_for_inference
+from .prepare import REDUCED, prepare_for_inference
 from .transform import Transform
 
 # Cosines between the features of float32 and of the reduced precision, over the sample. Measured: most backbones lie
@@ -77,7 +77,7 @@ def kept_choice(cache_dir: Path, identity: BackboneIdentity, transform: Transfor
     """What `auto` stands for in a cache for this network, decided by whoever began; None where nobody has."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         kept = unseal_json(_choice_file(cache_dir, identity, transform).read_bytes())
-        if kept["precision"] in DTYPES:
+        if kept["precision"] in ("float32", *REDUCED):
             return PrecisionChoice(kept["precision"], str(kept["why"]))
     return None
 
@@ -99,14 +99,15 @@ def _choice_file(cache_dir: Path, identity: BackboneIdentity, transform: Transfo
     return cache_dir / CHOICES_FOLDER / f"{name}.json"
 
 
-def reduced_precision_of(device: torch.device) -> str | None:
-    """The reduced precision that ``device`` computes faster than float32; ``None`` where there is none."""
+def reduced_precisions_of(device: torch.device) -> tuple[str, ...]:
+    """The precisions that ``device`` computes faster than float32, in the order in which they are to be tried.
+
+    On a GPU bfloat16 overflows nowhere, and float16, as fast, is eight times as exact.
+    """
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
-        return "bfloat16" if major >= 8 else "float16"
-    if device.type == "cpu" and _cpu_has_bfloat16():
-        return "bfloat16"
-    return None
+        return ("bfloat16", "float16") if major >= 8 else ("float16",)
+    return ("bfloat16",) if device.type == "cpu" and _cpu_has_bfloat16() else ()
 
 
 def accept_precision(backbone: BuiltNetwork, *, device: torch.device, precision: str) -> Verdict:
@@ -127,6 +128,8 @@ def verdict_key(identity: BackboneIdentity, crop: int, *, device: torch.device, 
     """What a verdict depends on: the key to remember it under."""
     return {
         "about": "precision",
+        # On CUDA float32 was TF32 once, and pooling was in the reduced precision.
+        **({"float32": "ieee"} if device.type == "cuda" else {}),
         "backbone": identity.as_dict(),
         "crop": crop,
         "device": kind_of_device(device),

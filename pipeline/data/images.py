@@ -24,7 +24,7 @@ from .corrections import Corrections, read_corrections
 from .digests import Digests
 from .folder import FolderSource
 from .given import BatchSource, Given, GivenSource
-from .index import DigestIndex, index_file
+from .index import MOST_BLOCKS, DigestIndex, index_file
 from .objects import ObjectSource
 from .parquet import open_parquet
 from .source import Samples, Source, Stamp
@@ -63,6 +63,7 @@ class Images:
         self.index_file = None if source.name is None else index_file(cache_dir, source.name)
         index = DigestIndex.load(self.index_file) if self.index_file else DigestIndex()
         self.digests, self.known = index.lookup(self.paths, self.samples.stamps)
+        self._remembered, self._index = self.known.copy(), (index.first, len(index) - index.first, index.blocks)
         self.failures: dict[int, str] = {}
         self.warnings = [*self.samples.warnings, *([index.warning] if index.warning else [])]
         self._stamps = self.samples.stamps.copy()
@@ -143,8 +144,11 @@ class Images:
             self.failures[position] = f"{type(error).__name__}: {error.strerror or error}"
             self.known[position] = False
             return None
-        self._stamps[position], self._read_ns[position] = stamp, started
-        self.digests[position] = np.frombuffer(digest_bytes(data), np.uint8)
+        digest = np.frombuffer(digest_bytes(data), np.uint8)
+        self._remembered[position] &= bool(
+            (self._stamps[position] == stamp).all() and (self.digests[position] == digest).all()
+        )
+        self._stamps[position], self._read_ns[position], self.digests[position] = stamp, started, digest
         self.known[position] = True
         return data
 
@@ -190,28 +194,51 @@ class Images:
                     bar.advance()
         self.remember()
 
-    def learn(self, digests: Digests, known: NDArray[np.bool_], failures: dict[int, str]) -> None:
-        """Take over what another process has read: digests (n, 16) where ``known`` (n,), and its failures."""
-        self.digests[known] = digests[known]
-        self.known |= known
+    @property
+    def read_here(self) -> Rows:
+        """The positions of the images that this process has read."""
+        return np.flatnonzero(self.known & (self._read_ns > 0))
+
+    def learn(self, positions: Rows, digests: Digests, failures: dict[int, str]) -> None:
+        """Take over what another process has read: ``positions`` (m,) with digests (m, 16), and its failures."""
+        self.digests[positions] = digests
+        self.known[positions] = True
         self.failures |= failures
 
     def remember(self) -> None:
-        """Keep the digests learned since the listing, beside what other processes have kept meanwhile.
+        """Keep the digests that this process has learned since it did so last, beside what others keep.
 
         An index only saves time, so that one which cannot be written is worth a warning, not an end.
         """
-        if self.index_file is None:
+        new = self.read_here
+        new = new[~self._remembered[new]]
+        if self.index_file is None or not len(new):
             return
         try:
-            index = DigestIndex.load(self.index_file)
-            index.updated(self.paths, self._stamps, self.digests, self.known, read_ns=self._read_ns).save(
-                self.index_file
-            )
+            self._append(self.index_file, new)
         except OSError as error:
             self.warnings.append(
                 f"The next run reads every image again: {self.index_file} cannot be written ({error})."
             )
+
+    def _append(self, file: Path, new: Rows) -> None:
+        """Add the rows ``new`` to the index; make one block of it where it has doubled, or is of very many."""
+        self._remembered[new] = True
+        learnt = DigestIndex().updated(
+            [self.paths[row] for row in new.tolist()],
+            self._stamps[new],
+            self.digests[new],
+            self.known[new],
+            read_ns=self._read_ns[new],
+        )
+        if not len(learnt):
+            return
+        learnt.append(file)
+        first, more, blocks = self._index
+        first, more, blocks = first or len(learnt), more + len(learnt) if first else 0, blocks + 1
+        if (more > first or blocks > MOST_BLOCKS) and DigestIndex.compact(file, self.paths, self._stamps):
+            first, more, blocks = first + more, 0, 1
+        self._index = (first, more, blocks)
 
     # -- splits and groups ------------------------------------------------------------------------------------------
 

@@ -403,7 +403,7 @@ class FeatureCache:
     def _preparation(self, opened: Journal, caches: Sequence[FeatureCache]) -> Preparation:
         return Preparation(
             self.images,
-            set.intersection(*({row.tobytes() for row in cache.store.digests} for cache in caches)),
+            lambda digest: all(cache.store.contains(stack_digests([digest]))[0] for cache in caches),
             self.quarantine,
             decode=self.backbone.decoder,
             crop=lambda image, digest: self.view.pixels(image, digest, self.backbone.transform),
@@ -424,15 +424,14 @@ class FeatureCache:
         return after
 
     def _together(self, filled: Filled) -> Filled:
-        """What all processes did, each learning what the others have read."""
-        images = self.images
-        mine = (images.digests, images.known, images.failures, filled)
-        shares = gather(mine, self._world)
+        """What all processes did, each learning what the others have read now."""
+        images, new = self.images, self.images.read_here
+        shares = gather((new, images.digests[new], images.failures, filled), self._world)
         if len(shares) == 1:
             return filled
         clock = Clock()
-        for digests, known, failures, share in shares:
-            images.learn(digests, known, failures)
+        for positions, digests, failures, share in shares:
+            images.learn(positions, digests, failures)
             clock.add(share.clock)
         computed = np.concatenate([share.computed for *_, share in shares])
         return Filled(computed, clock, max(share.seconds for *_, share in shares))

@@ -46,7 +46,7 @@ class View:
         part = image.resize((transform.crop, transform.crop), RESAMPLING[transform.interpolation], box=box)
         if generator.random() < 0.5:
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.ascontiguousarray(np.asarray(part, np.uint8).transpose(2, 0, 1))
+        return np.asarray(part, np.uint8).transpose(2, 0, 1)
 
 
 PLAIN = View()

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..params import HeadParams
 from .base import Head
 from .common import Ints
@@ -33,6 +35,11 @@ def family_of(kind: str) -> type[Head]:
 def kinds_of_layers() -> tuple[str, ...]:
     """The kinds whose heads are linear layers (`Head.as_layers`), which fine-tuning can start from."""
     return tuple(kind for kind, family in KINDS.items() if family.as_layers is not Head.as_layers)
+
+
+def head_device(device: torch.device) -> str:
+    """Where heads are fitted beside a backbone on ``device``: MPS lacks float64, which the solver proves with."""
+    return str(device) if device.type == "cuda" else "cpu"
 
 
 def make_head(kind: str, params: HeadParams, *, class_names: Sequence[str], jobs: int = 1, device: str = "cpu") -> Head:

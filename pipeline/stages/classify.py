@@ -42,7 +42,7 @@ def classify(params: Params, paths: Sequence[Path | str], *, top: int = 5, quiet
         logits.update(zip(map(bytes, digests), features, strict=True))
 
     preparation = Preparation(
-        images, set(), quarantine, decode=decoder, crop=lambda image, _digest: transform.pixels(image)
+        images, lambda _digest: False, quarantine, decode=decoder, crop=lambda image, _digest: transform.pixels(image)
     )
     with stop_after_batch() as interruption, ProgressBar("classifying", len(images), quiet=quiet) as bar:
         extract_features(

@@ -31,8 +31,17 @@ from ..artifacts import (
     read_model,
     write_predictions,
 )
-from ..backbones import Backbone, BackboneIdentity, BuiltNetwork, Transform, build_network, is_own_code, make_decoder
-from ..backbones.backbone import DECODER_RULES
+from ..backbones import (
+    Backbone,
+    BackboneIdentity,
+    BuiltNetwork,
+    Transform,
+    build_network,
+    is_own_code,
+    kind_of_device,
+    make_decoder,
+)
+from ..backbones.backbone import DECODER_RULES, batch_size
 from ..data.images import Given, Images, open_given
 from ..data.source import SPLITS
 from ..errors import RunError
@@ -98,6 +107,11 @@ class Run:
         """
         record, params = self.model.backbone, self.params
         transform = Transform.from_dict(self.model.transform, where=self.folder)
+        device = resolve_device(params.extract.device)
+        recorded = self.model.device
+        # What another kind of device computed is repeated to the byte in no shape: take the one that suits this one.
+        same = recorded is None or recorded.startswith(device.type)
+        by_rule = batch_size("auto", device, transform.crop, self.model.precision)
         return Backbone(
             identity=BackboneIdentity(
                 record.name, record.weights, record.digest, record.layer, record.pooling, record.code
@@ -105,9 +119,9 @@ class Run:
             transform=transform,
             feature_dim=self.model.feature_dim,
             decoder=make_decoder(transform, params.data.max_pixels, self._decoding_rule()),
-            device=resolve_device(params.extract.device),
+            device=device,
             precision=self.model.precision,
-            batch_size=self.model.forward_shape[0],
+            batch_size=self.model.forward_shape[0] if same else by_rule,
             source=self._build_network,
             compiled=params.extract.compile,
         )
@@ -256,7 +270,8 @@ def run_model(cache: FeatureCache, table: FeatureTable, head: Head) -> RunModel:
         precision=backbone.precision,
         storage_dtype=cache.store.spec.dtype,
         feature_dim=backbone.feature_dim,
-        forward_shape=[backbone.batch_size, 3, crop, crop],
+        forward_shape=[backbone.forward.batch_size, 3, crop, crop],
+        device=kind_of_device(backbone.device),
         feature_key=cache.key,
         feature_keys=[cache.key, *(view.key for view in cache.views())],
         head=HeadRecord(kind=head.kind),

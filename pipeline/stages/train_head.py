@@ -13,7 +13,7 @@ from ..artifacts import CurvePoint, ParameterCounts, Predictions, RunMetrics, ch
 from ..data.source import SPLITS, TEST, VAL
 from ..evaluate import Provenance, metric_lines, score
 from ..features.cache import FeatureTable
-from ..heads import Choice, Score, choose_among, choose_head, curve_band, learning_curve, make_head
+from ..heads import Choice, Score, choose_among, choose_head, curve_band, head_device, learning_curve, make_head
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
 from .open import open_caches, with_pooling
@@ -54,7 +54,7 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
     pooling, choice = choose_among(choices, params.head, on_val=_judges(table, reported))
     cache, table, params = caches[pooling], tables[pooling], with_pooling(params, pooling)
     head = choice.head
-    points = _learning_curve(section, table, head.kind, reported) if curve else []
+    points = _learning_curve(section, table, head.kind, reported, backbone.device) if curve else []
     metrics, predictions = _score(table, choice, reported, points, cache.warnings)
     model = run_model(cache, table, head)
     for line in [_parameter_line(model.parameters), *_leaderboard_lines(choice), *metric_lines(metrics)]:
@@ -97,16 +97,18 @@ def _choose(params: HeadParams, table: FeatureTable, *, reported: int, several: 
         class_names=table.class_names,
         jobs=usable_cores(),
         several=several,
-        device=str(device) if device.type == "cuda" else "cpu",
+        device=head_device(device),
         held_out=(table.features[val], table.targets[val]) if _judges(table, reported) else None,
     )
 
 
-def _learning_curve(params: HeadParams, table: FeatureTable, kind: str, reported: int) -> list[CurvePoint]:
+def _learning_curve(
+    params: HeadParams, table: FeatureTable, kind: str, reported: int, device: torch.device
+) -> list[CurvePoint]:
     """The points of heads fitted to growing parts of train, on the reported split."""
     rows = table.labelled(reported)
     fits = learning_curve(
-        lambda: make_head(kind, params, class_names=table.class_names, jobs=usable_cores()),
+        lambda: make_head(kind, params, class_names=table.class_names, jobs=usable_cores(), device=head_device(device)),
         *table.training_rows(),
         table.features[rows],
         table.targets[rows],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from threading import current_thread
 
 import numpy as np
 import pytest
 
+from pipeline.data import walk
 from pipeline.data.folder import scan_folder
 from pipeline.data.source import UNLABELLED, Samples
 from pipeline.data.walk import FileChanged, as_int64, read_file
@@ -61,6 +63,19 @@ def test_stats_are_those_of_the_files(tmp_path: Path) -> None:
     for path, row in zip(tree.paths, tree.stamps.tolist(), strict=True):
         status = (tmp_path / path).stat()
         assert row == [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def test_stats_that_wait_are_waited_for_in_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, *(f"cat/{number}.jpg" for number in range(300)), "cat/folder.jpg/1.jpg")
+    (tmp_path / "cat/dead.jpg").symlink_to("nowhere")
+    quick = scan(tmp_path)
+    seen = set[str]()
+    fields = walk._fields_and_mode
+    monkeypatch.setattr(walk, "_fields_and_mode", lambda status: seen.add(current_thread().name) or fields(status))
+    monkeypatch.setattr(walk, "SLOW_SECONDS", -1.0)
+    slow = scan(tmp_path)
+    assert slow.paths == quick.paths and (slow.stamps == quick.stamps).all() and slow.warnings == quick.warnings
+    assert len(slow.paths) == 301 and "leads nowhere" in slow.warnings[0] and any("stat" in name for name in seen)
 
 
 def test_inodes_above_63_bits_survive() -> None:

@@ -56,7 +56,7 @@ def make_preparation(
 ) -> Preparation:
     decode = partial(decode_image, background=(255, 255, 255), exif=True, max_pixels=10**6)
     quarantine = Quarantine(cache or root.parent / "cache", "rule")
-    return Preparation(images_in(root), have or set(), quarantine, decode=decode, crop=crop)
+    return Preparation(images_in(root), (have or set()).__contains__, quarantine, decode=decode, crop=crop)
 
 
 @pytest.fixture

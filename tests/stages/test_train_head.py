@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline import load_run
 from pipeline.artifacts import Leak
 from pipeline.errors import DataError, HeadError, MissingFeaturesError, RunError
-from pipeline.params import Params
+from pipeline.features.cache import FeatureTable
+from pipeline.finetune import Setup, probe_start
+from pipeline.params import HeadParams, Params
 from pipeline.stages.evaluate import evaluate_run
-from pipeline.stages.train_head import train_head
+from pipeline.stages.train_head import _learning_curve, train_head
 
 from .conftest import write_image
 
@@ -250,3 +253,34 @@ def test_the_same_params_give_the_same_numbers(run_extract: Extract, make_params
         first, second = (train_head(make_params(*QUICK, f"head.kind={kind}"), lambda _line: None) for _ in range(2))
         assert first["metrics"] == second["metrics"]
         np.testing.assert_equal(rows_of(Path(first["run"])), rows_of(Path(second["run"])))
+
+
+def test_learning_curve_and_start_of_a_fine_tuning_are_fitted_where_the_backbone_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices: list[str] = []
+
+    def make(*_a: object, device: str = "cpu", **_k: object) -> None:
+        devices.append(device)
+        raise HeadError("enough")
+
+    monkeypatch.setattr("pipeline.stages.train_head.make_head", make)
+    monkeypatch.setattr("pipeline.finetune.start.make_head", make)
+    y = np.arange(12) % 2
+    features = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+    table = FeatureTable(
+        Path("."),
+        ("a", "b"),
+        features,
+        y,
+        [""] * 12,
+        np.zeros(12, np.int8),
+        np.zeros((12, 16), np.uint8),
+        np.arange(12),
+    )
+    gpu, rows = torch.device("cuda:1"), np.arange(12)
+    with pytest.raises(HeadError):
+        _learning_curve(HeadParams(), table, "logistic", 0, gpu)
+    with pytest.raises(HeadError):
+        probe_start(table, rows, rows, HeadParams(), "logistic", Setup(gpu), dropout=0.0)
+    assert set(devices) == {"cuda:1"} and len(devices) > 1
