@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--backbone", default="starter")
     arguments = parser.parse_args()
-    paths = sorted(str(path) for path in arguments.data.rglob("*.jpg"))
+    paths = sorted(str(path) for path in arguments.data.resolve().rglob("*.jpg"))
     paths = paths[:: max(len(paths) // arguments.images, 1)][: arguments.images]
     with tempfile.TemporaryDirectory() as scratch:
         images = Path(scratch, "images")
