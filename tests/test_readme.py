@@ -63,7 +63,11 @@ FILLED_IN = {
     ],
 }
 # Without a network there are no weights to download: random ones take the same way. One epoch shows what five would.
-CHEAPER = {"backbone.weights=DEFAULT": "backbone.weights=random", "finetune.epochs=5": "finetune.epochs=1"}
+CHEAPER = {
+    "backbone.weights=DEFAULT": "backbone.weights=random",
+    "finetune.epochs=5": "finetune.epochs=1",
+    "[160, 224]": "[24, 32]",
+}
 CHEAP = """
 data: {root: photos}
 transform: {resize: 32, crop: 32}
@@ -109,7 +113,7 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("REAL", sys.executable)
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     # What the make that runs these tests was told is not meant for those of the README.
-    for name in ("MAKEFLAGS", "ARGS", "SET", "RUN", "DATA", "IMAGES", "PARAMS", "DEMO_DATA", "VENV"):
+    for name in ("MAKEFLAGS", "ARGS", "SET", "OVER", "RUN", "DATA", "IMAGES", "PARAMS", "DEMO_DATA", "VENV"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path

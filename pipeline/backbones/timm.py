@@ -57,6 +57,8 @@ _WORDS = {
 class TimmZoo:
     """Every network of timm by its name and tag there; names with pretrained weights are listed."""
 
+    packages = ("torch", "torchvision", "timm")
+
     def names(self) -> Sequence[str]:
         try:
             return tuple(PREFIX + name for name in _timm().list_pretrained())

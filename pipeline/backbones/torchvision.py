@@ -73,6 +73,8 @@ _Cut = tuple[nn.Module, nn.Module | None]  # a model without its head, and the p
 class TorchvisionZoo:
     """Every classification model of torchvision by its name there (quantised ones left out), and packaged ones."""
 
+    packages = ("torch", "torchvision")
+
     def names(self) -> Sequence[str]:
         """Packaged ones first."""
         return (*PACKAGED, *_models())

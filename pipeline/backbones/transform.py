@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
 
 from ..data.decode import BadImage, Reason
 from ..errors import BackboneError, WeightsError
 from ..params import TransformParams
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -54,6 +54,9 @@ class Transform:
         Raises:
             BadImage: the resized image would have too many pixels.
         """
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as F
+
         self.check_size(image)
         if self.resize is not None:
             size = [self.resize] * (2 if self.resize_mode == "squash" else 1)
@@ -61,8 +64,11 @@ class Transform:
         image = F.center_crop(image, [self.crop])
         return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
 
-    def normalise(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 pixels (n, 3, h, w) to normalised ``dtype``, on the batch's device, computed in float32."""
+    def normalise(self, batch: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """uint8 pixels (n, 3, h, w) to normalised ``dtype`` (float32), on the batch's device, computed in float32."""
+        import torch
+
+        dtype = dtype or torch.float32
         if batch.device.type == "cuda":  # one pass over the images, whose memory is what takes the time
             scale = tuple(1 / (255 * std) for std in self.std)
             shift = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
@@ -115,6 +121,8 @@ class Transform:
 @cache
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Float32 (3, 1, 1) on the device, made once: to copy to a GPU is to wait for all that it has been told to do."""
+    import torch
+
     with torch.inference_mode(False):
         return torch.tensor(values, device=device).view(3, 1, 1)
 

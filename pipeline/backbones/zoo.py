@@ -63,6 +63,9 @@ class Zoo(Protocol):
     pixels that is asked for; networks that take one size only are made for it, where they can be. ``initialise`` draws
     random weights from torch's generator; without it parameters need no storage (`without_storage`) and nothing is
     drawn.
+
+    A zoo may say in an attribute ``packages`` which distributions its networks are determined by. What it said of one
+    is then remembered together with their versions, and most commands begin without importing them.
     """
 
     def names(self) -> Sequence[str]:

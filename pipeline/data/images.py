@@ -22,7 +22,7 @@ from ..runtime.progress import ProgressBar
 from .archive import ArchiveSource
 from .corrections import Corrections, read_corrections
 from .digests import Digests
-from .folder import FolderSource
+from .folder import FolderSource, require_folder
 from .given import BatchSource, Given, GivenSource
 from .index import MOST_BLOCKS, DigestIndex, index_file
 from .objects import ObjectSource
@@ -35,6 +35,7 @@ from .table import TableSource
 Rows = NDArray[np.int64]
 # Images that threads are given to read at a time.
 READ_AHEAD = 1024
+FEW_READS = 4  # are not worth finding out how many cores there are
 
 # The kinds of places that ``data.root`` may name: the first that opens it, rather than answer None, has it. Each is
 # given the folder of the cache, too, for what it remembers of the place.
@@ -187,7 +188,8 @@ class Images:
         unknown = np.flatnonzero(~self.known).tolist()
         if not unknown:
             return
-        with ThreadPoolExecutor(self._reads_at_once) as pool, ProgressBar("reading", len(unknown), quiet=quiet) as bar:
+        threads = len(unknown) if len(unknown) <= FEW_READS else self._reads_at_once
+        with ThreadPoolExecutor(threads) as pool, ProgressBar("reading", len(unknown), quiet=quiet) as bar:
             for start in range(0, len(unknown), READ_AHEAD):
                 block = unknown[start : start + READ_AHEAD]
                 for _ in pool.map(lambda position: self.read(position) and None, block):
@@ -306,6 +308,17 @@ def open_images(data: DataParams, cache_dir: Path) -> Images:
     return images
 
 
+def require_place(data: DataParams, cache_dir: Path) -> None:
+    """Refuse a ``data.root`` that is not there; nothing is listed yet.
+
+    Raises:
+        DataError: see its message.
+    """
+    source = _open_source(data, cache_dir)
+    if isinstance(source, FolderSource):
+        require_folder(Path(data.root))
+
+
 def _open_source(data: DataParams, cache_dir: Path) -> Source:
     return next(source for opens in SOURCES if (source := opens(data, cache_dir)) is not None)
 
@@ -331,4 +344,14 @@ def open_batch(contents: Sequence[Any], paths: Sequence[Any], data: DataParams, 
     return Images(BatchSource(contents, paths, data.root), data, cache_dir)
 
 
-__all__ = ["SOURCES", "Given", "Images", "Samples", "Source", "open_batch", "open_given", "open_images"]
+__all__ = [
+    "SOURCES",
+    "Given",
+    "Images",
+    "Samples",
+    "Source",
+    "open_batch",
+    "open_given",
+    "open_images",
+    "require_place",
+]

@@ -30,6 +30,7 @@ Identity = tuple[int, int]
 Extensions = Sequence[str] | Literal["all"]
 
 STAT_FIELDS = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+RESOURCE_FORKS = "__MACOSX"  # what macOS packs beside the files of an archive
 KIND_BITS = 0o170000  # of a mode: what kind of file it is
 # The first files of a folder tell what a stat takes; on a local disk it is a few microseconds, and threads cost more.
 TRIED, SLOW_SECONDS, THREADS = 64, 5e-5, 32
@@ -99,7 +100,7 @@ class Walker:
         with os.scandir(descriptor) as entries:
             for entry in entries:
                 name = entry.name
-                if name[0] == ".":
+                if name[0] == "." or name == RESOURCE_FORKS:
                     continue
                 suffix = name[name.rfind(".") :]
                 if suffix in spellings or self._spells(suffix):
@@ -200,7 +201,7 @@ class ListedTree:
         for path in files:
             folder, _, name = path.rpartition("/")
             parts = path.split("/")
-            if any(part.startswith(".") and part != ".." for part in parts) or "__MACOSX" in parts[:-1]:
+            if any(part.startswith(".") and part != ".." for part in parts) or RESOURCE_FORKS in parts[:-1]:
                 continue
             self._names.setdefault(f"{folder}/" if folder else "", []).append(name)
             for depth in range(len(parts) - 1):

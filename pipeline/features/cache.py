@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backbones import Backbone, Pixels, forward_together
+from ..backbones import Backbone, Pixels
 from ..data.decode import Reason, decoder_versions
 from ..data.digests import Digests, data_digest, empty_digests, first_occurrences, locate, stack_digests
 from ..data.images import Images
@@ -27,7 +27,7 @@ from ..params import CacheParams, ExtractParams, Place
 from ..runtime.cores import worker_count
 from ..runtime.distributed import World, gather
 from ..runtime.interrupt import stop_after_batch
-from ..runtime.progress import ProgressBar
+from ..runtime.progress import ProgressBar, quiet_libraries
 from .drift import PixelRecord
 from .extractor import Clock, extract_features
 from .journal import Journal, journal, suspects_left_behind
@@ -211,6 +211,14 @@ class FeatureCache:
         bad: NDArray[np.bool_] = self.images.known & (rows >= 0)
         return bad
 
+    @property
+    def of_train(self) -> NDArray[np.bool_]:
+        """Which images (n,) with a feature are of train."""
+        rows = np.flatnonzero(self.present)
+        train = np.zeros(len(self.images), bool)
+        train[rows[self.images.splits_of(rows) == TRAIN]] = True
+        return train
+
     def missing(
         self, among: NDArray[np.bool_] | None = None, *, beside: Sequence[FeatureCache] = ()
     ) -> NDArray[np.int64]:
@@ -346,6 +354,8 @@ class FeatureCache:
         return worker_count(self._extract.workers, self._world)
 
     def _embed(self, positions: NDArray[np.int64], opened: Journal, caches: Sequence[FeatureCache]) -> Filled:
+        from ..backbones import forward_together
+
         computed: list[Digests] = []
         refused: list[Digests] = []
         pace, after = self._extract.part_seconds, self._remember_often()
@@ -364,6 +374,7 @@ class FeatureCache:
         started = time.perf_counter()
         with (
             stop_after_batch() as interruption,
+            quiet_libraries(),
             ProgressBar("embedding", len(positions), quiet=self._quiet) as bar,
             self.images.reading_ahead(positions.tolist()),
         ):

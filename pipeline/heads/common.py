@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # scikit-learn brings it
 
@@ -132,6 +132,12 @@ def one_library_thread() -> Iterator[None]:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """One thread for BLAS, OpenMP and torch, so that a fold's numbers do not depend on how many run beside it."""
+    if "torch" not in sys.modules:
+        with _libraries().limit(limits=1):
+            yield
+        return
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

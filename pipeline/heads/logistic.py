@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..errors import HeadError
 from .common import Features, Floats, Ints, few_threads, standardisation
 from .crossval import Fold, OutOfFold, missing_rows
 from .layers import Layers, LayersHead
-from .path import StrengthPath
-from .solver import Design, Problems, Solutions, solve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .path import StrengthPath
+    from .solver import Design, Solutions
 
 DEFAULT_STRENGTH = 1.0
 FEW_ROWS = 5
@@ -48,6 +50,10 @@ class LogisticHead(LayersHead):
         """Nothing is left to do: `learn` has chosen the temperature on the folds that it had at hand."""
 
     def _learn(self, X: Features, index: Ints, groups: Ints | None) -> None:
+        import torch
+
+        from .solver import Design
+
         weights = self._class_weights(index)
         mean, scale = standardisation(X, self.params.standardize)
         scaled = torch.from_numpy((X - mean) / scale).to(self.device)
@@ -64,6 +70,10 @@ class LogisticHead(LayersHead):
 
     def _choose(self, design: Design, row_weight: Tensor, index: Ints, folds: list[Fold]) -> tuple[float, Tensor]:
         """The strength, and weights (1, k, r + 1) to start the refit from."""
+        import torch
+
+        from .path import StrengthPath
+
         logistic = self.params.logistic
         strengths = np.geomspace(logistic.c_min, logistic.c_max, logistic.strengths)
         known = ~missing_rows(index, folds)
@@ -114,6 +124,10 @@ class LogisticHead(LayersHead):
     def _out_of_fold_logits(
         self, design: Design, weights: Tensor, row_weight: Tensor, train: Tensor, folds: list[Fold]
     ) -> Floats:
+        import torch
+
+        from .solver import Problems
+
         strength = torch.ones(len(folds), dtype=torch.float64, device=row_weight.device)
         offset = Problems.build(design, strength, row_weight * train).offset
         logits = (design.logits(weights) + offset).cpu().numpy()
@@ -123,6 +137,10 @@ class LogisticHead(LayersHead):
         return result
 
     def _refit(self, design: Design, row_weight: Tensor, strength: float, start: Tensor) -> Solutions:
+        import torch
+
+        from .solver import Problems, solve
+
         chosen = torch.tensor([strength], dtype=torch.float64, device=row_weight.device)
         problems = Problems.build(design, chosen, row_weight[None])
         tolerance = self.params.logistic.tolerance**2

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..params import HeadParams
 from ..runtime.seeds import make_generator
@@ -18,6 +16,11 @@ from .common import Features, Ints, check_training_data, few_threads, log_losses
 from .crossval import Fold, Score, stratified_group_folds
 from .kinds import make_head
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Baseline = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
 NEIGHBOURS = 5
 KNN_QUERIES = 4_000
 KNN_REFERENCES = 20_000
@@ -25,7 +28,6 @@ BATCH = 1024
 
 HeldOut = tuple[Features, Ints]
 Answers = tuple[Ints, Ints]
-Baseline = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 UNKNOWN = Score(0.0)
 
 
@@ -180,6 +182,8 @@ def _baselines(head: Head, X: Features, y: Ints, groups: Ints | None, held_out: 
 
 def nearest_centroid(queries: Tensor, rows: Tensor, target: Tensor, classes: int) -> Tensor:
     """The class (m,) of the nearest class mean; classes without rows are never the answer."""
+    import torch
+
     counts = torch.bincount(target, minlength=classes)
     sums = torch.zeros(classes, rows.shape[1]).index_add_(0, target, rows)
     distances = _distances(queries, sums / counts.clamp_min(1)[:, None])
@@ -188,6 +192,8 @@ def nearest_centroid(queries: Tensor, rows: Tensor, target: Tensor, classes: int
 
 def nearest_neighbours(queries: Tensor, rows: Tensor, target: Tensor, classes: int) -> Tensor:
     """The commonest class (m,) among the five nearest rows; the nearer neighbours decide a tie."""
+    import torch
+
     count = min(NEIGHBOURS, len(rows))
     votes = 1 + 0.01 * torch.arange(count, 0, -1)
     answers = []
@@ -214,6 +220,8 @@ def baseline_answers(
     Returns:
         twice the rows that were asked, and the class positions that were answered.
     """
+    import torch
+
     generator, (mean, scale) = make_generator("baseline", seed), standardisation(X, True)
 
     def scaled(rows: Features) -> Tensor:

@@ -47,6 +47,20 @@ def rows_of(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_a_run_is_published_before_its_scores_are_told(run_extract: Extract, make_params: MakeParams) -> None:
+    run_extract()
+    params = make_params(*QUICK)
+
+    def say(line: str) -> None:
+        if line.startswith("Scores"):
+            assert len(list(params.runs.dir.glob("*/model.json"))) == 1
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        train_head(params, say)
+    assert len(list(params.runs.dir.glob("*/report.html"))) == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_run_predicts_live_what_it_reported(
     kind: str, run_extract: Extract, make_params: MakeParams, root: Path, tmp_path: Path
