@@ -18,7 +18,7 @@ from pipeline.backbones import Forward
 from pipeline.errors import CacheError, DataError, UsageError
 from pipeline.features.inventory import key_folders
 from pipeline.features.parts import Proofs, part_names, stored_rows
-from pipeline.features.rows import checksum
+from pipeline.features.sealed import checksum
 from pipeline.files import digest_bytes
 from pipeline.params import Params, load_params
 from pipeline.stages import embed
