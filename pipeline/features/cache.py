@@ -3,6 +3,7 @@ images, backbone and store meet."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -456,6 +457,9 @@ class FeatureCache:
                 reason = Reason.KILLS_DECODER
                 self.quarantine.add(digest, BadContent(paths[digest], reason.value, end, reason.remedy))
             self.quarantine.save()
+            # What was in a batch of another process, or in a store, is found again by whoever is given it next.
+            known = {*contents, *self.quarantine.digests}
+            suspects[:] = [each for each in suspects if each.digest in known or os.path.isabs(each.path)]
 
     def _suspect(self, digest: bytes, path: str) -> bytes | None:
         """The bytes of a suspect, if it still is what it was and is not known to be bad."""

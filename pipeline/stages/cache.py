@@ -25,7 +25,7 @@ from ..features.inventory import (
     temporaries,
     verify_key,
 )
-from ..features.rows import read_rows
+from ..features.sealed import read_sealed
 from ..features.spec import FeatureSpec, differences
 from ..features.store import FeatureStore
 from ..files import canonical_json, human_bytes
@@ -316,7 +316,7 @@ def import_features(params: Params, files: Sequence[Path], say: Say) -> dict[str
     widths: dict[tuple[str, int], None] = {}
     counts = dict.fromkeys(("rows", "imported", "present", "unreadable"), 0)
     for file in found:
-        for rows in read_rows(file):
+        for rows in read_sealed(file):
             counts["unreadable"] += rows.unreadable
             counts["rows"] += rows.unreadable + len(rows.keys)
             widths |= dict.fromkeys((key, rows.features.shape[1]) for key in set(rows.keys.tolist()))
@@ -325,7 +325,7 @@ def import_features(params: Params, files: Sequence[Path], say: Say) -> dict[str
         for store in stores.values():
             writing.enter_context(store.writing())
         for file in found:
-            for rows in read_rows(file):
+            for rows in read_sealed(file):
                 for key, store in stores.items():
                     new = (rows.keys == key) & ~store.contains(rows.digests) & first_occurrences(rows.digests)
                     if new.any():

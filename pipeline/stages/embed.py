@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..data.images import open_batch
 from ..errors import DataError, NotFiniteError
 from ..features.cache import FeatureCache
-from ..features.rows import checksum
+from ..features.sealed import checksum
 from ..params import Params
 from .open import open_cache
 

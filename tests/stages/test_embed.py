@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipeline.backbones import Forward
 from pipeline.errors import CacheError, DataError, UsageError
 from pipeline.features.inventory import key_folders
 from pipeline.features.parts import Proofs, part_names, stored_rows
-from pipeline.features.rows import checksum
+from pipeline.features.sealed import checksum
 from pipeline.files import digest_bytes
 from pipeline.params import Params, load_params
 from pipeline.stages import embed
@@ -28,6 +29,7 @@ from pipeline.stages.open import load_features
 from .conftest import FAST, write_images
 
 Make = Callable[..., Params]
+FLOAT32 = "extract.precision=float32"
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +37,12 @@ def nothing_open() -> Iterator[None]:
     embed._opened.cache_clear()
     yield
     embed._opened.cache_clear()
+
+
+@pytest.fixture
+def make_params(make_params: Make) -> Make:
+    """In the precision that need not be tried for each cache anew."""
+    return partial(make_params, FLOAT32)
 
 
 @pytest.fixture
@@ -187,7 +195,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     """The cache of another machine, and its rows: a dozen images, one of them twice, and one unreadable."""
     folder = tmp_path_factory.mktemp("elsewhere")
     (folder / "params.yaml").touch()
-    params = load_params(folder / "params.yaml", [*FAST, f"cache.dir={folder / 'cache'}"])
+    params = load_params(folder / "params.yaml", [*FAST, FLOAT32, f"cache.dir={folder / 'cache'}"])
     paths = [str(path) for path in sorted(write_images(folder).rglob("*.jpg"))[:12]]
     return folder / "cache", Embedder(params)({"path": [*paths, paths[0], "gone.jpg"]})
 

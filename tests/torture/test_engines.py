@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +24,7 @@ from pipeline.params import Params
 from pipeline.stages import embed
 from pipeline.stages.cache import import_features
 from tests.conftest import PROJECT
+from tests.data.deadly import install_deadly_decoders
 
 from . import jobs
 from .conftest import IMAGES, Ground, Tally, read_rows
@@ -131,6 +135,32 @@ def test_dask_workers_killed(ground: Ground, job: tuple[Params, str, str], tally
         done = recipe("dask_extract").extract(client, *job, embedder=MortalEmbedder)
     assert done == IMAGES + 1 + UNREADABLE
     judge(ground, count, job[0], job[2])
+
+
+def test_an_image_that_kills_its_worker_is_found_though_others_come_between(
+    ground: Ground, job: tuple[Params, str, str], tmp_path: Path, tally: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, images, _ = job
+    count = tally("an image that kills its worker")
+    install_deadly_decoders(tmp_path, monkeypatch)
+    contents = [Path(path).read_bytes() for path in Path(images).read_text().splitlines()[:6]]
+    batches = [[*contents[:2], b"DEADLY crash", contents[2]], contents[3:]]
+    (tmp_path / "job").write_bytes(pickle.dumps((Embedder(params), batches)))
+    code = (
+        "import pickle, sys; from pathlib import Path\n"
+        "embedder, batches = pickle.loads(Path(sys.argv[1]).read_bytes())\n"
+        "print(*map(bool, embedder({'bytes': batches[int(sys.argv[2])]})['reason']))"
+    )
+    ends = []
+    for batch in (0, 1, 0):
+        worker = [sys.executable, "-c", code, str(tmp_path / "job"), str(batch)]
+        done = subprocess.run(worker, capture_output=True, text=True, timeout=240, check=False)
+        ends.append((done.returncode, done.stdout.split()))
+    assert ends[0][0] == -signal.SIGABRT and ends[1] == (0, ["False"] * 3)
+    assert ends[2] == (0, ["False", "False", "True", "False"])
+    assert not list((params.cache.dir / "journal").iterdir())
+    count.tries += 1
+    ground.judge(params.cache.dir, count, complete=False)
 
 
 def test_an_import_of_mutated_rows_takes_what_is_true_or_nothing(

@@ -31,7 +31,7 @@ def checksum(key: str, digest: str, features: Features, reason: str) -> str:
 
 
 @dataclass(frozen=True)
-class Rows:
+class SealedRows:
     """Rows found whole: features (n, d) of the contents ``digests`` (n, 16) under ``keys``; how many had none."""
 
     keys: NDArray[np.str_]
@@ -40,7 +40,7 @@ class Rows:
     unreadable: int
 
 
-def read_rows(file: Path) -> Iterator[Rows]:
+def read_sealed(file: Path) -> Iterator[SealedRows]:
     """The rows of a Parquet file, some thousands at a time, each held against its checksum.
 
     Raises:
@@ -69,7 +69,7 @@ def _values(column: Any) -> list[Any]:
     return np.split(flat, np.cumsum(lengths)[:-1]) if lengths else []
 
 
-def _proven(columns: dict[str, list[Any]], file: Path, start: int) -> Rows:
+def _proven(columns: dict[str, list[Any]], file: Path, start: int) -> SealedRows:
     keys, digests, features, unreadable = [], [], [], 0
     for number, row in enumerate(zip(*columns.values(), strict=True), start):
         key, digest, values, reason, told = row
@@ -88,7 +88,7 @@ def _proven(columns: dict[str, list[Any]], file: Path, start: int) -> Rows:
     if len(widths) > 1:
         raise _refused(file, f"features are {' and '.join(map(str, sorted(widths)))} values wide")
     table = np.stack(features) if features else np.empty((0, 0), np.float32)
-    return Rows(np.array(keys, str), stack_digests(digests), table, unreadable)
+    return SealedRows(np.array(keys, str), stack_digests(digests), table, unreadable)
 
 
 def _refused(file: Path, why: str) -> CacheError:
