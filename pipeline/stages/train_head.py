@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,16 +11,24 @@ import torch
 
 from ..artifacts import CurvePoint, ParameterCounts, Predictions, RunMetrics, check_run_name, default_run_name
 from ..data.source import SPLITS, TEST, VAL
+from ..errors import HeadError
 from ..evaluate import Provenance, metric_lines, score
 from ..features.cache import FeatureTable
+from ..features.rows import Rows, take_rows
+from ..files import human_bytes
 from ..heads import Choice, Score, choose_among, choose_head, curve_band, learning_curve, make_head
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
+from ..runtime.memory import memory_budget
 from .open import open_caches, with_pooling
 from .prompts import with_texts
 from .run import make_gallery, publish_run, run_model
 
 Say = Callable[[str], None]
+# What a head holds at most beside features in float32, as many times their size: in float64, scaled, and so on.
+COPIES = 7
+# As much as a classifier of scikit-learn, or a torch head, holds of them: themselves, and scaled.
+COPIES_OF_OTHERS = 3
 
 
 def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict[str, Any]:
@@ -42,11 +50,14 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
     if params.runs.name:
         check_run_name(params.runs.dir, params.runs.name)
     caches = {cache.backbone.identity.pooling: cache for cache in open_caches(params)}
-    tables = {pooling: cache.table() for pooling, cache in caches.items()}
+    memory = memory_budget(params.head.memory_mb)
+    tables = {pooling: cache.table(memory // COPIES) for pooling, cache in caches.items()}
     table = next(iter(tables.values()))
     reported = table.reported_split()
     for each in tables.values():
         say(_data_line(each))
+    for line in _memory_lines(params.head, table, memory):
+        say(line)
     backbone = caches[params.backbone.poolings[0]].backbone
     section = with_texts(params, backbone, table.class_names)
     choose = partial(_choose, section, reported=reported, several=len(caches) > 1, device=backbone.device)
@@ -75,6 +86,30 @@ def _data_line(table: FeatureTable) -> str:
     return f"{len(table):,} images ({', '.join(counts)}), {size}"
 
 
+def _memory_lines(head: HeadParams, table: FeatureTable, memory: int) -> Iterator[str]:
+    """What features that are larger than the budget mean for each kind.
+
+    Raises:
+        HeadError: a kind needs all of them in memory, and more than there is.
+    """
+    features: Any = table.features
+    if not isinstance(features, Rows):
+        return
+    yield f"Features are read from {features.file.name}, block by block: head.memory_mb allows {human_bytes(memory)}"
+    need = COPIES_OF_OTHERS * features.nbytes
+    for kind in head.kinds:
+        if make_head(kind, head, class_names=table.class_names).by_blocks:
+            continue
+        if need > memory:
+            raise HeadError(
+                f"{kind} holds all features in memory: at least {human_bytes(need)}.",
+                where="head.memory_mb",
+                why=f"it allows {human_bytes(memory)}",
+                remedy="choose head.kind=logistic, which reads them by blocks; or set head.memory_mb if there is more",
+            )
+        yield f"{kind} holds all of them in memory: at least {human_bytes(need)}"
+
+
 def _parameter_line(counts: ParameterCounts) -> str:
     """``Trainable: 2,562 / 2,226,434 (0.1 %)``."""
     if counts.trainable is None or counts.total is None:
@@ -98,7 +133,7 @@ def _choose(params: HeadParams, table: FeatureTable, *, reported: int, several: 
         jobs=usable_cores(),
         several=several,
         device=str(device) if device.type == "cuda" else "cpu",
-        held_out=(table.features[val], table.targets[val]) if _judges(table, reported) else None,
+        held_out=(take_rows(table.features, val), table.targets[val]) if _judges(table, reported) else None,
     )
 
 
@@ -108,7 +143,7 @@ def _learning_curve(params: HeadParams, table: FeatureTable, kind: str, reported
     fits = learning_curve(
         lambda: make_head(kind, params, class_names=table.class_names, jobs=usable_cores()),
         *table.training_rows(),
-        table.features[rows],
+        take_rows(table.features, rows),
         table.targets[rows],
         seed=params.seed,
     )
