@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from ..errors import HeadError, RunError
-from ..features.rows import Rows
+from ..features.rows import Rows, take_rows
 from ..params import HeadParams
 from .common import (
     Features,
@@ -281,9 +281,10 @@ class Head(ABC):
             return np.full(len(test), seen[0]), align(np.zeros((len(test), 1)), seen, len(self.classes_))
         head = self._configured({})
         head.classes_ = self.classes_[seen]
-        head.learn(X[train], own, None if groups is None else groups[train])
-        predicted = np.searchsorted(self.classes_, head.predict(X[test]))
-        return predicted, align(head.logits(X[test]), seen, len(self.classes_)) if head.has_probabilities else None
+        head.learn(take_rows(X, train), own, None if groups is None else groups[train])
+        held = take_rows(X, test)
+        predicted = np.searchsorted(self.classes_, head.predict(held))
+        return predicted, align(head.logits(held), seen, len(self.classes_)) if head.has_probabilities else None
 
     # -- predict ----------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..errors import HeadError
+from ..features.rows import Rows, take_rows
 from ..params import NetworkParams
 from ..runtime.seeds import derive_seed
 from .common import Features, Floats, Ints, near, standardisation
@@ -29,8 +30,11 @@ class NetworkHead(LayersHead):
 
     The number of epochs is the one of lowest loss on the held-out part (stratified, groups kept together); the refit
     starts afresh and trains that many epochs on all rows. ``history`` holds both phases. All randomness comes from
-    ``seed`` through generators of the head's own: the same thread count gives the same numbers.
+    ``seed`` through generators of the head's own: the same thread count gives the same numbers. `Rows` are read from
+    their file a batch at a time: the same rows in the same order as in memory.
     """
+
+    by_blocks = True
 
     def configure(self) -> None:
         """The section ``head.linear`` or ``head.mlp``."""
@@ -62,7 +66,7 @@ class NetworkHead(LayersHead):
         if self._found:
             self.selected = {"params": self._found, **self.selected}
         inside, held = self.held_out(index, groups, self.network.val_fraction)
-        epochs = self._best_epoch(X[inside], index[inside], X[held], index[held], weights)
+        epochs = self._best_epoch(take_rows(X, inside), index[inside], take_rows(X, held), index[held], weights)
         mean, scale = standardisation(X, self.params.standardize)
         trainer = _Trainer(self, X, index, weights, (mean, scale), "refit")
         for _ in range(epochs):
@@ -79,7 +83,7 @@ class NetworkHead(LayersHead):
             return self.network.epochs
         moments = standardisation(X, self.params.standardize)
         trainer = _Trainer(self, X, index, weights, moments, "search")
-        val = trainer.batch(X_val), torch.from_numpy(index_val).to(self.device)
+        val = trainer.features(X_val), torch.from_numpy(index_val).to(self.device)
         best, best_loss = 1, float("inf")
         for epoch in range(1, self.network.epochs + 1):
             trained, judged = trainer.epoch(), trainer.evaluate(*val, "val")
@@ -115,7 +119,7 @@ class _Trainer:
         self.network, self.device, self.moments = head.network, head.device, moments
         seed = derive_seed("network", head.kind, phase, head.params.seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.X, self.index = self.batch(X), torch.from_numpy(index).to(self.device)
+        self.X, self.index = self.features(X), torch.from_numpy(index).to(self.device)
         self.weights = torch.from_numpy(weights).float().to(self.device)
         sizes = [X.shape[1], *self.network.hidden, len(head.classes_)]
         self.linears = [self._linear(*pair) for pair in pairwise(sizes)]
@@ -123,10 +127,16 @@ class _Trainer:
         self.optimizer = Optimizer(self.parameters, self.network)
         self.epochs = 0
 
-    def batch(self, X: Features) -> Tensor:
-        """Standardised float32 features on the device."""
+    def features(self, X: Features) -> Tensor | Rows:
+        """Standardised float32 features on the device; those in a file stay there."""
+        return X if isinstance(X, Rows) else self._standardised(X)
+
+    def _standardised(self, X: Features) -> Tensor:
         mean, scale = self.moments
         return torch.from_numpy(((X - mean) / scale).astype(np.float32)).to(self.device)
+
+    def _batch(self, X: Tensor | Rows, rows: Tensor) -> Tensor:
+        return self._standardised(X[rows.numpy()]) if isinstance(X, Rows) else X[rows.to(self.device)]
 
     def _linear(self, inputs: int, outputs: int) -> nn.Linear:
         """torch's own initial values, drawn from this run's generator."""
@@ -140,11 +150,11 @@ class _Trainer:
 
     def epoch(self) -> dict[str, float]:
         """One pass over all rows in random batches; the mean loss and accuracy while training."""
-        order = torch.randperm(len(self.X), generator=self.generator).to(self.device)
+        order = torch.randperm(len(self.X), generator=self.generator)
         loss_sum = weight_sum = hits = 0.0
         for rows in torch.split(order, self.network.batch_size):
-            target = self.index[rows]
-            logits = self._forward(self.X[rows], training=True)
+            target = self.index[rows.to(self.device)]
+            logits = self._forward(self._batch(self.X, rows), training=True)
             loss = nn.functional.cross_entropy(logits, target, self.weights)
             self.optimizer.clear()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -156,9 +166,10 @@ class _Trainer:
         return {"epoch": self.epochs, "train_loss": loss_sum / weight_sum, "train_accuracy": hits / len(self.X)}
 
     @torch.no_grad()
-    def evaluate(self, X: Tensor, target: Tensor, prefix: str) -> dict[str, float]:
+    def evaluate(self, X: Tensor | Rows, target: Tensor, prefix: str) -> dict[str, float]:
         """Mean loss (weighted as in training) and accuracy, without dropout."""
-        logits = torch.cat([self._forward(rows, training=False) for rows in torch.split(X, BATCH_OF_EVALUATION)])
+        parts = torch.split(torch.arange(len(X)), BATCH_OF_EVALUATION)
+        logits = torch.cat([self._forward(self._batch(X, rows), training=False) for rows in parts])
         loss = float(nn.functional.cross_entropy(logits, target, self.weights))
         return {f"{prefix}_loss": loss, f"{prefix}_accuracy": float((logits.argmax(1) == target).float().mean())}
 

@@ -70,6 +70,15 @@ def test_the_same_strength_and_solution_as_in_memory(tmp_path: Path, classes: in
     assert (blocks.predict_proba(rows) == blocks.predict_proba(X)).all()
 
 
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_torch_heads_learn_the_same(tmp_path: Path, kind: str) -> None:
+    X, rows, y = in_both(tmp_path, 3)
+    params = HeadParams.model_validate({"kind": kind, kind: {"epochs": 4}, "calibrate": "temperature", "folds": 2})
+    memory, blocks = (make_head(kind, params, class_names=[]).fit(given, y) for given in (X, rows))
+    assert np.allclose(blocks.predict_proba(X), memory.predict_proba(X), atol=1e-6)
+    assert blocks.selected["epochs"] == memory.selected["epochs"]
+
+
 def test_the_leading_directions_are_found_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So wide that the features in memory are not rotated either."""
     X, y = make_features(600, 300, 3)
