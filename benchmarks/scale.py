@@ -4,6 +4,7 @@
     python benchmarks/scale.py rows [--rows 1000000]      located and read, beside copying as many bytes
     python benchmarks/scale.py index [--files 1000000]    learnt and looked up, beside scandir and stat of so many files
     python benchmarks/scale.py stats [--files 2000]       files whose stat takes 0.3 ms, as on a network disk
+    python benchmarks/scale.py head [--rows 50000 --width 1024]  the logistic head from a file, beside in memory
 
 Everything lies in a temporary folder (`TMPDIR`).
 """
@@ -12,9 +13,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +27,11 @@ from pipeline.data import walk
 from pipeline.data.digests import Digests
 from pipeline.data.images import open_images
 from pipeline.features.parts import build_part, part_name
+from pipeline.features.rows import Rows
 from pipeline.features.spec import FeatureSpec
 from pipeline.features.store import FeatureStore
-from pipeline.params import DataParams
+from pipeline.heads import make_head
+from pipeline.params import DataParams, HeadParams
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -163,9 +169,46 @@ def stats(folder: Path, count: int) -> None:
     )
 
 
+def head(folder: Path, count: int, width: int) -> None:
+    """Ten classes; each fit in a process of its own, whose largest size is that of everything in it."""
+    np.save(folder / "targets.npy", np.random.default_rng(0).integers(0, 10, count))
+    targets = np.load(folder / "targets.npy")
+    centres = 0.04 * np.random.default_rng(1).normal(size=(10, width)).astype(np.float32)
+    features = np.lib.format.open_memmap(folder / "rows.npy", "w+", np.float16, (count, width))
+    for start in range(0, count, 4096):
+        mine = targets[start : start + 4096]
+        noise = np.random.default_rng(start).normal(size=(len(mine), width)).astype(np.float32)
+        features[start : start + 4096] = np.maximum(
+            noise * np.geomspace(1, 0.1, width, dtype=np.float32) + centres[mine], 0
+        )
+    features.flush()
+    del features
+    told = {}
+    for how in ("nothing", "memory", "blocks"):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            told[how] = pool.submit(_fit, str(folder), how).result()
+    print(f"| C and proven gap | {told['blocks'][2:]} | in memory | {told['memory'][2:]} | |")
+    row(f"choose C on {count} rows of {width}, by blocks", told["blocks"][0], "in memory", told["memory"][0])
+    megabytes = {how: float(values[1]) / 1000 for how, values in told.items()}
+    row("largest size of the process, MB", megabytes["blocks"], "in memory", megabytes["memory"])
+    row("largest size of the process, MB", megabytes["blocks"], "without features", megabytes["nothing"])
+
+
+def _fit(folder: str, how: str) -> tuple[float, int, float, float]:
+    """Seconds, kilobytes, C, and the proven gap of the refit."""
+    targets, given = np.load(f"{folder}/targets.npy"), Rows(Path(folder) / "rows.npy")
+    fitted = make_head("logistic", HeadParams(), class_names=[])
+    rows = given[:2000] if how == "nothing" else given[:] if how == "memory" else given
+    started = time.perf_counter()
+    fitted.fit(rows, targets[: len(rows)])  # type: ignore[arg-type]
+    spent = time.perf_counter() - started
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return spent, size, fitted.selected["C"], fitted.selected["certificate"]["gap"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["parts", "rows", "index", "stats"])
+    parser.add_argument("what", choices=["parts", "rows", "index", "stats", "head"])
     parser.add_argument("--parts", type=int, default=10_000)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--files", type=int, default=1_000_000)
@@ -174,8 +217,10 @@ def main() -> None:
     print("| what | seconds | baseline | seconds | ratio |\n| :-- | --: | :-- | --: | --: |")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if given.what in ("parts", "rows"):
-            {"parts": parts, "rows": rows}[given.what](folder, getattr(given, given.what), given.width)
+        if given.what == "parts":
+            parts(folder, given.parts, given.width)
+        elif given.what in ("rows", "head"):
+            {"rows": rows, "head": head}[given.what](folder, given.rows, given.width)
         else:
             {"index": index, "stats": stats}[given.what](folder, given.files)
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ from .journal import Journal, journal, suspects_left_behind
 from .prepare import Preparation
 from .quarantine import BadContent, Quarantine, decoding_rule
 from .rounding import Features
+from .rows import take_rows
 from .spec import FeatureSpec
 from .store import FeatureStore, PartWriter
 from .verify import Recomputed, recompute
@@ -48,7 +50,7 @@ class FeatureTable:
     """Features as an experiment uses them, in the order of the images; unreadable images are absent.
 
     Attributes:
-        features: float32 (n, d).
+        features: float32 (n, d); `Rows`, which are looked up in a file, where they are too large for memory.
         targets: int (n,), index into ``class_names``; -1 where the image has no label, or is left out.
         paths: relative to ``root``.
         splits: int (n,), index into `SPLITS` (train, val, test).
@@ -88,7 +90,7 @@ class FeatureTable:
 
     def training_rows(self) -> tuple[Features, NDArray[np.int64], NDArray[np.int64]]:
         """Features (n, d), targets and groups (n,) of train; with views features (1 + views, n, d), the plain first."""
-        features = self.features[self.train]
+        features = take_rows(self.features, self.train)
         features = np.stack([features, *self.views]) if self.views else features
         return features, self.targets[self.train], self.groups[self.train]
 
@@ -244,8 +246,11 @@ class FeatureCache:
         """
         return self.store.read(digests)
 
-    def table(self) -> FeatureTable:
+    def table(self, memory: int | None = None) -> FeatureTable:
         """All images that are not unreadable, with their augmented views; nothing is computed.
+
+        Args:
+            memory: bytes of features, without views, above which they stay in a file; None for no limit.
 
         Raises:
             MissingFeaturesError: an image has no feature, and is not known to be unreadable.
@@ -255,15 +260,18 @@ class FeatureCache:
         missing = np.flatnonzero(~present & ~self.quarantined)
         if len(missing):
             raise self._missing(missing)
-        table = self.table_of(np.flatnonzero(present))
+        rows = np.flatnonzero(present)
+        size = 4 * len(rows) * self.store.feature_dim
+        table = self.table_of(rows, flat=memory is not None and size > memory and not self._extract.views)
         self.store.touch()
         return replace(table, views=tuple(view._view_of(table) for view in self.views()))
 
-    def table_of(self, rows: NDArray[np.int64]) -> FeatureTable:
-        """The images at ``rows``, each with a feature."""
+    def table_of(self, rows: NDArray[np.int64], *, flat: bool = False) -> FeatureTable:
+        """The images at ``rows``, each with a feature; ``flat``: their features stay in a file."""
         images, digests = self.images, self.images.digests[rows]
-        features = self.store.read(digests)
-        finite = np.isfinite(features).all(axis=1)
+        features: Any = self.store.flat(digests) if flat else self.store.read(digests)
+        blocks = features.blocks() if flat else [slice(None)]
+        finite = np.concatenate([np.isfinite(features[block]).all(axis=1) for block in blocks])
         if not finite.all():  # from before such features were refused
             raise self._not_finite(digests[~finite], f"can be used: move {self.store.folder} away and extract again")
         return FeatureTable(

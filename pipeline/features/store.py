@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ..data.digests import Digests, DigestTable, empty_digests, first_occurrences
 from ..errors import CacheError, MissingFeaturesError
-from ..files import file_lock, publish_file
+from ..files import digest_bytes, digest_file, file_lock, publish_file, publish_written, temporary_name
 from .merge import merge_parts, parts_to_merge
 from .parts import (
     HDF5_ERRORS,
@@ -36,6 +36,9 @@ from .parts import (
     set_aside,
 )
 from .rounding import Features, survives_float16
+from .rows import PREFIX as ROWS_PREFIX
+from .rows import SUFFIX as ROWS_SUFFIX
+from .rows import Rows
 from .spec import FeatureSpec
 
 SPEC_FILE = "spec.json"
@@ -173,18 +176,63 @@ class FeatureStore:
         return self._read(digests)
 
     def _read(self, digests: Digests) -> Features:
+        features = np.empty((len(digests), self.feature_dim), np.float32)
+        for part, mine, rows in self._places(digests):
+            features[mine] = self._rows(part, rows)
+        return features
+
+    def _places(self, digests: Digests) -> list[tuple[Part, NDArray[np.int64], NDArray[np.int64]]]:
+        """Each part that holds some of the contents: which of ``digests`` these are, and in which rows of the part."""
         row = self._table.locate(digests)
         if (row < 0).any():
             missing = np.flatnonzero(row < 0)
             raise MissingFeaturesError(f"{len(missing)} of {len(digests)} images have no feature.", where=self.folder)
-        features = np.empty((len(digests), self.feature_dim), np.float32)
         ends = np.cumsum([len(part.digests) for part in self.parts])
         owner = np.searchsorted(ends, row, side="right")
         order = np.argsort(owner, kind="stable")
-        for number, mine in zip(*_runs(owner[order], order), strict=True):
-            part = self.parts[number]
-            features[mine] = self._rows(part, row[mine] - (ends[number] - len(part.digests)))
-        return features
+        parts, runs = self.parts, zip(*_runs(owner[order], order), strict=True)
+        return [(parts[i], mine, row[mine] - (ends[i] - len(parts[i].digests))) for i, mine in runs]
+
+    def flat(self, digests: Digests) -> Rows:
+        """As `read`, without holding all in memory: a file in the order of ``digests``, made when there is none.
+
+        Float16 unless one of the rows is stored in float32.
+
+        Raises:
+            MissingFeaturesError: some have none.
+            CacheError: the file cannot be written.
+        """
+        name = f"{ROWS_PREFIX}{digest_bytes(digests.tobytes()).hex()[:16]}-"
+        for file in self.folder.glob(f"{name}*{ROWS_SUFFIX}"):
+            with suppress(OSError, ValueError):
+                rows = Rows(file)
+                if rows.shape == (len(digests), self.feature_dim):
+                    os.utime(file)
+                    return rows
+        try:
+            for _ in range(READ_AGAIN):
+                with suppress(FileNotFoundError):
+                    return self._make_flat(name, digests)
+                self.refresh()  # a part was merged into another
+            return self._make_flat(name, digests)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+
+    def _make_flat(self, name: str, digests: Digests) -> Rows:
+        places = self._places(digests)
+        dtype = np.result_type(np.float16, *(np.dtype(part.dtype) for part, *_ in places))
+        temporary = temporary_name(self.folder / f"{name}{ROWS_SUFFIX}")
+        try:
+            np.lib.format.open_memmap(temporary, "w+", dtype, (len(digests), self.feature_dim)).flush()
+            for part, mine, rows in places:
+                # A map for each part: what was written need not stay in memory.
+                np.load(temporary, mmap_mode="r+")[mine] = self._rows(part, rows)
+            file = self.folder / f"{name}{digest_file(temporary).hex()}{ROWS_SUFFIX}"
+            publish_written(temporary, file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return Rows(file)
 
     def _rows(self, part: Part, rows: NDArray[np.int64]) -> np.ndarray:
         try:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..artifacts import CurvePoint, ParameterCounts, Predictions, RunMetrics, check_run_name, default_run_name
 from ..backbones import Backbone
 from ..data.source import SPLITS, TEST, VAL
+from ..errors import HeadError
 from ..evaluate import Provenance, metric_lines, score
 from ..features.cache import FeatureCache, FeatureTable
+from ..features.rows import Rows, take_rows
+from ..files import human_bytes
 from ..heads import Choice, Score, choose_among, choose_head, curve_band, head_device, learning_curve, make_head
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
+from ..runtime.memory import memory_budget
 from .open import open_caches, with_pooling
 from .prompts import with_texts
 from .run import make_gallery, publish_run, run_model
@@ -23,6 +27,10 @@ if TYPE_CHECKING:
     import torch
 
 Say = Callable[[str], None]
+# What a head holds at most beside features in float32, as many times their size: in float64, scaled, and so on.
+COPIES = 7
+# As much as a classifier of scikit-learn, or a torch head, holds of them: themselves, and scaled.
+COPIES_OF_OTHERS = 3
 
 
 def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict[str, Any]:
@@ -46,7 +54,8 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
     caches = open_caches(params)
     for kind in params.head.kinds:  # refuses, before anything is paid for, what it cannot be configured with
         make_head(kind, params.head, class_names=caches[0].images.class_names)
-    return train_on([(cache, cache.table()) for cache in caches], params, say, curve=curve, started=started)
+    most = memory_budget(params.head.memory_mb) // COPIES
+    return train_on([(cache, cache.table(most)) for cache in caches], params, say, curve=curve, started=started)
 
 
 def train_on(
@@ -71,6 +80,8 @@ def train_on(
     reported = table.reported_split()
     for each in tables.values():
         say(_data_line(each))
+    for line in _memory_lines(params.head, table, memory_budget(params.head.memory_mb)):
+        say(line)
     backbone = caches[params.backbone.poolings[0]].backbone
     section = with_texts(params, backbone, table.class_names)
     choose = partial(_choose, section, reported=reported, several=judged or len(caches) > 1, backbone=backbone)
@@ -99,6 +110,30 @@ def _data_line(table: FeatureTable) -> str:
     return f"{len(table):,} images ({', '.join(counts)}), {size}"
 
 
+def _memory_lines(head: HeadParams, table: FeatureTable, memory: int) -> Iterator[str]:
+    """What features that are larger than the budget mean for each kind.
+
+    Raises:
+        HeadError: a kind needs all of them in memory, and more than there is.
+    """
+    features: Any = table.features
+    if not isinstance(features, Rows):
+        return
+    yield f"Features are read from {features.file.name}, block by block: head.memory_mb allows {human_bytes(memory)}"
+    need = COPIES_OF_OTHERS * features.nbytes
+    for kind in head.kinds:
+        if make_head(kind, head, class_names=table.class_names).by_blocks:
+            continue
+        if need > memory:
+            raise HeadError(
+                f"{kind} holds all features in memory: at least {human_bytes(need)}.",
+                where="head.memory_mb",
+                why=f"it allows {human_bytes(memory)}",
+                remedy="choose head.kind=logistic, which reads them by blocks; or set head.memory_mb if there is more",
+            )
+        yield f"{kind} holds all of them in memory: at least {human_bytes(need)}"
+
+
 def _parameter_line(counts: ParameterCounts) -> str:
     """``Trainable: 2,562 / 2,226,434 (0.1 %)``."""
     if counts.trainable is None or counts.total is None:
@@ -122,7 +157,7 @@ def _choose(params: HeadParams, table: FeatureTable, *, reported: int, several: 
         jobs=usable_cores(),
         several=several,
         device=head_device(backbone.device),
-        held_out=(table.features[val], table.targets[val]) if judges(table, reported) else None,
+        held_out=(take_rows(table.features, val), table.targets[val]) if judges(table, reported) else None,
     )
 
 
@@ -134,7 +169,7 @@ def _learning_curve(
     fits = learning_curve(
         lambda: make_head(kind, params, class_names=table.class_names, jobs=usable_cores(), device=head_device(device)),
         *table.training_rows(),
-        table.features[rows],
+        take_rows(table.features, rows),
         table.targets[rows],
         seed=params.seed,
     )
