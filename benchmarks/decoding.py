@@ -2,10 +2,10 @@
 
     python benchmarks/decoding.py --data FOLDER --rounds 5
 
-Prints a Markdown table: milliseconds of the extracting process's own CPU time an image, from the listing to the full
-batch, where its threads decode (less Pillow's kernels, which let go of the lock) and where helper processes decode for
-them. Its inverse bounds the images a second on any number of cores. CPU time is more than the time under the lock, as
-reading, digesting and copying let go of it too; and it hardly depends on what else the machine does.
+Prints a Markdown table: milliseconds for which an image holds that lock, from the listing to the full batch, where the
+threads decode and where helper processes decode for them. It is the extracting process's own CPU time less that of what
+lets go of the lock: Pillow's kernels, digests, files, sockets, copies into the batch. (Reading lets go of it too and
+is counted all the same.) Its inverse bounds the images a second on any number of cores.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from PIL import Image
 
 from pipeline.backbones import Features, Pixels
 from pipeline.backbones.pipe import stack_pixels
+from pipeline.data import images as images_module
 from pipeline.data.decode import Decoder
 from pipeline.data.framing import Framing
 from pipeline.data.images import open_images
@@ -38,7 +41,7 @@ from pipeline.features.views import PLAIN
 from pipeline.params.sections import DataParams
 from pipeline.runtime.interrupt import Interruption
 
-WORKERS, BATCH = 2, 64
+WORKERS, BATCH = 1, 64
 DECODING = Decoding(Decoder((255, 255, 255), True, 10**9), PLAIN, Framing(256, 224, "bilinear"))
 
 
@@ -54,11 +57,11 @@ def main() -> None:
         time.sleep(0.05)
     costs: dict[str, list[float]] = {"threads decode": [], "helper processes decode": []}
     for _ in range(arguments.rounds):
-        with kernels_on_a_clock() as kernels:
-            costs["threads decode"].append(cost(arguments.data, DECODING, kernels))
-        costs["helper processes decode"].append(cost(arguments.data, helpers, [0.0]))
+        for name, decode in (("threads decode", DECODING), ("helper processes decode", helpers)):
+            with unlocked_on_a_clock(helpers) as unlocked:
+                costs[name].append(cost(arguments.data, decode, unlocked))
     helpers.close()
-    print("| | ms of one process's CPU an image (median) | min to max | images/s at most |")
+    print("| | ms an image holds the lock (median) | min to max | images/s at most |")
     print("| :-- | --: | --: | --: |")
     for name, values in costs.items():
         middle, spread = statistics.median(values), f"{min(values):.3f} to {max(values):.3f}"
@@ -68,15 +71,15 @@ def main() -> None:
 class FullBatch:
     """In the place of `Forward`: pixels are stacked as for a device, and nothing is computed."""
 
-    device, batch_size = torch.device("meta"), BATCH
+    device, batch_size, stack = torch.device("meta"), BATCH, staticmethod(stack_pixels)
 
     def __call__(self, pixels: list[Pixels]) -> Features:
-        stack_pixels(pixels, torch.empty((len(pixels), 224, 224, 3), dtype=torch.uint8))
+        self.stack(pixels, torch.empty((len(pixels), 224, 224, 3), dtype=torch.uint8))
         return np.zeros((len(pixels), 1), np.float32)
 
 
-def cost(data: Path, decode: Decode, kernels: list[float]) -> float:
-    """Milliseconds of this process's CPU an image, less those of the kernels."""
+def cost(data: Path, decode: Decode, unlocked: list[float]) -> float:
+    """Milliseconds of this process's CPU an image, less those without the lock."""
     with tempfile.TemporaryDirectory() as cache, journal(Path(cache), WORKERS) as opened:
         images = open_images(DataParams(root=data), Path(cache))
         preparation = Preparation(images, set(), Quarantine(Path(cache), "rule"), decode=decode, in_hand=opened.in_hand)
@@ -91,14 +94,14 @@ def cost(data: Path, decode: Decode, kernels: list[float]) -> float:
             interruption=Interruption(),
             seen=lambda _content: None,
         )
-        return 1000 * (time.process_time() - started - sum(kernels)) / len(images)
+        return 1000 * (time.process_time() - started - sum(unlocked)) / len(images)
 
 
 @contextmanager
-def kernels_on_a_clock() -> Iterator[list[float]]:
-    """CPU seconds of each call of Pillow's decoders and of its resize while the block runs."""
+def unlocked_on_a_clock(helpers: Helpers) -> Iterator[list[float]]:
+    """CPU seconds of each call that lets go of the lock while the block runs."""
     seconds: list[float] = []
-    get_decoder, resize = Image._getdecoder, Image.Image.resize  # type: ignore[attr-defined]
+    get_decoder, resize = Image._getdecoder, Image.Image.resize
 
     def timed(function: Any, *args: Any, **kwargs: Any) -> Any:
         started = time.thread_time()
@@ -108,21 +111,24 @@ def kernels_on_a_clock() -> Iterator[list[float]]:
             seconds.append(time.thread_time() - started)
 
     class Timed:
-        def __init__(self, decoder: Any) -> None:
-            self._decoder = decoder
+        def __init__(self, whole: Any, *names: str) -> None:
+            self._whole = whole
+            vars(self).update({name: partial(timed, getattr(whole, name)) for name in names})
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(self._decoder, name)
+            return getattr(self._whole, name)
 
-        def decode(self, data: bytes) -> Any:
-            return timed(self._decoder.decode, data)
-
-    Image._getdecoder = lambda *args, **kwargs: Timed(get_decoder(*args, **kwargs))  # type: ignore[attr-defined]
-    Image.Image.resize = lambda *args, **kwargs: timed(resize, *args, **kwargs)  # type: ignore[method-assign]
-    try:
+    with ExitStack() as patched:
+        for home, name, value in (
+            (Image, "_getdecoder", lambda *args, **kwargs: Timed(get_decoder(*args, **kwargs), "decode")),
+            (Image.Image, "resize", lambda *args, **kwargs: timed(resize, *args, **kwargs)),
+            (images_module, "digest_bytes", partial(timed, images_module.digest_bytes)),
+            *((os, name, partial(timed, getattr(os, name))) for name in ("open", "fstat", "pwrite")),
+            (FullBatch, "stack", partial(timed, stack_pixels)),
+            *((each, "_socket", Timed(each._socket, "sendall", "recv", "recv_into")) for each in helpers._helpers),
+        ):
+            patched.enter_context(mock.patch.object(home, name, value))
         yield seconds
-    finally:
-        Image._getdecoder, Image.Image.resize = get_decoder, resize  # type: ignore[attr-defined, method-assign]
 
 
 if __name__ == "__main__":

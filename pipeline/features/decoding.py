@@ -33,7 +33,7 @@ Pixels = NDArray[np.uint8]
 # Images from which on processes, each of which takes a second to start, are worth it.
 MANY = 2000
 LENGTH = struct.Struct("<Q")
-# What a helper says: it is there, and before each answer whether it has pixels.
+# What a helper says: it is there, and after what may be pixels whether it had any.
 READY, PIXELS, NONE = b"r", b"p", b"n"
 
 
@@ -120,6 +120,7 @@ class _Helper:
 
     def __init__(self, decoding: Decoding) -> None:
         self._side = decoding.framing.crop
+        self._answer = 3 * self._side**2 + 1
         self._socket, theirs = socket.socketpair()
         # This package as it was found here, also where it is on no path of a new interpreter's own.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
@@ -140,12 +141,10 @@ class _Helper:
         """
         self._socket.sendall(LENGTH.pack(len(data)) + digest)
         self._socket.sendall(data)
-        if _receive(self._socket, 1) == NONE:
-            return None
-        image = np.empty((self._side, self._side, 3), np.uint8)
-        if self._socket.recv_into(image.data.cast("B"), image.nbytes, socket.MSG_WAITALL) < image.nbytes:
+        answer = np.empty(self._answer, np.uint8)  # in one piece, so that the lock is asked for once
+        if self._socket.recv_into(answer.data, len(answer), socket.MSG_WAITALL) < len(answer):
             raise ConnectionError("the other end is gone")
-        return image.transpose(2, 0, 1)
+        return None if answer[-1] == NONE[0] else answer[:-1].reshape(self._side, self._side, 3).transpose(2, 0, 1)
 
     def expect(self, sign: bytes) -> None:
         """Wait for a sign.
@@ -182,10 +181,9 @@ def _serve(connection: socket.socket) -> None:
         try:
             pixels = decoding(data, head[LENGTH.size :])
         except Exception:  # noqa: BLE001 (whatever it is, the asking thread will meet it again, and knows what to do)
-            connection.sendall(NONE)
+            connection.sendall(bytes(3 * decoding.framing.crop**2) + NONE)
         else:
-            connection.sendall(PIXELS)
-            connection.sendall(np.ascontiguousarray(pixels.transpose(1, 2, 0)).data)
+            connection.sendall(pixels.transpose(1, 2, 0).tobytes() + PIXELS)
 
 
 if __name__ == "__main__":
