@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..errors import DeviceError
 from .distributed import World
@@ -45,6 +47,15 @@ def resolve_device(name: str, world: World | None = None) -> torch.device:
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Inside the block ``device`` is this thread's current one: pinned memory makes no context on another GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def to_device(values: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """Integers on the device, by way of pinned memory to a GPU, so that the host need not wait for it."""
+    tensor = torch.from_numpy(values)
+    if device.type != "cuda":
+        return tensor.to(device)
+    with on_device(device):
+        return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager
