@@ -24,7 +24,7 @@ from pipeline.errors import DeviceError
 from pipeline.runtime import progress
 from pipeline.runtime.cores import usable_cores, worker_count
 from pipeline.runtime.device import resolve_device, tf32
-from pipeline.runtime.distributed import World, gather, world_from_environment
+from pipeline.runtime.distributed import World, from_main, gather, world_from_environment
 from pipeline.runtime.interrupt import stop_after_batch
 from pipeline.runtime.progress import ProgressBar
 from pipeline.runtime.seeds import derive_seed, make_generator
@@ -251,3 +251,34 @@ class TestProgress:
         assert done.returncode == 0 and "TIFFFetch" not in done.stdout and "then" in done.stdout, done.stdout
         lines = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", done.stdout).replace("\r", "\n").splitlines()
         assert "epoch 1" in lines and "after" in lines
+
+
+class TestFromMain:
+    """What the first process makes is everybody's, and so is what it raises."""
+
+    @pytest.fixture
+    def wire(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """What was told last; a process that is not the first hears it."""
+        told: list[Any] = []
+
+        def broadcast(values: list[Any]) -> None:
+            if any(value is not None for value in values):
+                told[:] = values
+            values[:] = told
+
+        monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
+        return told
+
+    def test_it_is_made_once(self, wire: list[Any]) -> None:
+        made: list[int] = []
+        make = lambda: made.append(1) or "a head"  # noqa: E731
+        assert [from_main(make, World(rank=rank, size=2)) for rank in range(2)] == ["a head", "a head"]
+        assert made == [1] and from_main(make, World()) == "a head"
+
+    def test_an_error_leaves_nobody_waiting(self, wire: list[Any]) -> None:
+        def fail() -> None:
+            raise DeviceError("no")
+
+        for rank in range(2):
+            with pytest.raises(DeviceError, match="no"):
+                from_main(fail, World(rank=rank, size=2))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..data.decode import BadImage, Reason
+from ..data.framing import RESAMPLING, Framing
 from ..errors import BackboneError, WeightsError
 from ..params import TransformParams
 
@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 RESIZE_MODES = ("shortest", "squash")
-# A resize keeps the aspect ratio, so a strip of 1 x 100 000 pixels would become 256 x 25 600 000.
-MAX_RESIZED_PIXELS = 178_956_970
 _MAX_SIDE = 16_384
 
 
@@ -54,15 +51,12 @@ class Transform:
         Raises:
             BadImage: the resized image would have too many pixels.
         """
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as F
+        return self.framing.pixels(image)
 
-        self.check_size(image)
-        if self.resize is not None:
-            size = [self.resize] * (2 if self.resize_mode == "squash" else 1)
-            image = F.resize(image, size, interpolation=InterpolationMode(self.interpolation), antialias=True)
-        image = F.center_crop(image, [self.crop])
-        return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
+    @property
+    def framing(self) -> Framing:
+        """The part that makes pixels of an image, which needs no torch."""
+        return Framing(self.resize, self.crop, self.interpolation, squash=self.resize_mode == "squash")
 
     def normalise(self, batch: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """uint8 pixels (n, 3, h, w) to normalised ``dtype`` (float32), on the batch's device, computed in float32."""
@@ -100,22 +94,6 @@ class Transform:
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
         return cls(**fields)
-
-    def check_size(self, image: Image.Image) -> None:
-        """Refuse a strip that would be resized to more pixels than any image is allowed.
-
-        Raises:
-            BadImage: the resized image would have too many pixels.
-        """
-        if self.resize is None or self.resize_mode == "squash":
-            return
-        short, long = sorted(image.size)
-        pixels = self.resize * (self.resize * long // max(short, 1))
-        if pixels > MAX_RESIZED_PIXELS:
-            raise BadImage(
-                Reason.TOO_MANY_PIXELS,
-                f"{image.width} x {image.height} pixels, resized to a shorter side of {self.resize}, are {pixels}",
-            )
 
 
 @cache
@@ -168,7 +146,7 @@ def _is_valid(key: str, value: Any) -> bool:
     if key == "exif":
         return isinstance(value, bool)
     if key in ("interpolation", "resize_mode"):
-        return value in (INTERPOLATIONS if key == "interpolation" else RESIZE_MODES)
+        return value in (tuple(RESAMPLING) if key == "interpolation" else RESIZE_MODES)
     if key in ("resize", "crop"):
         return (key == "resize" and value is None) or (_is_number(value, whole=True) and 1 <= value <= _MAX_SIDE)
     if not isinstance(value, (list, tuple)) or len(value) != 3:

@@ -67,7 +67,7 @@ class FolderSource:
 
     def read(self, path: str) -> tuple[bytes, Stamp]:
         """As `read_file`."""
-        return read_file(self._root / path)
+        return read_file(os.path.join(self._root, path))
 
 
 @dataclass(frozen=True)

@@ -291,10 +291,9 @@ def read_file(path: Path | str) -> tuple[bytes, Stamp]:
             raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
         data = file.read()
         after = os.fstat(descriptor)
-    row = stamp_of(after)
-    if len(data) != after.st_size or (row != stamp_of(before)).any():
+    if len(data) != after.st_size or _fields_and_mode(after) != _fields_and_mode(before):
         raise FileChanged(errno.EAGAIN, "the file changed while it was read", os.fspath(path))
-    return data, row
+    return data, stamp_of(after)
 
 
 def unreadable(folder: str, error: OSError) -> DataError:

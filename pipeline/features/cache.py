@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,10 +29,11 @@ from ..runtime.cores import worker_count
 from ..runtime.distributed import World, gather
 from ..runtime.interrupt import stop_after_batch
 from ..runtime.progress import ProgressBar, quiet_libraries
+from .decoding import Decoding, decoding_beside
 from .drift import PixelRecord
 from .extractor import Clock, extract_features
 from .journal import Journal, journal, suspects_left_behind
-from .prepare import Preparation
+from .prepare import Decode, Preparation
 from .quarantine import BadContent, Quarantine, decoding_rule
 from .rounding import Features
 from .rows import take_rows
@@ -387,12 +388,13 @@ class FeatureCache:
             self.images.reading_ahead(positions.tolist()),
         ):
             try:
-                with ExitStack() as writing:
+                with ExitStack() as open_now:
+                    decode = open_now.enter_context(self._decoding_beside(len(positions)))
                     for writer in writers:
-                        writing.enter_context(writer)
+                        open_now.enter_context(writer)
                     clock = extract_features(
                         positions.tolist(),
-                        self._preparation(opened, caches),
+                        self._preparation(decode, opened, caches),
                         forward_together([cache.backbone for cache in caches]),
                         sink,
                         workers=self._workers,
@@ -420,13 +422,20 @@ class FeatureCache:
             remedy="check transform.mean and transform.std, and the weights file",
         )
 
-    def _preparation(self, opened: Journal, caches: Sequence[FeatureCache]) -> Preparation:
+    @property
+    def _decoding(self) -> Decoding:
+        return Decoding(self.backbone.decoder, self.view, self.backbone.transform.framing)
+
+    def _decoding_beside(self, images: int) -> AbstractContextManager[Decode]:
+        on_cpu = self.backbone.device.type == "cpu"
+        return decoding_beside(self._decoding, images=images, workers=self._workers, on_cpu=on_cpu)
+
+    def _preparation(self, decode: Decode, opened: Journal, caches: Sequence[FeatureCache]) -> Preparation:
         return Preparation(
             self.images,
             lambda digest: all(cache.store.contains(stack_digests([digest]))[0] for cache in caches),
             self.quarantine,
-            decode=self.backbone.decoder,
-            crop=lambda image, digest: self.view.pixels(image, digest, self.backbone.transform),
+            decode=decode,
             in_hand=opened.in_hand,
         )
 
@@ -489,7 +498,7 @@ class FeatureCache:
         record.confirm(decoder_versions(), self._pixels_of, self._bytes_of)
 
     def _pixels_of(self, data: bytes) -> Pixels:
-        return self.view.pixels(self.backbone.decoder(data), digest_bytes(data), self.backbone.transform)
+        return self._decoding(data, digest_bytes(data))
 
     def _bytes_of(self, digest: bytes) -> bytes | None:
         """An image with this content; those whose content is not known are read to find it."""

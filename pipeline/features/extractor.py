@@ -100,6 +100,7 @@ def extract_features(
         Whatever ``prepare``, ``forward`` or ``sink`` raise; rows handed to the sink before stay there.
     """
     on_cpu = forward.device.type == "cpu"
+    reuse_freed_memory()
     with single_threaded_torch(on_cpu), ThreadPoolExecutor(workers) as pool, _forward_pool(pool, on_cpu) as forwards:
         flow = _Flow(prepare, forward, sink, pool, forwards, seen)
         # A batch that grows, and one for each that can be forwarded as soon as it is whole.

@@ -6,16 +6,13 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from PIL import Image
-
 from ..backbones import Pixels
 from ..data.decode import BadImage
 from ..data.images import Images
 from .extractor import Clock, Prepared
 from .quarantine import BadContent, Quarantine
 
-Decode = Callable[[bytes], Image.Image]
-Crop = Callable[[Image.Image, bytes], Pixels]
+Decode = Callable[[bytes, bytes], Pixels]
 InHand = Callable[[str, bytes], AbstractContextManager[None]]
 
 
@@ -28,7 +25,7 @@ class Preparation:
 
     Args:
         have: whether a content (its digest) needs no forward pass.
-        crop: image and digest to uint8 pixels (3, h, w); the digest seeds augmented views.
+        decode: bytes and digest to uint8 pixels (3, h, w); the digest seeds augmented views.
         in_hand: guards the decoding of a path with a digest, so that a crash can be traced to it.
     """
 
@@ -39,11 +36,10 @@ class Preparation:
         quarantine: Quarantine,
         *,
         decode: Decode,
-        crop: Crop,
         in_hand: InHand = _unguarded,
     ) -> None:
         self.images, self.quarantine = images, quarantine
-        self._have, self._decode, self._crop, self._in_hand = have, decode, crop, in_hand
+        self._have, self._decode, self._in_hand = have, decode, in_hand
         self._claimed: set[bytes] = set()
         self._lock = threading.Lock()
 
@@ -70,7 +66,7 @@ class Preparation:
         path = self.images.path(position)
         try:
             with self._in_hand(path, digest):
-                return self._crop(self._decode(data), digest)
+                return self._decode(data, digest)
         except BadImage as bad:
             self.quarantine.add(digest, BadContent(path, bad.reason.value, bad.detail, bad.reason.remedy))
             return None

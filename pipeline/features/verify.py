@@ -171,7 +171,7 @@ def _choose(images: Images, backbone: Backbone, view: View, store: FeatureStore,
         if digest not in have or digest in chosen.digests:
             continue
         try:
-            pixels = view.pixels(backbone.decoder(data), digest, backbone.transform)
+            pixels = view.pixels(backbone.decoder(data), digest, backbone.transform.framing)
         except BadImage as bad:
             chosen.problems.append(f"{path!r} has a feature but no longer decodes: {bad}.")
             continue

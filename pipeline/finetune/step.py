@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import DeviceError, FinetuneError
 from ..params import FinetuneParams
 from ..params.sections import Precision
+from ..runtime.device import to_device
 from ..runtime.distributed import World
 from ..runtime.seeds import derive_seed
 from .augment import Augment, Mix, mix_images
@@ -322,7 +323,7 @@ class Stepper:
         device = self.setup.device
         torch.manual_seed(derive_seed(self.params.seed, "batch", epoch, batch.index, self.setup.world.rank))
         images = self.transform.normalise(pixels.to(device, non_blocking=True), torch.float32)
-        targets = torch.from_numpy(self.targets[batch.rows]).to(device, non_blocking=True)
+        targets = to_device(self.targets[batch.rows], device)
         mix = self._mix(images, batch, epoch)
         images = images if mix is None else mix.images
         with self.model.gradient_sync(batch.closes):
@@ -330,10 +331,11 @@ class Stepper:
                 logits = self.model.forward(images.contiguous(memory_format=torch.channels_last))
             loss = self.objective.loss_sum(logits.float(), targets, mix)
             self.scaler.scale(loss * self._share(batch)).backward()  # type: ignore[no-untyped-call]
-        weight = self.objective.weight_sum(self.targets[batch.rows])
-        sums = (loss.detach(), weight, correct_sum(logits, targets, mix), len(batch.rows))
-        total = torch.stack([torch.as_tensor(value, device=device).to(self.sum_dtype) for value in sums])
-        return total * float(batch.counts)
+        # Filled in on the device: a copy to a GPU would wait for all that it has been told to do.
+        weight = torch.full((), self.objective.weight_sum(self.targets[batch.rows]), device=device)
+        count = torch.full((), len(batch.rows), device=device)
+        sums = (loss.detach(), weight, correct_sum(logits, targets, mix), count)
+        return torch.stack([value.to(self.sum_dtype) for value in sums]) * float(batch.counts)
 
     def step(self, factor: float) -> None:
         """Move the weights at ``factor`` times each group's rate, and forget the gradients."""

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import DeviceError
 from .distributed import World
 
@@ -53,6 +56,17 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     import torch
 
     return torch.cuda.device(device)
+
+
+def to_device(values: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """Integers on the device, by way of pinned memory to a GPU, so that the host need not wait for it."""
+    import torch
+
+    tensor = torch.from_numpy(values)
+    if device.type != "cuda":
+        return tensor.to(device)
+    with on_device(device):
+        return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ from ..finetune import (
 from ..heads import Head, Selection, head_of_layers
 from ..params import FinetuneParams, Params, dump_params, load_params
 from ..runtime.device import resolve_device
-from ..runtime.distributed import World, world_from_environment
+from ..runtime.distributed import World, from_main, world_from_environment
 from ..runtime.interrupt import Interruption, stop_after_batch
 from ..runtime.progress import ProgressBar
 from .open import open_cache
@@ -186,15 +186,16 @@ def finetune(
                     warnings.append("training on all of train diverged: the weights are those of the part")
                     refits = False
                 classifier = end or classifier
+
+        # The score of the best weights, through the one predict path; the probe itself where nothing beat it. All
+        # processes compute features with them.
+        weights = _backbone_bytes(classifier, backbone)
+        from_main(lambda: publish_file(folder / BACKBONE_FILE, weights), world)
+        tuned_params = _with_weights(params, folder / BACKBONE_FILE) if choice.epoch else params
+        tuned = open_cache(tuned_params, cache.images, begins=True, world=world, quiet=not world.is_main)
+        tuned.fill()
         if not world.is_main:
             return {}
-
-        # The score of the best weights, through the one predict path; the probe itself where nothing beat it.
-        weights = _backbone_bytes(classifier, backbone)
-        publish_file(folder / BACKBONE_FILE, weights)
-        tuned_params = _with_weights(params, folder / BACKBONE_FILE) if choice.epoch else params
-        tuned = open_cache(tuned_params, cache.images, begins=True)
-        tuned.fill()
         features = tuned.read(table.digests)
         kept = not choice.epoch and probe is not None
         head = probe.head if kept and probe is not None else _head(classifier, start, table, choice.temperature)
@@ -397,12 +398,13 @@ class _Job:
         )
 
     def start(self, rows: NDArray[np.int64], selection: NDArray[np.int64], setup: Setup) -> Start:
-        """The head that training on the images at ``rows`` begins with."""
+        """The head that training on the images at ``rows`` begins with; the first process fits it for all."""
         section = self.params.finetune
         if self.probe is None:
             return random_start(self.table, section)
         head, kind = self.probe.params.head, self.probe.model.head.kind
-        return probe_start(self.table, rows, selection, head, kind, setup, dropout=section.dropout)
+        fit = partial(probe_start, self.table, rows, selection, head, kind, setup, dropout=section.dropout)
+        return from_main(fit, self.world)
 
     def fingerprint(self, rows: NDArray[np.int64], selection: NDArray[np.int64], start: Start) -> str:
         """Of all that the result depends on."""

@@ -13,14 +13,16 @@ from pipeline.finetune.augment import mix_images
 from pipeline.finetune.step import (
     Objective,
     Setup,
+    Stepper,
     TrainableClassifier,
     correct_sum,
     resolve_class_weights,
+    resolve_setup,
     resolve_training_dtype,
 )
 from pipeline.runtime.distributed import World
 
-from .support import tiny_classifier, tiny_params
+from .support import TRANSFORM, labelled, tiny_classifier, tiny_params
 
 CPU = torch.device("cpu")
 
@@ -105,3 +107,21 @@ def test_only_statistics_that_move_are_synchronised(
     setup = Setup(torch.device("cuda:0"), batchnorm=batchnorm, world=World(size=2))  # type: ignore[arg-type]
     TrainableClassifier(tiny_classifier(), tiny_params(sync_batchnorm=True), setup)
     assert bool(seen) == converted
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_gpu(cuda: torch.device) -> None:
+    images = labelled(16)
+    params = tiny_params(batch_size=8, class_weight={"b": 2.0}, mixup=0.2)
+    setup = resolve_setup(params, cuda, targets=images.targets, class_names="abc")
+    model = TrainableClassifier(tiny_classifier(), params, setup)
+    stepper = Stepper(model, images, TRANSFORM)
+    model.train_mode()
+    batches = stepper.plan(1)
+    for number, (batch, pixels) in enumerate(zip(batches, stepper.prepare(batches, 1), strict=True)):
+        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first makes what is made once
+        try:
+            stepper.add_gradients(batch, pixels, 1)
+            stepper.step(1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
