@@ -100,6 +100,7 @@ def replace_features(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -
 
 def test_ls_shows_every_key_with_what_made_it(run_extract: Extract, make_params: MakeParams, tmp_path: Path) -> None:
     first, second = run_extract(), run_extract("transform.resize=34", "cache.dtype=float32")
+    (tmp_path / "cache" / "index").mkdir(exist_ok=True)
     (tmp_path / "cache" / "index" / ".tmp-1-aa-x.idx").write_bytes(b"half")
     listed = list_cache(make_params())
     keys = {key["key"]: key for key in listed["keys"]}

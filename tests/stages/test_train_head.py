@@ -15,6 +15,7 @@ from pipeline import load_run
 from pipeline.artifacts import Leak
 from pipeline.errors import DataError, HeadError, MissingFeaturesError, RunError
 from pipeline.params import Params
+from pipeline.stages.cache import list_cache
 from pipeline.stages.evaluate import evaluate_run
 from pipeline.stages.train_head import train_head
 
@@ -262,6 +263,8 @@ def test_features_beyond_the_budget_stay_in_a_file(
     lines: list[str] = []
     blocks = train_head(params, lines.append)
     (file,) = params.cache.dir.glob("*/rows-*.npy")
+    (key,) = list_cache(params)["keys"]
+    assert key["row_order"] == [{"path": str(file.absolute()), "bytes": file.stat().st_size}]
     assert any(file.name in line and "block by block" in line for line in lines)
     assert blocks["metrics"]["accuracy"] == memory["metrics"]["accuracy"]
     assert blocks["metrics"]["log_loss"] == pytest.approx(memory["metrics"]["log_loss"], rel=1e-3)
