@@ -32,6 +32,8 @@ def list_(params: Params, reporter: Reporter) -> None:
     for key in summary["keys"]:
         for problem in key["problems"]:
             reporter.say(f"{key['backbone']}-{key['key']}: {problem}")
+        for file in key["row_order"]:
+            reporter.say(f"in row order, for heads that read by blocks: {file['path']} ({human_bytes(file['bytes'])})")
     for file in summary["temporary"]:
         reporter.say(f"temporary: {file['path']} ({human_bytes(file['bytes'])})")
     reporter.say(f"{len(summary['keys'])} key(s), {human_bytes(summary['bytes'])}: {summary['cache']}")

@@ -166,7 +166,7 @@ def verify_key(folder: Path) -> KeyProof:
             problems.append(set_aside(folder / name, problem))
         else:
             whole.append(part_of(folder / name, data))
-    for file in _flat_rows(folder):
+    for file in flat_rows(folder):
         size += size_of(file)
         if digest_file(file).hex() not in file.name:
             problems.append(set_aside(file, "its bytes do not match the digest in its name"))
@@ -363,13 +363,14 @@ def _old_notes(cache_dir: Path, days: float, now: float) -> Iterator[Garbage]:
             yield Garbage(folder, "quarantine", size_of(folder), f"notes of unreadable images, {idle:.0f} days old")
 
 
-def _flat_rows(folder: Path) -> list[Path]:
+def flat_rows(folder: Path) -> list[Path]:
+    """A key's copies of features in the order of a data set, which heads read by blocks."""
     return sorted(folder.glob(f"{ROWS_PREFIX}*{ROWS_SUFFIX}"))
 
 
 def _old_rows(cache_dir: Path, days: float, now: float) -> Iterator[Garbage]:
     """Copies of features in the order of a data set: made again from the parts when they are needed."""
-    for file in (file for folder in key_folders(cache_dir) for file in _flat_rows(folder)):
+    for file in (file for folder in key_folders(cache_dir) for file in flat_rows(folder)):
         idle = (now - modified(file)) / DAY
         if idle >= days:
             yield Garbage(file, "rows", size_of(file), f"features in row order, not used for {idle:.0f} days")

@@ -155,9 +155,8 @@ def recompute(
 
 def _choose(images: Images, backbone: Backbone, view: View, store: FeatureStore, *, sample: int, seed: int) -> _Chosen:
     """Up to ``sample`` different contents that have a feature, in a random order that the seed gives."""
-    have = {row.tobytes() for row in store.digests}
     chosen = _Chosen()
-    for row in _candidates(images, have, seed):
+    for row in _candidates(images, store, seed):
         if len(chosen.digests) >= sample:
             break
         remembered = images.digest(row) if images.known[row] else None
@@ -168,7 +167,7 @@ def _choose(images: Images, backbone: Backbone, view: View, store: FeatureStore,
         if remembered not in (None, digest) and images.is_unchanged(row):
             file = images.index_file
             chosen.problems.append(f"{file} remembers another content of {path!r}; remove the index file.")
-        if digest not in have or digest in chosen.digests:
+        if digest in chosen.digests or not store.contains(stack_digests([digest]))[0]:
             continue
         try:
             pixels = view.pixels(backbone.decoder(data), digest, backbone.transform.framing)
@@ -181,8 +180,8 @@ def _choose(images: Images, backbone: Backbone, view: View, store: FeatureStore,
     return chosen
 
 
-def _candidates(images: Images, have: set[bytes], seed: int) -> list[int]:
+def _candidates(images: Images, store: FeatureStore, seed: int) -> list[int]:
     """Images that the index knows to have a feature, in random order; then those that would have to be read first."""
-    order = np.random.default_rng(seed).permutation(len(images)).tolist()
-    promising = [row for row in order if images.known[row] and images.digest(row) in have]
-    return [*promising, *(row for row in order if not images.known[row])]
+    order = np.random.default_rng(seed).permutation(len(images))
+    promising = images.known & store.contains(images.digests)
+    return [*order[promising[order]].tolist(), *order[~images.known[order]].tolist()]

@@ -18,6 +18,7 @@ from pipeline.errors import DataError, HeadError, MissingFeaturesError, RunError
 from pipeline.features.cache import FeatureTable
 from pipeline.finetune import Setup, probe_start
 from pipeline.params import HeadParams, Params
+from pipeline.stages.cache import list_cache
 from pipeline.stages.evaluate import evaluate_run
 from pipeline.stages.train_head import _learning_curve, train_head
 
@@ -310,6 +311,8 @@ def test_features_beyond_the_budget_stay_in_a_file(
     lines: list[str] = []
     blocks = train_head(params, lines.append)
     (file,) = params.cache.dir.glob("*/rows-*.npy")
+    (key,) = list_cache(params)["keys"]
+    assert key["row_order"] == [{"path": str(file.absolute()), "bytes": file.stat().st_size}]
     assert any(file.name in line and "block by block" in line for line in lines)
     assert blocks["metrics"]["accuracy"] == memory["metrics"]["accuracy"]
     assert blocks["metrics"]["log_loss"] == pytest.approx(memory["metrics"]["log_loss"], rel=1e-3)
