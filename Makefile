@@ -19,7 +19,7 @@ export $(VALUES)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo-data named-data advise inspect extract train-head finetune evaluate predict export compare demo \
-	test test-extras test-lowest torture lint types format bench clean
+	test test-extras test-lowest torture lint types format bench gpu clean
 
 # $(load) VERB turns each setting of $SET into its own -s among the recipe's "$@". A word of SET that does not
 # begin with `section.key=` goes on with the value before it, so that values may hold spaces. $ARGS is for the verb
@@ -151,6 +151,9 @@ format: setup ## format the code and mend what can be mended
 
 bench: setup ## run the benchmarks (BENCH=benchmarks/NAME.py for one)
 	@set -e; for file in $$BENCH; do echo "== $$file"; OMP_WAIT_POLICY=PASSIVE "$$VENV/bin/python" "$$file" $$ARGS; done
+
+gpu: setup ## on a machine with a GPU: tests marked gpu, then the benchmarks; ten minutes at most
+	@"$$VENV/bin/python" tests/gpu.py $$ARGS
 
 clean: ## remove what tools left behind; cache/, runs/, data/ and .venv stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
