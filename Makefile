@@ -19,7 +19,7 @@ export $(VALUES)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo-data named-data advise inspect extract train-head sweep finetune evaluate predict export compare demo \
-	test test-extras test-lowest torture lint types format bench clean
+	test test-extras test-lowest torture lint types format bench gpu clean
 
 # $(call settings,NAME,OPTION) turns each setting of $NAME into its own OPTION among the recipe's "$@". A word that does
 # not begin with `section.key=` goes on with the value before it, so that values may hold spaces.
@@ -160,6 +160,9 @@ format: setup ## format the code and mend what can be mended
 
 bench: setup ## run the benchmarks (BENCH=benchmarks/NAME.py for one)
 	@set -e; for file in $$BENCH; do echo "== $$file"; OMP_WAIT_POLICY=PASSIVE "$$VENV/bin/python" "$$file" $$ARGS; done
+
+gpu: setup ## on a machine with a GPU: tests marked gpu, then the benchmarks; ten minutes at most
+	@"$$VENV/bin/python" tests/gpu.py $$ARGS
 
 clean: ## remove what tools left behind; cache/, runs/, data/ and .venv stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,8 @@
 Prints a Markdown table: images a second of the plain loop (ImageFolder + DataLoader, the preset's transform, float32,
 no_grad, batches of 32, with 4 and with 0 workers) and of `pipeline extract`, medians over interleaved rounds, their
 ratio, the machine's own limit from decode and forward measured alone, and the share of it that was reached. With
-``--forward`` only the forward pass alone is timed. Runs unchanged on a GPU (``--device cuda``).
+``--forward`` only the forward pass is timed: as `extract` runs it, from pixels to features on the host, beside the same
+network on a batch that stays on the device, on a GPU also captured, tuned and compiled. Runs unchanged on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any
 import torch
 import torchvision
 
-from pipeline.backbones import build_network, trainable_module
+from pipeline.backbones import Backbone, Forward, build_network, trainable_module
+from pipeline.backbones.pipe import SLOTS
 from pipeline.data.decode import decode_image
 from pipeline.data.folder import scan_folder
 from pipeline.data.index import DigestIndex
@@ -41,8 +43,11 @@ from pipeline.stages.open import open_backbone
 def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = _copy_images(arguments.data, Path(scratch) / "images", arguments.images)
         print(_machine(arguments.device))
+        if arguments.forward:
+            _forward(arguments, Path(scratch))
+            return
+        folder = _copy_images(arguments.data, Path(scratch) / "images", arguments.images)
         print(
             f"\n{arguments.images} images of {arguments.data.name}, {arguments.backbone}, {arguments.rounds} rounds\n"
         )
@@ -63,6 +68,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--forward", action="store_true", help="time the forward pass alone")
+    parser.add_argument("--batch-size", default="auto")
     parser.add_argument("--memory", action="store_true", help="peak memory at the number of images and four times it")
     parser.add_argument(
         "--nothing", type=int, default=0, metavar="FILES", help="time the unchanged tree of FILES files"
@@ -98,6 +105,7 @@ def _params(arguments: argparse.Namespace, folder: Path, cache: Path) -> Params:
         f"backbone.weights={arguments.weights}",
         f"extract.device={arguments.device}",
         f"extract.precision={arguments.precision}",
+        f"extract.batch_size={arguments.batch_size}",
     ]
     return load_params(file, overrides)
 
@@ -173,13 +181,69 @@ def _limit(arguments: argparse.Namespace, folder: Path, scratch: Path) -> float:
         decode = len(files) / (time.perf_counter() - started)
         batches = [pixels[i : i + forward.batch_size] for i in range(0, len(pixels), forward.batch_size)]
         batches = [batch for batch in batches if len(batch) == forward.batch_size] or batches[:1]
-        parallel = usable_cores() if backbone.device.type == "cpu" else 2
+        parallel = usable_cores() if backbone.device.type == "cpu" else SLOTS
         with ThreadPoolExecutor(parallel) as forwards:
             list(forwards.map(forward, batches[:parallel]))
             started = time.perf_counter()
             list(forwards.map(forward, batches * 2))
             rate = 2 * sum(map(len, batches)) / (time.perf_counter() - started)
     return 1 / (1 / decode + 1 / rate) if backbone.device.type == "cpu" else min(decode, rate)
+
+
+def _forward(arguments: argparse.Namespace, scratch: Path) -> None:
+    """A table of images a second of the forward pass, each the best of three times some seconds."""
+    backbone = open_backbone(_params(arguments, scratch, scratch / "cache"))
+    forward, crop = backbone.forward, backbone.transform.crop
+    random = torch.randint(0, 256, (forward.batch_size, crop, crop, 3), dtype=torch.uint8)
+    pixels, images = list(random.permute(0, 3, 1, 2).numpy()), random.to(backbone.device).permute(0, 3, 1, 2)
+    with ThreadPoolExecutor(SLOTS) as pool:
+        rates = {"as extract runs it": _rate(lambda n: list(pool.map(forward, [pixels] * n)), len(pixels), backbone)}
+
+    def alone(n: int) -> None:
+        for _ in range(n):
+            forward._compute(images)
+
+    rates["the network on a batch that stays there"] = _rate(alone, len(pixels), backbone)
+    if backbone.device.type == "cuda":
+        rates["the same, as a CUDA graph"] = _rate(_captured(forward, images), len(pixels), backbone)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            rates["the same, with cudnn.benchmark"] = _rate(alone, len(pixels), backbone)
+        forward._module = torch.compile(forward.module)
+        rates["the same, compiled"] = _rate(alone, len(pixels), backbone)
+    best = max(rates.values())
+    print(f"\n{arguments.backbone}, {backbone.precision}, batches of {len(pixels)} images of {crop} pixels\n")
+    print("| | images/s | of the best |\n| :-- | --: | --: |")
+    for name, rate in rates.items():
+        print(f"| {name} | {rate:.0f} | {100 * rate / best:.0f} % |")
+
+
+def _rate(run: Callable[[int], Any], images: int, backbone: Backbone) -> float:
+    """Images a second of ``run(n)``, n batches of so many images; the best of three measurements."""
+
+    def seconds(n: int) -> float:
+        started = time.perf_counter()
+        run(n)
+        if backbone.device.type == "cuda":
+            torch.cuda.synchronize(backbone.device)
+        return time.perf_counter() - started
+
+    with single_threaded_torch(backbone.device.type == "cpu"):
+        seconds(SLOTS)
+        count = max(SLOTS, round(2 * SLOTS / seconds(SLOTS)))
+        return max(count * images / seconds(count) for _ in range(3))
+
+
+def _captured(forward: Forward, images: torch.Tensor) -> Callable[[int], None]:
+    """What `_compute` launches as one CUDA graph; ``n`` replays of it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        forward._compute(images)
+
+    def replay(n: int) -> None:
+        for _ in range(n):
+            graph.replay()
+
+    return replay
 
 
 def _memory(arguments: argparse.Namespace, folder: Path, scratch: Path) -> None:

@@ -67,7 +67,7 @@ class Transform:
             scale = tuple(1 / (255 * std) for std in self.std)
             shift = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
             return torch.addcmul(_constant(shift, batch.device), batch, _constant(scale, batch.device)).to(dtype)
-        mean, std = (_constant(values, batch.device) for values in (self.mean, self.std))
+        mean, std = (_constant(values, batch.device, batch.shape[-1]) for values in (self.mean, self.std))
         return (batch.to(torch.float32) / 255).sub_(mean).div_(std).to(dtype)
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,12 +97,16 @@ class Transform:
 
 
 @cache
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Float32 (3, 1, 1) on the device, made once: to copy to a GPU is to wait for all that it has been told to do."""
+def _constant(values: tuple[float, ...], device: torch.device, width: int = 1) -> Tensor:
+    """Float32 (1, 3, 1, width) on the device, made once: to copy to a GPU is to wait for all that it has to do.
+
+    In channels-last memory a row of an image and one of constants run side by side, where a CPU is fast.
+    """
     import torch
 
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device).view(3, 1, 1)
+        row = torch.tensor(values, device=device).view(1, 3, 1, 1).expand(1, 3, 1, width)
+        return row.contiguous(memory_format=torch.channels_last)
 
 
 def adjust_transform(preset: Transform, params: TransformParams) -> Transform:

@@ -1,0 +1,93 @@
+"""Check and measure on a GPU in one go: tests marked ``gpu``, then the benchmarks; ten minutes at most.
+
+    python tests/gpu.py [--device cuda] [--minutes 10]
+
+Prints what each step prints, and at the end one table of how they ended and all tables of figures again. The exit
+status is that of the worst step. Images are drawn here, so that nothing else needs to be on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+PROJECT = Path(__file__).resolve().parent.parent
+RESNET = ("--backbone", "resnet50")
+# Name, script or module, its arguments; the earlier ones say more.
+STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("tests", ("-m", "pytest", "-m", "gpu", "-rs", "tests")),
+    ("forward", ("benchmarks/extract.py", *RESNET, "--forward")),
+    ("extract", ("benchmarks/extract.py", *RESNET, "--images", "12000", "--rounds", "1")),
+    ("decoding", ("benchmarks/decoding.py", "--rounds", "3")),
+    ("finetune", ("benchmarks/finetune.py", *RESNET, "--images", "2048", "--batch-size", "128", "--rounds", "1")),
+    ("heads", ("benchmarks/heads.py", "--rows", "20000", "--classes", "20", "--rounds", "1", "--jobs", "2")),
+)
+WITHOUT_IMAGES = ("tests", "heads")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--steps", nargs="+", default=[name for name, _ in STEPS])
+    arguments = parser.parse_args()
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        print("torch sees no CUDA device: nothing was checked, nothing was measured.", file=sys.stderr)
+        return 1
+    end = time.monotonic() + 60 * arguments.minutes
+    rows, tables, worst = [], list[str](), 0
+    with tempfile.TemporaryDirectory() as scratch:
+        images = write_images(Path(scratch) / "images")
+        for name, command in STEPS:
+            if name not in arguments.steps:
+                continue
+            own = [] if name == "tests" else ["--device", arguments.device]
+            own += [] if name in WITHOUT_IMAGES else ["--data", str(images)]
+            started = time.monotonic()
+            status, text = run([sys.executable, *command, *own], end - started)
+            rows.append(f"| {name} | {time.monotonic() - started:.0f} | {verdict(status)} |")
+            lines = [line for line in text.splitlines() if line.startswith("|")]
+            tables += ["", f"{name}:", "", *lines] if lines else []
+            worst = max(worst, abs(status))
+    print("\n".join(["", "| step | seconds | result |", "| :-- | --: | :-- |", *rows, *tables]))
+    return min(worst, 1)
+
+
+def run(command: list[str], seconds: float) -> tuple[int, str]:
+    """Exit status (124: out of time) and output, which is shown as it comes."""
+    print(f"\n== {' '.join(command[1:])}", flush=True)
+    if seconds < 1:
+        return 124, ""
+    lines: list[str] = []
+    process = subprocess.Popen(["timeout", f"{seconds:.0f}", *command], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    return process.wait(), "".join(lines)
+
+
+def verdict(status: int) -> str:
+    return {0: "done", 124: "out of time"}.get(status, f"FAILED ({status})")
+
+
+def write_images(folder: Path, count: int = 256) -> Path:
+    """Smooth noise as JPEGs of 500 x 375 pixels, in two classes."""
+    for number in range(count):
+        noise = np.random.default_rng(number).integers(0, 256, (25, 33, 3), np.uint8)
+        path = folder / ("first", "second")[number % 2] / f"{number:04}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())
