@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ WIDE_COLUMNS = 128
 
 @dataclass(frozen=True)
 class Point:
-    """One strength solved on every fold: its cross-validated mean log loss and what certifies it.
+    """One strength solved on every fold: its cross-validated mean log loss (or error rate) and what certifies it.
 
     ``tolerance`` is the gap that was asked for; ``gap``, the largest of the folds, tells whether it was reached.
     """
@@ -47,6 +47,8 @@ class StrengthPath:
     Args:
         row_weight: weights of the rows (n,), float64.
         train: which rows (f, n) each fold trains on; ``scored`` (f, n) the weights with which its held-out rows count.
+        by_accuracy: the loss of a strength is its error rate. It says little of where the best lies beyond what was
+            solved, so that no strength is passed over.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class StrengthPath:
         train: Tensor,
         scored: Tensor,
         tolerance: float,
+        *,
+        by_accuracy: bool = False,
     ) -> None:
-        self.design, self.strengths, self.tolerance = design, strengths, tolerance
+        self.design, self.strengths, self.tolerance, self.by_accuracy = design, strengths, tolerance, by_accuracy
         self.row_weight, self.scored = row_weight * train, scored
         self.points: dict[int, Point] = {}
         self.solves = 0
@@ -137,7 +141,7 @@ class StrengthPath:
 
     def _hopeless(self, number: int) -> bool:
         """Whether the loss at ``number`` is so far above the lowest that a weaker penalty will hardly be the best."""
-        if number not in self.points or number <= (best := self.best()):
+        if self.by_accuracy or number not in self.points or number <= (best := self.best()):
             return False
         return self.points[number].loss > HOPELESS_LOSS * self.points[best].loss
 
@@ -195,12 +199,16 @@ class StrengthPath:
 
     def _point(self, solutions: Solutions, rows: slice, tolerance: float) -> Point:
         return Point(
-            loss=held_out_loss(solutions.logits[rows], self.design.target, self.scored),
+            loss=self._held_out(solutions.logits[rows], self.design.target, self.scored),
             weights=solutions.weights[rows],
             gap=float(solutions.gap[rows].max()),
             iterations=int(solutions.iterations[rows].sum()),
             tolerance=tolerance,
         )
+
+    @property
+    def _held_out(self) -> Callable[[Tensor, Tensor, Tensor], float]:
+        return held_out_error if self.by_accuracy else held_out_loss
 
     def _start(self, number: int, tolerance: float) -> Tensor:
         """The solution expected from the nearest: between them interpolated along the logarithm of the strength.
@@ -238,6 +246,12 @@ def held_out_loss(logits: Tensor, target: Tensor, scored: Tensor) -> float:
     """Mean log loss over the held-out rows of all folds, weighted by ``scored`` (f, n)."""
     _, losses = residuals_and_losses(logits, target, scored)
     return float(losses.sum() / scored.sum())
+
+
+def held_out_error(logits: Tensor, target: Tensor, scored: Tensor) -> float:
+    """Share of the held-out rows of all folds that are classified wrongly, weighted by ``scored`` (f, n)."""
+    predicted = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+    return float(((predicted != target) * scored).sum() / scored.sum())
 
 
 def is_valley(losses: list[float]) -> bool:
