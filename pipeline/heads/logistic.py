@@ -138,13 +138,14 @@ class LogisticHead(LayersHead):
 
     def _record(self, path: StrengthPath, found: str, best: int) -> None:
         strengths, points = path.strengths, path.points
+        exact = min(point.tolerance for point in points.values())
         self.selected |= {
             "C": float(strengths[best]),
             "path": found,
             **self._judged(path, best),
             "solves": path.solves,
             "iterations": sum(point.iterations for point in points.values()),
-            "largest_gap": max(p.gap for p in points.values() if p.tolerance <= path.tolerance),
+            "largest_gap": max(point.gap for point in points.values() if point.tolerance <= exact),
             "loosest_gap": max(p.gap for p in points.values()),
         }
         if len(strengths) > 1 and best in (0, len(strengths) - 1):

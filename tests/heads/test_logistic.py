@@ -154,7 +154,7 @@ def test_two_hundred_classes() -> None:
     fitted = head(200, logistic=LogisticParams(strengths=9), folds=3).fit(X, y)
     assert fitted.predict_proba(X).shape == (600, 200)
     assert (fitted.predict(X) == y).mean() > 0.8
-    assert fitted.selected["largest_gap"] < 1e-6
+    assert fitted.selected["largest_gap"] < 1e-5 and fitted.selected["certificate"]["gap"] < 1e-7
 
 
 def test_groups_stay_together_so_copies_do_not_flatter() -> None:
