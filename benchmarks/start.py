@@ -1,8 +1,9 @@
 """How long commands take that have next to nothing to do, as a ratio to ``python -c "import torch"`` in the same run.
 
-    python benchmarks/start.py DATA [WEIGHTS] [--rounds 5]
+    python benchmarks/start.py [--data FOLDER] [--weights FILE] [--rounds 5]
 
-DATA is a folder of class folders, WEIGHTS a file for mobilenet_v2 (without one the starter is used). Rounds are
+FOLDER holds class folders (without one the demo digits are written), FILE is one of mobilenet_v2's weights (without one
+the starter is used). Rounds are
 interleaved, so that what else the machine does falls on all alike; of each the median is reported, with the wall time
 and the processor time (user and system, all threads), which a busy machine disturbs less.
 """
@@ -18,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from pipeline.data.demo import write_demo_data
+
 
 def timed(command: list[str], folder: Path) -> tuple[float, float]:
     """Wall and processor seconds of one command that must succeed."""
@@ -30,18 +33,21 @@ def timed(command: list[str], folder: Path) -> tuple[float, float]:
 def main() -> None:
     """Prepare a project, run the rounds, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("weights", type=Path, nargs="?")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--weights", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     pipeline = [sys.executable, "-m", "pipeline"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        data = arguments.data or folder / "demo"
+        if arguments.data is None:
+            write_demo_data(data)
         weights = arguments.weights and f"backbone: {{name: mobilenet_v2, weights: {arguments.weights.absolute()}}}"
-        (folder / "params.yaml").write_text(f"data: {{root: {arguments.data.absolute()}}}\n{weights or ''}\n")
+        (folder / "params.yaml").write_text(f"data: {{root: {data.absolute()}}}\n{weights or ''}\n")
         timed([*pipeline, "extract"], folder)
         timed([*pipeline, "train-head"], folder)
-        image = next(path for path in sorted(arguments.data.absolute().rglob("*")) if path.is_file())
+        image = next(path for path in sorted(data.absolute().rglob("*")) if path.is_file())
         commands = {
             "import torch": [sys.executable, "-c", "import torch"],
             "extract, nothing to do": [*pipeline, "extract"],

@@ -26,6 +26,7 @@ class Provenance:
         fitted: what was fitted ("the logistic head").
         train_digests: (m, 16) of all images of train; scored images among them have leaked.
         train_counts: (c,) images of each class that it was fitted on; the largest class is the majority baseline.
+        fitted_on: the splits that these are of.
         selections: the choices, in the order they were made.
         selected, leaderboard, history, curve, warnings: as in `RunMetrics`.
     """
@@ -33,6 +34,7 @@ class Provenance:
     fitted: str
     train_digests: NDArray[np.uint8]
     train_counts: Ints
+    fitted_on: str = "train"
     selections: Sequence[Selection] = ()
     selected: dict[str, Any] = field(default_factory=dict)
     leaderboard: Sequence[dict[str, Any]] = ()
@@ -44,7 +46,9 @@ class Provenance:
 def protocol_sentence(provenance: Provenance, reported_on: str, n: int, groups: int) -> str:
     """The protocol of a score on ``n`` images in so many ``groups``; it admits it when the reported set has chosen."""
     parts = [f"{choice.what} was chosen {choice.how} on {choice.on}" for choice in provenance.selections]
-    parts.append(f"{provenance.fitted} was fitted on {images(int(provenance.train_counts.sum()))} of train")
+    parts.append(
+        f"{provenance.fitted} was fitted on {images(int(provenance.train_counts.sum()))} of {provenance.fitted_on}"
+    )
     biased = [choice.what for choice in provenance.selections if choice.on == reported_on]
     verdict = (
         f"which also chose {_listed(biased)}, so the score is too good" if biased else "on which nothing was chosen"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import HeadError
 from ..features.rows import Rows
+from .base import Selection
 from .common import Features, Floats, Ints, few_threads, standardisation
 from .crossval import Fold, OutOfFold, missing_rows
 from .layers import Layers, LayersHead
@@ -31,9 +32,12 @@ class LogisticHead(LayersHead):
     (smallest of equals), weighted by ``class_weight``. A held-out row whose class has no row in its fold's train part
     could not have been known: it counts the same at every strength, which is to say that it is left out. Features are
     standardised once, on train; nothing but train is looked at. `Rows` are read from their file, block by block.
+
+    With ``choose_by: val_accuracy`` it is the strength of highest accuracy on val instead (`fit_with_val`).
     """
 
     by_blocks = True
+    _val_rows = 0
 
     def replace(self, values: Mapping[str, Any]) -> None:
         """Nothing can be searched: the strength is chosen anyway."""
@@ -43,6 +47,34 @@ class LogisticHead(LayersHead):
                 where=f"head.search.{next(iter(values))}",
                 remedy="remove the key; head.logistic.strengths, c_min and c_max set the strengths that are tried",
             )
+
+    def fit_with_val(self, X: Features, y: Ints, X_val: Features, y_val: Ints) -> Self:
+        """Choose the strength by accuracy on val (smallest of equals), and refit on train and val together.
+
+        All strengths are solved: the linear probe of Kornblith et al. 2019 (arXiv 1805.08974, A.4) and of what has
+        been published after it.
+
+        Raises:
+            HeadError: there are augmented views, which val has not; or as `fit`.
+        """
+        if X.ndim == 3 and len(X) > 1:
+            raise HeadError(
+                "Augmented views cannot be learnt from where val chooses.",
+                where="head.logistic.choose_by",
+                remedy="set extract.views=0, or head.logistic.choose_by=log_loss",
+            )
+        self._val_rows = len(y_val)
+        try:
+            return self.fit(np.concatenate([X_val, X.reshape(-1, X.shape[-1])]), np.concatenate([y_val, y]))
+        finally:
+            self._val_rows = 0
+
+    def folds(self, index: Ints, groups: Ints | None) -> list[Fold]:
+        """As `Head.folds`; where val chooses, train and val."""
+        if not self._val_rows:
+            return super().folds(index, groups)
+        rows = np.arange(len(index))
+        return [(rows[self._val_rows :], rows[: self._val_rows])]
 
     def learn(self, X: Features, index: Ints, groups: Ints | None) -> None:
         """Choose the strength by cross-validation, refit on all rows, and fold the standardisation in."""
@@ -93,14 +125,17 @@ class LogisticHead(LayersHead):
             return self.selected["C"], zero
         train, held = masks(folds, known, row_weight)
         scored, tolerance = held * row_weight, logistic.tolerance**2
-        path = StrengthPath(design, strengths, row_weight, train, scored, tolerance)
-        if logistic.path == "full":
+        on_val = self._val_rows > 0
+        path = StrengthPath(design, strengths, row_weight, train, scored, tolerance, by_accuracy=on_val)
+        if logistic.path == "full" or on_val:
             path.solve_full()
             found = "full"
         else:
             found = path.search()
         best = path.best()
         self._record(path, found, best)
+        if on_val:
+            return float(strengths[best]), path.refit_start(best)
         logits = self._out_of_fold_logits(design, path.points[best].weights, row_weight, train, folds)
         self.out_of_fold = OutOfFold(logits.argmax(axis=1), logits, index[: len(known)], known)
         self.selected["cv_accuracy"] = self.out_of_fold.accuracy
@@ -111,24 +146,32 @@ class LogisticHead(LayersHead):
 
     def _record(self, path: StrengthPath, found: str, best: int) -> None:
         strengths, points = path.strengths, path.points
+        exact = min(point.tolerance for point in points.values())
         self.selected |= {
             "C": float(strengths[best]),
             "path": found,
-            "folds": len(path.scored),
-            "cv_log_loss": points[best].loss,
-            "curve": [[float(strengths[number]), points[number].loss] for number in sorted(points)],
+            **self._judged(path, best),
             "solves": path.solves,
             "iterations": sum(point.iterations for point in points.values()),
-            "largest_gap": max(p.gap for p in points.values() if p.tolerance <= path.tolerance),
+            "largest_gap": max(point.gap for point in points.values() if point.tolerance <= exact),
             "loosest_gap": max(p.gap for p in points.values()),
         }
-        self._select("the strength C", f"by {len(path.scored)}-fold cross-validation")
         if len(strengths) > 1 and best in (0, len(strengths) - 1):
             side, key = ("smallest", "c_min") if best == 0 else ("largest", "c_max")
             self.warnings += (
                 f"the best strength C={strengths[best]:.3g} is the {side} of those tried: "
                 f"move head.logistic.{key} to look beyond it",
             )
+
+    def _judged(self, path: StrengthPath, best: int) -> dict[str, Any]:
+        """What chose, as the run records it."""
+        curve = [[float(path.strengths[number]), path.points[number].loss] for number in sorted(path.points)]
+        if self._val_rows:
+            self.selections += (Selection("the strength C", "by accuracy", "val"),)
+            accuracies = [[strength, 1 - error] for strength, error in curve]
+            return {"val_accuracy": 1 - path.points[best].loss, "curve": accuracies}
+        self._select("the strength C", f"by {len(path.scored)}-fold cross-validation")
+        return {"folds": len(path.scored), "cv_log_loss": path.points[best].loss, "curve": curve}
 
     def _out_of_fold_logits(
         self, design: Design, weights: Tensor, row_weight: Tensor, train: Tensor, folds: list[Fold]
@@ -186,7 +229,7 @@ class LogisticHead(LayersHead):
                 f"{small} of {len(counts)} classes have fewer than {FEW_ROWS} images: the choice of the strength is "
                 "uncertain",
             )
-        if len(folds) < self.params.folds:
+        if len(folds) < self.params.folds and not self._val_rows:
             warnings += (f"the classes are so small that only {len(folds)} folds were made",)
         return warnings
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,11 @@ from .solver import MAX_ITERATIONS, Design, Problems, Solutions, residuals_and_l
 
 COARSE_STEP = 4
 RISES_TO_STOP = 3
-COARSE_TOLERANCE = 1e-3
+COARSE_TOLERANCE = 1e-2
 LOOSE_TOLERANCE = 1e-4
+CHOOSING_TOLERANCE = 1e-5
+ROWS_AHEAD = 150
+FLAT = 1e-4
 WOBBLE = 1e-3
 HOPELESS_LOSS = 1.5
 HOPELESS_ITERATIONS = 20
@@ -29,7 +32,7 @@ WIDE_COLUMNS = 128
 
 @dataclass(frozen=True)
 class Point:
-    """One strength solved on every fold: its cross-validated mean log loss and what certifies it.
+    """One strength solved on every fold: its cross-validated mean log loss (or error rate) and what certifies it.
 
     ``tolerance`` is the gap that was asked for; ``gap``, the largest of the folds, tells whether it was reached.
     """
@@ -47,6 +50,8 @@ class StrengthPath:
     Args:
         row_weight: weights of the rows (n,), float64.
         train: which rows (f, n) each fold trains on; ``scored`` (f, n) the weights with which its held-out rows count.
+        by_accuracy: the loss of a strength is its error rate. It says little of where the best lies beyond what was
+            solved, so that no strength is passed over.
     """
 
     def __init__(
@@ -57,10 +62,13 @@ class StrengthPath:
         train: Tensor,
         scored: Tensor,
         tolerance: float,
+        *,
+        by_accuracy: bool = False,
     ) -> None:
-        self.design, self.strengths, self.tolerance = design, strengths, tolerance
+        self.design, self.strengths, self.tolerance, self.by_accuracy = design, strengths, tolerance, by_accuracy
         self.row_weight, self.scored = row_weight * train, scored
         self.points: dict[int, Point] = {}
+        self.ahead: dict[int, Point] = {}
         self.solves = 0
 
     def solve_full(self) -> None:
@@ -91,7 +99,7 @@ class StrengthPath:
             self.solve_at(range(0, top, step), self.tolerance, WIDE_COLUMNS)
         self.solve_at(range(0, top), self.tolerance, WIDE_COLUMNS)
         self.solve_at(range(top + 1, last + 1), LOOSE_TOLERANCE, iterations=HOPELESS_ITERATIONS)
-        self._settle()
+        self._settle(self.tolerance)
 
     def solve_at(
         self, numbers: Iterable[int], tolerance: float, columns: int = 0, iterations: int = MAX_ITERATIONS
@@ -108,36 +116,63 @@ class StrengthPath:
     def search(self) -> str:
         """Solve what is needed to know the best strength: ``coarse`` to fine, or ``full`` where losses have no valley.
 
-        Every fourth strength is solved loosely, until the loss has risen three times in a row or by half, then those
-        around the lowest. The best and its neighbours are solved to the tolerance, so that the choice is that of the
-        full path.
+        The first fold goes ahead and finds about where the valley lies; all folds do where it holds out so few rows
+        that its own valley may lie elsewhere, or has none. From there the best and its neighbours are solved on every
+        fold, to `CHOOSING_TOLERANCE`: what that leaves open of a loss is a small part of its standard error.
         """
+        one, tolerance = torch.ones_like(self.row_weight[:1]), max(self.tolerance, CHOOSING_TOLERANCE)
+        ahead = StrengthPath(self.design, self.strengths, self.row_weight[0], one, self.scored[:1], tolerance)
+        for path in (ahead, self) if int((self.scored[0] > 0).sum()) >= ROWS_AHEAD else (self,):
+            if path.locate():
+                best, self.ahead, self.points = path.best(), path.points, {}
+                self.solves += 0 if path is self else path.solves
+                self.solve_at([best], tolerance)
+                self._settle(tolerance)
+                if self._is_flat():
+                    self._settle(self.tolerance)
+                return "coarse"
+        self.solve_full()
+        return "full"
+
+    def _is_flat(self) -> bool:
+        """Whether the losses around the best differ so little that how exactly they are solved may decide."""
+        best = self.best()
+        losses = [self.points[number].loss for number in self._inside(best - 1, best, best + 1)]
+        return max(losses) - min(losses) <= FLAT * min(losses)
+
+    def locate(self) -> bool:
+        """Find about where the loss is lowest; False where the losses have no valley, however exact they are.
+
+        Every fourth strength is solved, until the loss has risen three times in a row or by half, then those around
+        the lowest.
+        """
+        for tolerance in (COARSE_TOLERANCE, LOOSE_TOLERANCE):
+            self._climb(tolerance)
+            if is_valley([self.points[number].loss for number in sorted(self.points)]):
+                for step in (2, 1):
+                    best = self.best()
+                    self.solve_at(self._inside(best - step, best + step), tolerance)
+                return True
+        return False
+
+    def _climb(self, tolerance: float) -> None:
         coarse = list(range(0, len(self.strengths), COARSE_STEP))
         if coarse[-1] != len(self.strengths) - 1:
             coarse.append(len(self.strengths) - 1)
         for number in coarse:
-            falling = not self.points or self.best() == max(self.points)
-            self.solve_at([number], LOOSE_TOLERANCE if falling else COARSE_TOLERANCE)
-            if self._rises(coarse) >= RISES_TO_STOP or self._hopeless(number):
+            self.solve_at([number], tolerance)
+            if self._rises(coarse[: coarse.index(number) + 1]) >= RISES_TO_STOP or self._hopeless(number):
                 break
-        if not is_valley([self.points[n].loss for n in sorted(self.points)]):
-            self.solve_full()
-            return "full"
-        for step in (2, 1):
-            best = self.best()
-            self.solve_at(self._inside(best - step, best + step), LOOSE_TOLERANCE)
-        self._settle()
-        return "coarse"
 
-    def _settle(self) -> None:
+    def _settle(self, tolerance: float) -> None:
         """Solve the best and its neighbours to the tolerance, until that changes the best no more."""
         best = None
         while best != (best := self.best()):
-            self.solve_at(self._inside(best - 1, best, best + 1), self.tolerance)
+            self.solve_at(self._inside(best - 1, best, best + 1), tolerance)
 
     def _hopeless(self, number: int) -> bool:
         """Whether the loss at ``number`` is so far above the lowest that a weaker penalty will hardly be the best."""
-        if number not in self.points or number <= (best := self.best()):
+        if self.by_accuracy or number not in self.points or number <= (best := self.best()):
             return False
         return self.points[number].loss > HOPELESS_LOSS * self.points[best].loss
 
@@ -195,12 +230,16 @@ class StrengthPath:
 
     def _point(self, solutions: Solutions, rows: slice, tolerance: float) -> Point:
         return Point(
-            loss=held_out_loss(solutions.logits[rows], self.design.target, self.scored),
+            loss=self._held_out(solutions.logits[rows], self.design.target, self.scored),
             weights=solutions.weights[rows],
             gap=float(solutions.gap[rows].max()),
             iterations=int(solutions.iterations[rows].sum()),
             tolerance=tolerance,
         )
+
+    @property
+    def _held_out(self) -> Callable[[Tensor, Tensor, Tensor], float]:
+        return held_out_error if self.by_accuracy else held_out_loss
 
     def _start(self, number: int, tolerance: float) -> Tensor:
         """The solution expected from the nearest: between them interpolated along the logarithm of the strength.
@@ -210,6 +249,8 @@ class StrengthPath:
         exact = {other for other, point in self.points.items() if point.gap <= tolerance}
         if nodes := self._around(number, exact):
             return self._interpolated(number, nodes)
+        if number in self.ahead:
+            return self._beside(number)
         if number in self.points:
             return self.points[number].weights
         if nodes := self._around(number, self.points):
@@ -220,6 +261,15 @@ class StrengthPath:
             return torch.zeros(shape, dtype=torch.float64, device=self.row_weight.device)
         far = len(below) == 2 and number - below[1] > below[1] - below[0]
         return self._interpolated(number, below[-1:] if far else below)
+
+    def _beside(self, number: int) -> Tensor:
+        """As far from the nearest strength solved as what went ahead is from itself there."""
+        weights = self.ahead[number].weights
+        shared = [other for other in self.points if other in self.ahead]
+        if not shared:
+            return weights.expand(len(self.row_weight), -1, -1)
+        nearest = min(shared, key=lambda other: abs(other - number))
+        return self.points[nearest].weights + weights - self.ahead[nearest].weights
 
     def _around(self, number: int, solved: Collection[int]) -> list[int]:
         """The nearest on both sides of ``number``, or none."""
@@ -238,6 +288,12 @@ def held_out_loss(logits: Tensor, target: Tensor, scored: Tensor) -> float:
     """Mean log loss over the held-out rows of all folds, weighted by ``scored`` (f, n)."""
     _, losses = residuals_and_losses(logits, target, scored)
     return float(losses.sum() / scored.sum())
+
+
+def held_out_error(logits: Tensor, target: Tensor, scored: Tensor) -> float:
+    """Share of the held-out rows of all folds that are classified wrongly, weighted by ``scored`` (f, n)."""
+    predicted = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+    return float(((predicted != target) * scored).sum() / scored.sum())
 
 
 def is_valley(losses: list[float]) -> bool:

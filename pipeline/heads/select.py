@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import HeadError
 from ..params import HeadParams
 from ..runtime.seeds import make_generator
 from .base import Head, Selection
 from .common import Features, Ints, class_positions, few_threads, log_losses, standardisation
 from .crossval import Fold, Score, stratified_group_folds
 from .kinds import make_head
+from .logistic import LogisticHead
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +94,8 @@ def choose_head(
         HeadError: a kind that does not exist or cannot be fitted, or data that cannot be cross-validated.
     """
     kinds, on_val = params.kinds, held_out is not None
+    if params.logistic.choose_by == "val_accuracy" and kinds == ("logistic",):
+        return _chosen_on_val(params, X, y, class_names, held_out, device)
     heads = [make_head(kind, params, class_names=class_names, jobs=jobs, device=device) for kind in kinds]
     judged = (several or len(kinds) > 1) and not on_val
     entries = [_entry(head, X, y, groups, held_out, judged=judged) for head in heads]
@@ -104,6 +108,26 @@ def choose_head(
     if len(kinds) > 1:
         selections += (_selection("the kind of head", params, on_val),)
     return Choice(head, tuple(entries), selections)
+
+
+def _chosen_on_val(
+    params: HeadParams, X: Features, y: Ints, class_names: Sequence[str], held_out: HeldOut | None, device: str
+) -> Choice:
+    """The logistic head whose strength val has chosen, fitted to train and val."""
+    if held_out is None:
+        raise HeadError(
+            "There is no val to choose the strength on.",
+            where="head.logistic.choose_by",
+            why="val_accuracy needs the splits train, val and test, of which test is reported",
+            remedy="set data.test_fraction, or head.logistic.choose_by=log_loss",
+        )
+    head, started = LogisticHead("logistic", params, class_names=class_names, device=device), time.perf_counter()
+    head.fit_with_val(X, y, *held_out)
+    val = Score(head.selected["val_accuracy"])
+    entry = Entry(head.kind, head, time.perf_counter() - started, val=val, chosen=True)
+    plain = HeadParams(folds=params.folds, seed=params.seed)
+    shown = _baselines(make_head("logistic", plain, class_names=class_names), X, y, None, held_out)
+    return Choice(head, (entry, *shown), head.selections)
 
 
 def choose_among(choices: Mapping[str, Choice], params: HeadParams, *, on_val: bool) -> tuple[str, Choice]:

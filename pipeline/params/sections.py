@@ -218,6 +218,7 @@ class LogisticParams(Section):
     c_min: Positive = 1e-6
     c_max: Positive = 1e5
     path: Literal["auto", "full"] = "auto"
+    choose_by: Literal["log_loss", "val_accuracy"] = "log_loss"
     tolerance: Positive = 3e-4
 
     @model_validator(mode="after")
@@ -282,6 +283,13 @@ class HeadParams(Section):
         if isinstance(value, list) and (not value or len(set(value)) != len(value)):
             raise ValueError("must be a name, or a list of different names")
         return value
+
+    @model_validator(mode="after")
+    def _val_chooses_once(self) -> HeadParams:
+        on_val = self.logistic.choose_by == "val_accuracy" and "logistic" in self.kinds
+        if on_val and (len(self.kinds) > 1 or self.calibrate != "none"):
+            raise ValueError("logistic.choose_by: val_accuracy goes with kind: logistic alone and calibrate: none")
+        return self
 
     @property
     def kinds(self) -> tuple[str, ...]:

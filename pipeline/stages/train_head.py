@@ -180,10 +180,13 @@ def _score(
     table: FeatureTable, choice: Choice, reported: int, curve: list[CurvePoint], warnings: list[str]
 ) -> tuple[RunMetrics, Predictions]:
     head = choice.head
+    with_val = head.kind == "logistic" and head.params.logistic.choose_by == "val_accuracy"
+    rows = table.train | table.labelled(VAL) if with_val else table.train
     provenance = Provenance(
         fitted=f"the {head.kind} head",
-        train_digests=table.digests[table.train],
-        train_counts=table.class_counts(table.train),
+        train_digests=table.digests[rows],
+        train_counts=table.class_counts(rows),
+        fitted_on="train and val" if with_val else "train",
         selections=choice.selections,
         selected=head.selected,
         leaderboard=[{**row, "selected": row["chosen"]} for row in choice.leaderboard],

@@ -117,6 +117,24 @@ def test_scores_do_not_depend_on_the_reported_set(run_extract: Extract, make_par
     }
 
 
+def test_val_chooses_and_is_then_learnt_from_where_a_test_split_is_reported(
+    run_extract: Extract, make_params: MakeParams, root: Path
+) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        for again in range(4):
+            write_image(root / "test" / name / f"{again}.jpg", 200 + 10 * again + number)
+    run_extract()
+    settings = (*QUICK, "head.logistic.choose_by=val_accuracy")
+    summary = train_head(make_params(*settings), lambda _line: None)
+    assert (summary["split"], summary["n"]) == ("test", 8)
+    assert "The strength C was chosen by accuracy on val and the logistic head was fitted" in summary["protocol"]
+    assert "24 images of train and val; reported are 8 images of test, on which nothing" in summary["protocol"]
+    leaked = sorted((root / "val" / "cat").iterdir())[0]
+    (root / "test" / "cat" / "leak.jpg").write_bytes(leaked.read_bytes())
+    run_extract()
+    assert train_head(make_params(*settings), lambda _line: None)["leak"]["leaked"] == 1
+
+
 def test_several_kinds_make_a_leaderboard_and_one_winner(run_extract: Extract, make_params: MakeParams) -> None:
     run_extract()
     lines: list[str] = []
