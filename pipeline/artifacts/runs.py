@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..errors import RunError
-from ..files import file_lock, publishing_folder
+from ..files import digest_bytes, file_lock, publishing_folder, read_regular_file
 from ..params import Place
 from .files import MODEL_FILE, read_model
 
@@ -39,6 +39,20 @@ def default_run_name(data_root: Place, backbone: str, head: str, *, now: datetim
     moment = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")
     words = (_word(Path(data_root).absolute().name), _word(backbone), _word(head))
     return "-".join([moment, *(word for word in words if word)])
+
+
+def has_default_name(name: str) -> bool:
+    """Whether a run is called as `default_run_name` calls it."""
+    return re.match(r"\d{8}-\d{6}-", name) is not None
+
+
+def run_id(folder: Path) -> str:
+    """A short name of a run, of 7 hexadecimal digits: those that the digest of its ``model.json`` begins with."""
+    return _digest(folder)[:7]
+
+
+def _digest(folder: Path) -> str:
+    return digest_bytes(read_regular_file(folder / MODEL_FILE)).hex()
 
 
 def check_run_name(runs_dir: Path, name: str) -> None:
@@ -94,7 +108,7 @@ def list_runs(runs_dir: Path) -> list[RunEntry]:
 
 
 def resolve_run(runs_dir: Path, text: str) -> Path:
-    """The absolute folder of a run given as a path, as a name under ``runs_dir``, or as ``latest``.
+    """The absolute folder of a run given as a path, as a name or the beginning of an id, or as ``latest``.
 
     Raises:
         RunError: there is no such run; the message names those there are.
@@ -106,6 +120,13 @@ def resolve_run(runs_dir: Path, text: str) -> Path:
     for folder in candidates:
         if (folder / MODEL_FILE).exists():
             return Path(os.path.abspath(folder))
+    if re.fullmatch("[0-9a-f]{4,32}", text):
+        of_id = [entry.path for entry in list_runs(runs_dir) if _digest(entry.path).startswith(text)]
+        if len(of_id) > 1:
+            names = ", ".join(folder.name for folder in of_id)
+            raise RunError(f"More than one run has an id that begins with {text}.", where=runs_dir, why=names)
+        if of_id:
+            return Path(os.path.abspath(of_id[0]))
     found = next((folder for folder in candidates if os.path.lexists(folder)), None)
     raise _not_found(runs_dir, text, found)
 

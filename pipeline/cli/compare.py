@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,12 +25,19 @@ if TYPE_CHECKING:
     metavar="COLUMN",
     help="Sort by this column, best first; -COLUMN for the other way round.",
 )
+@click.option("--wide", is_flag=True, help="Show all metrics of a run, as wide as that needs.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
 @run_options
 def compare(
-    runs_dir: Path, overrides: tuple[str, ...], runs: tuple[str, ...], sort: str, markdown: bool, reporter: Reporter
+    runs_dir: Path,
+    overrides: tuple[str, ...],
+    runs: tuple[str, ...],
+    sort: str,
+    wide: bool,
+    markdown: bool,
+    reporter: Reporter,
 ) -> None:
-    """Compare RUNs (paths, names or `latest`), or all of runs.dir, image by image."""
+    """Compare RUNs (paths, names, ids or `latest`), or all of runs.dir, image by image."""
     del overrides  # they say where runs are; a finished run's scores stand
     from ..artifacts import resolve_run
     from ..evaluate import compare_runs, comparison_markdown
@@ -38,7 +47,7 @@ def compare(
     if markdown and not reporter.as_json:
         click.echo(comparison_markdown(comparison), nl=False)
     elif not reporter.as_json:
-        _print_table(comparison)
+        _print_table(comparison, sort, wide=wide)
     reporter.finish(comparison.as_dict())
 
 
@@ -51,17 +60,19 @@ def _all_runs(runs_dir: Path) -> list[Path]:
     return folders
 
 
-def _print_table(comparison: Comparison) -> None:
-    from rich.console import Console
+def _print_table(comparison: Comparison, sort: str, *, wide: bool) -> None:
+    from ..evaluate import METRICS, comparison_groups, comparison_notes, comparison_table
+    from .tables import screen_for
 
-    from ..evaluate import comparison_notes, comparison_table
-
-    console = Console(highlight=False, markup=False)
-    table = comparison_table(comparison)
-    if not console.is_terminal:
-        # A pipe has no width; on a terminal the table folds its names to fit.
-        wide = console.options.update_width(10_000)
-        console.width = max(console.width, console.measure(table, options=wide).maximum)
-    console.print(table)
+    column = sort.removeprefix("-")
+    if wide:
+        table = comparison_table(comparison)
+        screen_for(table).print(table)
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        for title, table in comparison_groups(comparison, column if column in METRICS else "accuracy", width):
+            click.echo(title)
+            screen_for(table).print(table)
+            click.echo()
     for note in comparison_notes(comparison):
         click.echo(note)
