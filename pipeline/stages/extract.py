@@ -31,13 +31,21 @@ ADVICE = {
 }
 
 
-def extract(params: Params, say: Say = print, *, retry: bool = False, quiet: bool = False) -> dict[str, Any]:
+def extract(
+    params: Params,
+    say: Say = print,
+    *,
+    retry: bool = False,
+    quiet: bool = False,
+    check: Callable[[Images], None] = lambda _images: None,
+) -> dict[str, Any]:
     """Embed every image of ``data.root`` that the cache does not hold yet.
 
     Args:
         say: takes the lines meant for the user.
         retry: try images again that are known to be unreadable.
         quiet: no progress bar.
+        check: refuses, by raising, images that are not worth the work for what is to be done with them.
 
     Returns:
         the summary of ``--json``: key, feature_dim, the ledger, the rate, what bounds it, the cache folder.
@@ -50,6 +58,7 @@ def extract(params: Params, say: Say = print, *, retry: bool = False, quiet: boo
     world = _world(params.extract)
     caches = open_caches(params, begins=True, world=world, quiet=quiet or not world.is_main)
     cache = caches[0]
+    check(cache.images)
     if retry:
         cache.images.read_unknown()
         cache.quarantine.release(cache.images.digests)

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 
 from ..artifacts import CurvePoint, ParameterCounts, Predictions, RunMetrics, check_run_name, default_run_name
+from ..data.images import Images
 from ..data.source import SPLITS, TEST, VAL
+from ..errors import DataError
 from ..evaluate import Provenance, metric_lines, score
 from ..features.cache import FeatureTable
 from ..heads import Choice, Score, choose_among, choose_head, curve_band, learning_curve, make_head
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
+from .extract import extract
 from .open import open_caches, with_pooling
 from .prompts import with_texts
 from .run import make_gallery, publish_run, run_model
@@ -23,12 +26,16 @@ from .run import make_gallery, publish_run, run_model
 Say = Callable[[str], None]
 
 
-def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict[str, Any]:
+def train_head(
+    params: Params, say: Say = print, *, curve: bool = False, extracts: bool = False, quiet: bool = False
+) -> dict[str, Any]:
     """Fit the head of ``params.head`` on train, score it on test (on val where there is no test), publish a run.
 
     Args:
         say: takes the lines meant for the user.
         curve: also fit on growing parts of train, to see whether more labels would help.
+        extracts: embed first what the cache does not hold yet, as `extract` does.
+        quiet: no progress bar.
 
     Returns:
         the summary of ``--json``.
@@ -41,9 +48,10 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
     started = time.perf_counter()
     if params.runs.name:
         check_run_name(params.runs.dir, params.runs.name)
+    if extracts:
+        extract(params, say, quiet=quiet, check=partial(_check, params.head))
     caches = {cache.backbone.identity.pooling: cache for cache in open_caches(params)}
-    for kind in params.head.kinds:  # refuses, before anything is paid for, what it cannot be configured with
-        make_head(kind, params.head, class_names=next(iter(caches.values())).images.class_names)
+    _check(params.head, next(iter(caches.values())).images)
     tables = {pooling: cache.table() for pooling, cache in caches.items()}
     table = next(iter(tables.values()))
     reported = table.reported_split()
@@ -69,6 +77,19 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
         say(line)
     say(f"Run: {path} (report.html shows the scores)")
     return metrics.summary(str(path))
+
+
+def _check(params: HeadParams, images: Images) -> None:
+    """Refuse, before anything is paid for, images without two classes and heads that cannot be configured so."""
+    if len(images.class_names) < 2:
+        raise DataError(
+            "A head cannot be trained on these images.",
+            where=images.root,
+            why=f"there is {len(images.class_names) or 'no'} class folder, and a classifier needs two",
+            remedy="give each class a folder, or set data.root to a table of labels (.csv)",
+        )
+    for kind in params.kinds:
+        make_head(kind, params, class_names=images.class_names)
 
 
 def _data_line(table: FeatureTable) -> str:
