@@ -35,6 +35,7 @@ from .schema import (
     ReliabilityBin,
     RunMetrics,
     RunModel,
+    RunSummary,
     Uncorrected,
 )
 
@@ -59,6 +60,7 @@ __all__ = [
     "RunEntry",
     "RunMetrics",
     "RunModel",
+    "RunSummary",
     "Uncorrected",
     "check_run_name",
     "current_versions",

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import RunError
 from .options import Reporter, run_options
 
 if TYPE_CHECKING:
@@ -39,25 +38,15 @@ def compare(
 ) -> None:
     """Compare RUNs (paths, names, ids or `latest`), or all of runs.dir, image by image."""
     del overrides  # they say where runs are; a finished run's scores stand
-    from ..artifacts import resolve_run
-    from ..evaluate import compare_runs, comparison_markdown
+    from ..evaluate import comparison_markdown
+    from ..stages.compare import compare as stage
 
-    folders = [resolve_run(runs_dir, run) for run in runs] if runs else _all_runs(runs_dir)
-    comparison = compare_runs(folders, sort=sort, skip_damaged=not runs)
+    comparison = stage(runs, runs_dir=runs_dir, sort=sort)
     if markdown and not reporter.as_json:
         click.echo(comparison_markdown(comparison), nl=False)
     elif not reporter.as_json:
         _print_table(comparison, sort, wide=wide)
     reporter.finish(comparison.as_dict())
-
-
-def _all_runs(runs_dir: Path) -> list[Path]:
-    from ..artifacts import list_runs
-
-    folders = [entry.path for entry in list_runs(runs_dir)]
-    if not folders:
-        raise RunError("There is no run to compare yet.", where=runs_dir, remedy="make some with train-head")
-    return folders
 
 
 def _print_table(comparison: Comparison, sort: str, *, wide: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,27 @@ ADVICE = {
 }
 
 
+class ExtractSummary(TypedDict):
+    """What `extract` gives, also as ``--json``; images = embedded + reused + duplicates + quarantined."""
+
+    key: str
+    feature_dim: int
+    images: int
+    embedded: int
+    reused: int
+    duplicates: int
+    quarantined: int
+    forwarded: int
+    images_per_second: float
+    seconds: float
+    busy_seconds: dict[str, float]
+    waited_seconds: dict[str, float]
+    bound_by: str | None
+    cache: str
+    poolings: list[dict[str, Any]]
+    views: list[dict[str, Any]]
+
+
 def extract(
     params: Params,
     say: Say = print,
@@ -38,7 +59,7 @@ def extract(
     retry: bool = False,
     quiet: bool = False,
     check: Callable[[Images], None] = lambda _images: None,
-) -> dict[str, Any]:
+) -> ExtractSummary:
     """Embed every image of ``data.root`` that the cache does not hold yet.
 
     Args:
@@ -147,7 +168,7 @@ def _class_lines(images: Images) -> Iterator[str]:
         yield "Warning: there is one class only, and a classifier needs two."
 
 
-def _summary(caches: Sequence[FeatureCache], plain: Filled, views: list[tuple[FeatureCache, Filled]]) -> dict[str, Any]:
+def _summary(caches: Sequence[FeatureCache], plain: Filled, views: list[tuple[FeatureCache, Filled]]) -> ExtractSummary:
     """The ledger is that of the plain view; rate, seconds and what bounds them are those of all views together."""
     cache = caches[0]
     every = [plain, *(filled for _, filled in views)]
@@ -155,10 +176,15 @@ def _summary(caches: Sequence[FeatureCache], plain: Filled, views: list[tuple[Fe
     for filled in every:
         clock.add(filled.clock)
     forwarded = sum(len(filled.computed) for filled in every)
+    ledger = cache.ledger(plain)
     return {
         "key": cache.key,
         "feature_dim": cache.store.feature_dim,
-        **cache.ledger(plain),
+        "images": ledger["images"],
+        "embedded": ledger["embedded"],
+        "reused": ledger["reused"],
+        "duplicates": ledger["duplicates"],
+        "quarantined": ledger["quarantined"],
         "forwarded": forwarded,
         "images_per_second": round(forwarded / seconds, 2) if seconds else 0.0,
         "seconds": round(seconds, 3),
@@ -180,13 +206,13 @@ def _bad_images(cache: FeatureCache) -> list[tuple[str, BadContent]]:
     return [(images.paths[row], content) for row, content in contents if content]
 
 
-def _report(cache: FeatureCache, summary: dict[str, Any], bad: list[tuple[str, BadContent]]) -> Iterator[str]:
+def _report(cache: FeatureCache, summary: ExtractSummary, bad: list[tuple[str, BadContent]]) -> Iterator[str]:
     yield (
         "{images} images = {embedded} embedded + {reused} reused + {duplicates} duplicates"
         " + {quarantined} quarantined; {forwarded} forwarded".format(**summary)
     )
     if summary["forwarded"]:
-        yield f"{summary['images_per_second']:.1f} images/s. {ADVICE[summary['bound_by']]}"
+        yield f"{summary['images_per_second']:.1f} images/s. {ADVICE[summary['bound_by'] or 'forward']}"
     yield from _bad_lines(cache, bad, limit=EXAMPLES)
     yield f"Features: {summary['cache']}"
 

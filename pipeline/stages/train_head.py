@@ -5,11 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
-from ..artifacts import CurvePoint, ParameterCounts, Predictions, RunMetrics, check_run_name, default_run_name
+from ..artifacts import (
+    CurvePoint,
+    ParameterCounts,
+    Predictions,
+    RunMetrics,
+    RunSummary,
+    check_run_name,
+    default_run_name,
+)
 from ..data.images import Images
 from ..data.source import SPLITS, TEST, VAL
 from ..errors import DataError
@@ -28,7 +35,7 @@ Say = Callable[[str], None]
 
 def train_head(
     params: Params, say: Say = print, *, curve: bool = False, extracts: bool = False, quiet: bool = False
-) -> dict[str, Any]:
+) -> RunSummary:
     """Fit the head of ``params.head`` on train, score it on test (on val where there is no test), publish a run.
 
     Args:
