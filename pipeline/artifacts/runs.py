@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from .files import MODEL_FILE, read_model
 LATEST = "latest"
 LOCK_FILE = ".lock"
 _SHOWN = 8
+# Letters that lose more than a mark when they are written in ASCII.
+SPELT_OUT = str.maketrans(
+    {"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue", "ß": "ss", "æ": "ae", "ø": "o", "ł": "l"}
+)
 
 
 @dataclass(frozen=True)
@@ -169,5 +174,7 @@ def _free_path(runs_dir: Path, name: str) -> Path:
 
 
 def _word(text: str) -> str:
-    """``text`` as a part of a folder name: what is not a letter, a digit, `.` or `_` becomes `_`; at most 40."""
-    return re.sub(r"[^A-Za-z0-9._]+", "_", text).strip("._")[:40]
+    """``text`` as a part of a folder name, at most 40: what has no letter near it in ASCII, `.` or `_` becomes `_`."""
+    plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFC", text).translate(SPELT_OUT))
+    plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    return re.sub(r"[^A-Za-z0-9._]+", "_", plain).strip("._")[:40]

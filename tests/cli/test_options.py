@@ -24,6 +24,7 @@ finally:
         (["extract", "-s", "head.kind=svmm"], 2, ["-s head.kind", "svm"]),
         (["train-head", "-s", "data.root=pictures"], 1, ["pictures", "'picture'", "demo-data"]),
         (["finetune", "-s", "backbone.weights=no.pth", "-s", "head.prompts=no.txt"], 2, ["no.pth", "no.txt"]),
+        (["trainhead"], 2, ["There is no verb 'trainhead'", "Did you mean train-head"]),
         (["predict", "foo", "x.jpg"], 1, ["There is no run foo"]),
     ],
 )
