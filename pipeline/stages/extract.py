@@ -41,6 +41,7 @@ class ExtractSummary(TypedDict):
     reused: int
     duplicates: int
     quarantined: int
+    failed: int
     forwarded: int
     images_per_second: float
     seconds: float
@@ -185,6 +186,7 @@ def _summary(caches: Sequence[FeatureCache], plain: Filled, views: list[tuple[Fe
         "reused": ledger["reused"],
         "duplicates": ledger["duplicates"],
         "quarantined": ledger["quarantined"],
+        "failed": ledger["failed"],
         "forwarded": forwarded,
         "images_per_second": round(forwarded / seconds, 2) if seconds else 0.0,
         "seconds": round(seconds, 3),
