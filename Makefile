@@ -100,8 +100,8 @@ advise: named-data ## say what pays for these images: probe, fine-tune or train 
 inspect: extract ## near-duplicates, leaks, doubted labels, outliers (RUN= for its head)
 	@$(load) [ -z "$$RUN" ] || set -- "$$RUN" "$$@"; verb inspect "$$@"
 
-train-head: extract ## stage two: cached features to a classifier, its scores and a run folder
-	@$(load) verb train-head "$$@"
+train-head: named-data ## stages one and two: a classifier on the features, its scores and a run folder
+	@$(load) verb train-head --extract "$$@"
 
 sweep: named-data ## extract and train for all combinations of values (OVER=), and compare them
 	@$(load) $(call settings,OVER,--over); verb sweep "$$@"

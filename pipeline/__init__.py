@@ -10,29 +10,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .params import load_params
+    from .stages.advise import advise_on as advise
+    from .stages.compare import compare
     from .stages.embed import Embedder
     from .stages.extract import extract
     from .stages.open import load_features
-    from .stages.run import load_run
+    from .stages.run import load_run, predict
     from .stages.train_head import train_head
 
-__all__ = ["Embedder", "extract", "load_features", "load_params", "load_run", "train_head"]
+__all__ = [
+    "Embedder",
+    "advise",
+    "compare",
+    "extract",
+    "load_features",
+    "load_params",
+    "load_run",
+    "predict",
+    "train_head",
+]
 
 _HOMES = {
-    "Embedder": "stages.embed",
-    "extract": "stages.extract",
-    "load_features": "stages.open",
-    "load_params": "params",
-    "load_run": "stages.run",
-    "train_head": "stages.train_head",
+    "Embedder": ("stages.embed", "Embedder"),
+    "advise": ("stages.advise", "advise_on"),
+    "compare": ("stages.compare", "compare"),
+    "extract": ("stages.extract", "extract"),
+    "load_features": ("stages.open", "load_features"),
+    "load_params": ("params", "load_params"),
+    "load_run": ("stages.run", "load_run"),
+    "predict": ("stages.run", "predict"),
+    "train_head": ("stages.train_head", "train_head"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    module, attribute = _HOMES[name]
+    return getattr(import_module(f".{module}", __name__), attribute)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted(__all__)

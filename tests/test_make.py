@@ -163,8 +163,8 @@ def test_the_lowest_versions_are_those_of_pyproject() -> None:
 
 
 class TestVerbs:
-    def test_train_head_extracts_first(self, ready: Clone) -> None:
-        assert ready.verbs("train-head") == [["extract", "-p", "params.yaml"], ["train-head", "-p", "params.yaml"]]
+    def test_train_head_extracts_first_in_the_same_process(self, ready: Clone) -> None:
+        assert ready.verbs("train-head") == [["train-head", "-p", "params.yaml", "--extract"]]
 
     def test_each_list_of_values_is_swept_over(self, ready: Clone) -> None:
         over = "OVER=head.kind=[logistic, svm] transform.crop=[160, 224]"
@@ -180,8 +180,7 @@ class TestVerbs:
 
     def test_further_options_are_for_the_verb_that_was_asked_for(self, ready: Clone) -> None:
         assert ready.verbs("finetune", "ARGS=--find-lr --json") == [
-            ["extract", "-p", "params.yaml", "--json"],
-            ["train-head", "-p", "params.yaml", "--json"],
+            ["train-head", "-p", "params.yaml", "--extract", "--json"],
             ["finetune", "-p", "params.yaml", "--find-lr", "--json"],
         ]
 
@@ -240,8 +239,8 @@ class TestVerbs:
         assert ready.verbs("compare", "RUN=one two") == [["compare", "-p", "params.yaml", "one", "two"]]
 
     def test_a_failing_verb_stops_make(self, ready: Clone) -> None:
-        assert ready.make("train-head", FAIL="extract").returncode != 0
-        assert [call[0] for call in ready.asked("-m", "pipeline")] == ["extract"]
+        assert ready.make("finetune", FAIL="train-head").returncode != 0
+        assert [call[0] for call in ready.asked("-m", "pipeline")] == ["train-head"]
 
     def test_the_demo_is_one_verb_on_the_demo_images(self, clone: Clone) -> None:
         assert clone.verbs("demo") == [["demo", "-p", "params.yaml", "-s", "data.root=data/demo"]]

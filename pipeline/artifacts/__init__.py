@@ -11,7 +11,16 @@ from .files import (
 )
 from .predictions import Predictions, read_predictions, write_predictions
 from .provenance import current_versions
-from .runs import RunEntry, check_run_name, default_run_name, list_runs, publishing_run, resolve_run
+from .runs import (
+    RunEntry,
+    check_run_name,
+    default_run_name,
+    has_default_name,
+    list_runs,
+    publishing_run,
+    resolve_run,
+    run_id,
+)
 from .schema import (
     BackboneRecord,
     ClassScores,
@@ -26,6 +35,7 @@ from .schema import (
     ReliabilityBin,
     RunMetrics,
     RunModel,
+    RunSummary,
     Uncorrected,
 )
 
@@ -50,15 +60,18 @@ __all__ = [
     "RunEntry",
     "RunMetrics",
     "RunModel",
+    "RunSummary",
     "Uncorrected",
     "check_run_name",
     "current_versions",
     "default_run_name",
+    "has_default_name",
     "list_runs",
     "publishing_run",
     "read_metrics",
     "read_model",
     "read_predictions",
     "resolve_run",
+    "run_id",
     "write_predictions",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +13,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..errors import RunError
-from ..files import file_lock, publishing_folder
+from ..files import digest_bytes, file_lock, publishing_folder, read_regular_file
 from ..params import Place
 from .files import MODEL_FILE, read_model
 
 LATEST = "latest"
 LOCK_FILE = ".lock"
 _SHOWN = 8
+# Letters that lose more than a mark when they are written in ASCII.
+SPELT_OUT = str.maketrans(
+    {"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue", "ß": "ss", "æ": "ae", "ø": "o", "ł": "l"}
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,20 @@ def default_run_name(data_root: Place, backbone: str, head: str, *, now: datetim
     moment = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")
     words = (_word(Path(data_root).absolute().name), _word(backbone), _word(head))
     return "-".join([moment, *(word for word in words if word)])
+
+
+def has_default_name(name: str) -> bool:
+    """Whether a run is called as `default_run_name` calls it."""
+    return re.match(r"\d{8}-\d{6}-", name) is not None
+
+
+def run_id(folder: Path) -> str:
+    """A short name of a run, of 7 hexadecimal digits: those that the digest of its ``model.json`` begins with."""
+    return _digest(folder)[:7]
+
+
+def _digest(folder: Path) -> str:
+    return digest_bytes(read_regular_file(folder / MODEL_FILE)).hex()
 
 
 def check_run_name(runs_dir: Path, name: str) -> None:
@@ -94,7 +113,7 @@ def list_runs(runs_dir: Path) -> list[RunEntry]:
 
 
 def resolve_run(runs_dir: Path, text: str) -> Path:
-    """The absolute folder of a run given as a path, as a name under ``runs_dir``, or as ``latest``.
+    """The absolute folder of a run given as a path, as a name or the beginning of an id, or as ``latest``.
 
     Raises:
         RunError: there is no such run; the message names those there are.
@@ -106,6 +125,13 @@ def resolve_run(runs_dir: Path, text: str) -> Path:
     for folder in candidates:
         if (folder / MODEL_FILE).exists():
             return Path(os.path.abspath(folder))
+    if re.fullmatch("[0-9a-f]{4,32}", text):
+        of_id = [entry.path for entry in list_runs(runs_dir) if _digest(entry.path).startswith(text)]
+        if len(of_id) > 1:
+            names = ", ".join(folder.name for folder in of_id)
+            raise RunError(f"More than one run has an id that begins with {text}.", where=runs_dir, why=names)
+        if of_id:
+            return Path(os.path.abspath(of_id[0]))
     found = next((folder for folder in candidates if os.path.lexists(folder)), None)
     raise _not_found(runs_dir, text, found)
 
@@ -148,5 +174,7 @@ def _free_path(runs_dir: Path, name: str) -> Path:
 
 
 def _word(text: str) -> str:
-    """``text`` as a part of a folder name: what is not a letter, a digit, `.` or `_` becomes `_`; at most 40."""
-    return re.sub(r"[^A-Za-z0-9._]+", "_", text).strip("._")[:40]
+    """``text`` as a part of a folder name, at most 40: what has no letter near it in ASCII, `.` or `_` becomes `_`."""
+    plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFC", text).translate(SPELT_OUT))
+    plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    return re.sub(r"[^A-Za-z0-9._]+", "_", plain).strip("._")[:40]

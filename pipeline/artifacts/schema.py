@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypedDict, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
 
@@ -212,6 +212,26 @@ class CurvePoint(Record):
     high: Share
 
 
+class RunSummary(TypedDict):
+    """What train-head, finetune and evaluate give, also as ``--json``: where the run is, and its scores.
+
+    ``metrics`` holds the values of `METRICS` and their intervals (``accuracy``, ``accuracy_ci95`` ...); the rest is as
+    in `RunMetrics`.
+    """
+
+    run: str
+    split: str
+    n: int
+    metrics: dict[str, Any]
+    baseline_accuracy: float | None
+    uncorrected: dict[str, Any] | None
+    leak: dict[str, Any] | None
+    selected: dict[str, Any]
+    reasons: dict[str, str]
+    protocol: str
+    warnings: list[str]
+
+
 class RunMetrics(Record):
     """``metrics.json``: the scores, how they came about, and all that the report draws.
 
@@ -259,9 +279,9 @@ class RunMetrics(Record):
             raise ValueError(f"groups has {len(self.groups)} entries for {self.n} images")
         return self
 
-    def summary(self, run: str) -> dict[str, Any]:
+    def summary(self, run: str) -> RunSummary:
         """The ``--json`` summary of train-head, finetune and evaluate; ``run`` is the folder's absolute path."""
         scores = ("split", "n", "metrics", "baseline_accuracy", "uncorrected", "leak")
         names = (*scores, "selected", "reasons", "protocol", "warnings")
         values = self.model_dump(mode="python")
-        return {"run": run, **{name: values[name] for name in names}}
+        return cast(RunSummary, {"run": run, **{name: values[name] for name in names}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 import traceback
@@ -27,6 +28,17 @@ class _LazyGroup(click.Group):
         from .verbs import VERBS
 
         return VERBS.get(cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does it; a verb that does not exist is told of with the nearest that do."""
+        verbs = self.list_commands(ctx)
+        if args and not args[0].startswith("-") and args[0] not in verbs:
+            near = difflib.get_close_matches(args[0].replace("_", "-"), verbs, 3, 0.6)
+            hint = f" Did you mean {' or '.join(near)}?" if near else f" There are {', '.join(verbs)}."
+            ctx.fail(f"There is no verb {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
 
 
 @click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import ParamsError, Problem
+from ..errors import ParamsError, Problem, WeightsError
 from ..params import Params, is_url, load_params
 from ..params.load import WEIGHTS_SUFFIXES
 from ..runtime.distributed import world_from_environment
@@ -41,7 +41,7 @@ class Reporter:
         if self.is_main and not self.quiet:
             _echo(line, err=True)
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the one JSON object of ``--json``."""
         if self.is_main and self.as_json:
             click.echo(json.dumps(summary))
@@ -121,7 +121,7 @@ def require_paths(params: Params) -> None:
     """Refuse params that name what is not there, before anything slow is imported.
 
     Raises:
-        ParamsError: files and folders that do not exist, all of them at once.
+        ParamsError, WeightsError: files and folders that do not exist, all of them at once.
         DataError: data.root is not there.
     """
     from ..data.images import require_place
@@ -138,6 +138,8 @@ def require_paths(params: Params) -> None:
         for key, place in named.items()
         if place is not None and not is_url(place) and not Path(place).exists()
     ]
+    if [problem.key for problem in missing] == ["backbone.weights"]:
+        raise WeightsError("The weights file is not there.", where=weights, remedy="correct backbone.weights")
     if missing:
         raise ParamsError("the params, with what is given by -s", missing)
     require_place(params.data, params.cache.dir)

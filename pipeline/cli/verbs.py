@@ -42,13 +42,14 @@ def extract(params: Params, retry: bool, reporter: Reporter) -> None:
 
 @click.command("train-head")
 @click.option("--curve", is_flag=True, help="Also fit on growing parts of train: would more labels help?")
+@click.option("--extract", "extracts", is_flag=True, help="Embed first what the cache does not hold yet.")
 @experiment_options
-def train_head(params: Params, curve: bool, reporter: Reporter) -> None:
+def train_head(params: Params, curve: bool, extracts: bool, reporter: Reporter) -> None:
     """Train a head on the cached features, score it and publish a run."""
     require_paths(params)
     from ..stages.train_head import train_head as stage
 
-    reporter.finish(stage(params, reporter.say, curve=curve))
+    reporter.finish(stage(params, reporter.say, curve=curve, extracts=extracts, quiet=reporter.quiet))
 
 
 @click.command()

@@ -3,6 +3,7 @@
 from .compare import (
     Comparison,
     compare_runs,
+    comparison_groups,
     comparison_markdown,
     comparison_notes,
     comparison_table,
@@ -23,6 +24,7 @@ __all__ = [
     "Weighted",
     "apply_head",
     "compare_runs",
+    "comparison_groups",
     "comparison_markdown",
     "comparison_notes",
     "comparison_table",

@@ -26,13 +26,15 @@ from ..artifacts import (
     Predictions,
     RunMetrics,
     RunModel,
+    has_default_name,
     read_metrics,
     read_model,
     read_predictions,
+    run_id,
 )
 from ..data.splits import group_ids
 from ..errors import RunError, UsageError
-from .metrics import METRICS
+from .metrics import METRICS, Metric
 from .text import duration, printable
 
 ALPHA: Final = 0.05
@@ -52,6 +54,11 @@ class ComparedRun:
     model: RunModel
     metrics: RunMetrics
     predictions: Predictions
+
+    @property
+    def id(self) -> str:
+        """By which every verb takes it, too."""
+        return run_id(self.path)
 
     def value(self, column: str) -> Any:
         """The value of a column of `sort_columns`."""
@@ -154,6 +161,7 @@ class Comparison:
         return {
             "number": index + 1,
             **{column: run.value(column) for column in (*NAMES, "n")},
+            "id": run.id,
             "path": str(run.path),
             "created": run.model.created.isoformat(),
             "metrics": run.metrics.metrics,
@@ -193,7 +201,10 @@ def compare_runs(folders: Sequence[Path], *, sort: str = "accuracy", skip_damage
             notes.append(f"{folder.name} is left out: {error.what} {error.why or ''}".rstrip())
     runs = _sorted(runs, column, reverse=sort.startswith("-"))
     pairs = pair_tests([run.predictions for run in runs], [run.metrics.groups for run in runs])
-    said = [note for pair in pairs for note in pair.notes(runs)]
+    apart = [pair for pair in pairs if not pair.n and not pair.labels_disagree]
+    said = [note for pair in pairs if len(apart) == 1 or pair not in apart for note in pair.notes(runs)]
+    if len(apart) > 1:
+        said.append(f"{len(apart)} pairs of runs share no images, so they cannot be compared.")
     if len(said) > _SHOWN_NOTES:
         said[_SHOWN_NOTES:] = [f"{len(said) - _SHOWN_NOTES} more such pairs; --json has them all."]
     return Comparison(runs, pairs, notes + said)
@@ -339,6 +350,74 @@ def comparison_table(comparison: Comparison) -> Table:
     for row in rows:
         table.add_row(*map(Text, row))
     return table
+
+
+def comparison_groups(comparison: Comparison, metric: str, width: int | None) -> list[tuple[str, Table]]:
+    """A title and a table of one line a run for each data set and split; reruns that came out the same share a line.
+
+    Args:
+        metric: the one that is shown, of `METRICS`; the best of each table is marked by it.
+        width: columns that the terminal has; names that do not fit are cut. None: as wide as it needs.
+    """
+    groups: dict[tuple[str, str, int], list[int]] = {}
+    for place, run in enumerate(comparison.runs):
+        key = (run.model.data.digest, run.metrics.split, run.metrics.n)
+        groups.setdefault(key, []).append(place)
+    return [_group(comparison, places, METRICS[metric], metric, width) for places in groups.values()]
+
+
+def _group(
+    comparison: Comparison, places: list[int], metric: Metric, name: str, width: int | None
+) -> tuple[str, Table]:
+    lines = _joined(comparison, places)
+    runs = [comparison.runs[place] for place in lines]
+    known = [value for run in runs if (value := run.value(name)) is not None]
+    best = (min if metric.lower_is_better else max)(known, default=None)
+    shared = [column for column in ("backbone", "head") if len({run.value(column) for run in runs}) == 1]
+    title = [f"{runs[0].value('data')} ({runs[0].metrics.split}, n = {runs[0].metrics.n:,})"]
+    title += [f"{column} {runs[0].value(column)}" for column in shared] if len(runs) > 1 else []
+    names = [column for column in ("backbone", "head") if column not in shared or len(runs) == 1]
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
+    for heading in ("#", "", metric.heading, "id", "run", *names, _MARK_TITLE):
+        table.add_column(heading, no_wrap=True, overflow="ellipsis")
+    for place, run in zip(lines, runs, strict=True):
+        interval = metric.show_interval(run.metrics.metrics.get(f"{name}_ci95"), between="–")
+        shown = metric.show(run.value(name)) + (f" [{interval}]" if interval else "")
+        reruns = f" ×{len(lines[place])}" if len(lines[place]) > 1 else ""
+        mark = "*" if best is not None and run.value(name) == best else ""
+        marks = ", ".join(str(other + 1) for other in comparison.better_than(place) if other in lines)
+        cells = [str(place + 1), mark, shown, run.id, f"{_when_or_name(run)}{reruns}", *map(run.value, names), marks]
+        table.add_row(*(Text(printable(str(cell))) for cell in cells), style="bold" if mark else None)
+    if width is not None:
+        _cut(table, width, range(4, 5 + len(names)))
+    return printable(", ".join(title)), table
+
+
+def _joined(comparison: Comparison, places: list[int]) -> dict[int, list[int]]:
+    """The first of each of the runs at ``places`` that are reruns of one another, with the places of all of them."""
+    found: dict[str, list[int]] = {}
+    for place in places:
+        run = comparison.runs[place]
+        own = "" if _when_or_name(run) != run.path.name else run.path.name  # a name was given for a reason
+        same = (own, run.model.verb, run.model.backbone, run.model.transform, run.model.head.kind)
+        found.setdefault(repr((*same, run.metrics.metrics)), []).append(place)
+    return {same[0]: same for same in found.values()}
+
+
+def _when_or_name(run: ComparedRun) -> str:
+    """The run's name, or when it was made where that is all that its name tells besides data, backbone and head."""
+    return run.model.created.astimezone().strftime("%d %b %H:%M") if has_default_name(run.path.name) else run.path.name
+
+
+def _cut(table: Table, width: int, flexible: range) -> None:
+    """Give the columns of names what the numbers leave of the ``width``, the longest giving up first."""
+    sizes = [max(len(str(cell)) for cell in (column.header, *column.cells)) for column in table.columns]
+    room = width - sum(size + 1 for place, size in enumerate(sizes) if place not in flexible) - len(flexible)
+    limits = {place: sizes[place] for place in flexible}
+    while sum(limits.values()) > max(room, 6 * len(flexible)):
+        limits[max(limits, key=lambda place: limits[place])] -= 1
+    for place, limit in limits.items():
+        table.columns[place].max_width = limit
 
 
 def comparison_markdown(comparison: Comparison) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifacts import CurvePoint, Leak, Uncorrected
+from ..data.source import SPLITS, TRAIN
 from .intervals import Ints, share_interval
 from .metrics import METRICS
 from .text import images
@@ -53,6 +54,8 @@ def protocol_sentence(provenance: Provenance, reported_on: str, n: int, groups: 
     verdict = (
         f"which also chose {_listed(biased)}, so the score is too good" if biased else "on which nothing was chosen"
     )
+    if reported_on == SPLITS[TRAIN]:
+        verdict = "which it was fitted on, so the score says nothing of other images"
     sentence = f"{_listed(parts)}; reported are {images(n)} of {reported_on}, {verdict}."
     grouped = f" Intervals take the {groups:,} groups of these images, not the images, as independent."
     return sentence[0].upper() + sentence[1:] + (grouped if groups < n else "")

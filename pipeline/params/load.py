@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import ParamsError, Problem
+from ..errors import BackboneError, HeadError, ParamsError, PipelineError, Problem
 from .names import problems_of_names
 from .parse import NotYamlError, Repeated, dump_yaml, parse_yaml
 from .problems import problems_of, section_at, short
@@ -46,6 +46,7 @@ def load_params(
 
     Raises:
         ParamsError: unknown or repeated keys, wrong types and impossible values, all of them at once.
+        HeadError, BackboneError: one such name is all that is wrong.
     """
     file = Path("params.yaml" if path is None else path)
     tree, problems = _read_tree(file) if path is not None else ({}, [])
@@ -58,12 +59,22 @@ def load_params(
     except ValidationError as error:
         problems.extend(problems_of(error))
     if check_names:
-        problems += problems_of_names(tree)
+        names = problems_of_names(tree)
+        if len(names) == 1 and not problems:
+            raise _unknown(_with_origin(names[0], overrides), file)
+        problems += names
     if problems:
         problems = [_with_origin(problem, overrides) for problem in problems]
         given = [problem.origin == OPTION or problem.key.startswith(f"{OPTION} ") for problem in problems]
         raise ParamsError(OPTION if all(given) else f"{file} and {OPTION}" if any(given) else file, problems)
     return params
+
+
+def _unknown(problem: Problem, file: Path) -> PipelineError:
+    """The one thing that is wrong, as those tell of it who would look the name up."""
+    kind, what = (HeadError, "kind of head") if problem.key == "head.kind" else (BackboneError, "backbone")
+    where = f"{OPTION} {problem.key}" if problem.origin else f"{problem.key} in {file}"
+    return kind(f"There is no {what} {problem.got}.", where=where, remedy=problem.hint)
 
 
 def _with_origin(problem: Problem, overrides: Sequence[str]) -> Problem:

@@ -18,11 +18,12 @@ from ..params import Params
 
 Say = Callable[[str], None]
 RANDOM = "random"
+NO_OPTIONS = TypedOptions()
 PastRun = tuple[str, RunModel, RunMetrics]
 
 
 def advise_on(
-    params: Params, say: Callable[[str], None], domain: Domain | None, options: TypedOptions
+    params: Params, say: Say = print, domain: Domain | None = None, options: TypedOptions = NO_OPTIONS
 ) -> dict[str, Any]:
     """Recommend probe, fine-tuning or training from scratch for ``data.root``; gives the summary of ``--json``.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,10 +47,10 @@ def demo(params: Params, say: Say = print, *, quiet: bool = False) -> dict[str, 
 def _screen(
     params: Params,
     seconds: dict[str, float],
-    first: dict[str, Any],
-    probe: dict[str, Any],
-    tuned: dict[str, Any],
-    again: dict[str, Any],
+    first: Mapping[str, Any],
+    probe: Mapping[str, Any],
+    tuned: Mapping[str, Any],
+    again: Mapping[str, Any],
 ) -> list[str]:
     width = 78
     images = f"{first['images']:,} images of handwritten digits in ten classes"
@@ -78,7 +78,7 @@ def _screen(
     ]
 
 
-def _score(summary: dict[str, Any]) -> str:
+def _score(summary: Mapping[str, Any]) -> str:
     low, high = (100 * bound for bound in summary["metrics"]["accuracy_ci95"])
     accuracy = 100 * summary["metrics"]["accuracy"]
     return f"{accuracy:.1f} % on {summary['split']} (95 % interval {low:.1f} to {high:.1f}, n = {summary['n']})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -30,13 +30,43 @@ ADVICE = {
 }
 
 
-def extract(params: Params, say: Say = print, *, retry: bool = False, quiet: bool = False) -> dict[str, Any]:
+class ExtractSummary(TypedDict):
+    """What `extract` gives, also as ``--json``; images = embedded + reused + duplicates + quarantined."""
+
+    key: str
+    feature_dim: int
+    images: int
+    embedded: int
+    reused: int
+    duplicates: int
+    quarantined: int
+    failed: int
+    forwarded: int
+    images_per_second: float
+    seconds: float
+    busy_seconds: dict[str, float]
+    waited_seconds: dict[str, float]
+    bound_by: str | None
+    cache: str
+    poolings: list[dict[str, Any]]
+    views: list[dict[str, Any]]
+
+
+def extract(
+    params: Params,
+    say: Say = print,
+    *,
+    retry: bool = False,
+    quiet: bool = False,
+    check: Callable[[Images], None] = lambda _images: None,
+) -> ExtractSummary:
     """Embed every image of ``data.root`` that the cache does not hold yet.
 
     Args:
         say: takes the lines meant for the user.
         retry: try images again that are known to be unreadable.
         quiet: no progress bar.
+        check: refuses, by raising, images that are not worth the work for what is to be done with them.
 
     Returns:
         the summary of ``--json``: key, feature_dim, the ledger, the rate, what bounds it, the cache folder.
@@ -49,6 +79,7 @@ def extract(params: Params, say: Say = print, *, retry: bool = False, quiet: boo
     world = _world(params.extract)
     caches = open_caches(params, begins=True, world=world, quiet=quiet or not world.is_main)
     cache = caches[0]
+    check(cache.images)
     if retry:
         cache.images.read_unknown()
         cache.quarantine.release(cache.images.digests)
@@ -129,7 +160,7 @@ def _class_lines(images: Images) -> Iterator[str]:
         yield "Warning: there is one class only, and a classifier needs two."
 
 
-def _summary(caches: Sequence[FeatureCache], plain: Filled, views: list[tuple[FeatureCache, Filled]]) -> dict[str, Any]:
+def _summary(caches: Sequence[FeatureCache], plain: Filled, views: list[tuple[FeatureCache, Filled]]) -> ExtractSummary:
     """The ledger is that of the plain view; rate, seconds and what bounds them are those of all views together."""
     cache = caches[0]
     every = [plain, *(filled for _, filled in views)]
@@ -137,10 +168,16 @@ def _summary(caches: Sequence[FeatureCache], plain: Filled, views: list[tuple[Fe
     for filled in every:
         clock.add(filled.clock)
     forwarded = sum(len(filled.computed) for filled in every)
+    ledger = cache.ledger(plain)
     return {
         "key": cache.key,
         "feature_dim": cache.store.feature_dim,
-        **cache.ledger(plain),
+        "images": ledger["images"],
+        "embedded": ledger["embedded"],
+        "reused": ledger["reused"],
+        "duplicates": ledger["duplicates"],
+        "quarantined": ledger["quarantined"],
+        "failed": ledger["failed"],
         "forwarded": forwarded,
         "images_per_second": round(forwarded / seconds, 2) if seconds else 0.0,
         "seconds": round(seconds, 3),
@@ -162,13 +199,13 @@ def _bad_images(cache: FeatureCache) -> list[tuple[str, BadContent]]:
     return [(images.paths[row], content) for row, content in contents if content]
 
 
-def _report(cache: FeatureCache, summary: dict[str, Any], bad: list[tuple[str, BadContent]]) -> Iterator[str]:
+def _report(cache: FeatureCache, summary: ExtractSummary, bad: list[tuple[str, BadContent]]) -> Iterator[str]:
     yield (
         "{images} images = {embedded} embedded + {reused} reused + {duplicates} duplicates"
         " + {quarantined} quarantined; {forwarded} forwarded".format(**summary)
     )
     if summary["forwarded"]:
-        yield f"{summary['images_per_second']:.1f} images/s. {ADVICE[summary['bound_by']]}"
+        yield f"{summary['images_per_second']:.1f} images/s. {ADVICE[summary['bound_by'] or 'forward']}"
     yield from _bad_lines(cache, bad, limit=EXAMPLES)
     yield f"Features: {summary['cache']}"
 

@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..artifacts import PARAMS_FILE, ParameterCounts, check_run_name, default_run_name
+from ..artifacts import PARAMS_FILE, ParameterCounts, RunSummary, check_run_name, default_run_name
 from ..backbones import Backbone, FeatureNetwork, backbone_bytes, is_own_code
 from ..data.source import SPLITS
 from ..errors import FinetuneError, Interrupted
@@ -85,7 +85,7 @@ def finetune(
     from_run: str | None = None,
     resume: str | None = None,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> RunSummary:
     """Train backbone and head together from the probe, choose, train on all of train, compare, publish a run.
 
     A part of train (val, where test is reported) chooses between the probe, the epochs and mixes of both (WiSE-FT,
@@ -195,7 +195,7 @@ def finetune(
         tuned = open_cache(tuned_params, cache.images, begins=True, world=world, quiet=not world.is_main)
         tuned.fill()
         if not world.is_main:
-            return {}
+            return cast(RunSummary, {})
         features = tuned.read(table.digests)
         kept = not choice.epoch and probe is not None
         head = probe.head if kept and probe is not None else _head(classifier, start, table, choice.temperature)

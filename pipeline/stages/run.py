@@ -26,6 +26,7 @@ from ..artifacts import (
     Predictions,
     RunMetrics,
     RunModel,
+    RunSummary,
     current_versions,
     publishing_run,
     read_model,
@@ -41,7 +42,7 @@ from ..features.cache import FeatureCache, FeatureTable
 from ..heads import Head, load_head
 from ..insight.gallery import Curator, Gallery
 from ..insight.thumbnails import Thumbnails
-from ..params import Params, dump_params, load_params
+from ..params import Params, Place, dump_params, load_params
 
 if TYPE_CHECKING:
     from ..backbones import BuiltNetwork
@@ -186,6 +187,16 @@ class Run:
         """
         return self._predict(open_given(images, self.params.data, self.params.cache.dir), top, say, quiet)
 
+    def evaluate(self, data: Place | None = None, *, quiet: bool = True) -> RunSummary:
+        """The scores on the labelled images of ``data``, or on the run's own.
+
+        Raises:
+            DataError: no labelled images, or a class that the run does not know.
+        """
+        from .evaluate import evaluate_run  # which knows runs
+
+        return evaluate_run(self, data, quiet=quiet).summary(str(self.folder))
+
     def _predict(self, images: Images, top: int, say: Callable[[str], None], quiet: bool) -> list[Prediction]:
         if len(images) <= FEW_IMAGES:
             images.read_unknown(quiet=True)  # so that where all have features, nothing that computes is imported
@@ -197,6 +208,11 @@ class Run:
         output = apply_head(self.head, cache.read(images.digests[rows]), len(self.class_names))
         problem = cache.quarantine.problem_with
         return label_images(images, rows.tolist(), output, self.class_names, top, problem=problem)
+
+
+def predict(run: Run | Path | str, images: Given | Iterable[Given], *, top: int = 5) -> list[Prediction]:
+    """Classify images with a run, or the run in that folder; as `Run.predict`."""
+    return (run if isinstance(run, Run) else load_run(run)).predict(images, top=top)
 
 
 def load_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:

@@ -7,10 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..artifacts import CurvePoint, ParameterCounts, Predictions, RunMetrics, check_run_name, default_run_name
+from ..artifacts import (
+    CurvePoint,
+    ParameterCounts,
+    Predictions,
+    RunMetrics,
+    RunSummary,
+    check_run_name,
+    default_run_name,
+)
 from ..backbones import Backbone
+from ..data.images import Images
 from ..data.source import SPLITS, TEST, VAL
-from ..errors import HeadError
+from ..errors import DataError, HeadError
 from ..evaluate import Provenance, metric_lines, score
 from ..features.cache import FeatureCache, FeatureTable
 from ..features.rows import Rows, take_rows
@@ -19,6 +28,7 @@ from ..heads import Choice, Score, choose_among, choose_head, curve_band, head_d
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
 from ..runtime.memory import memory_budget
+from .extract import extract
 from .open import open_caches, with_pooling
 from .prompts import with_texts
 from .run import make_gallery, publish_run, run_model
@@ -33,12 +43,16 @@ COPIES = 7
 COPIES_OF_OTHERS = 3
 
 
-def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict[str, Any]:
+def train_head(
+    params: Params, say: Say = print, *, curve: bool = False, extracts: bool = False, quiet: bool = False
+) -> RunSummary:
     """Fit the head of ``params.head`` on train, score it on test (on val where there is no test), publish a run.
 
     Args:
         say: takes the lines meant for the user.
         curve: also fit on growing parts of train, to see whether more labels would help.
+        extracts: embed first what the cache does not hold yet, as `extract` does.
+        quiet: no progress bar.
 
     Returns:
         the summary of ``--json``.
@@ -51,9 +65,10 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
     started = time.perf_counter()
     if params.runs.name:
         check_run_name(params.runs.dir, params.runs.name)
+    if extracts:
+        extract(params, say, quiet=quiet, check=partial(_check, params.head))
     caches = open_caches(params)
-    for kind in params.head.kinds:  # refuses, before anything is paid for, what it cannot be configured with
-        make_head(kind, params.head, class_names=caches[0].images.class_names)
+    _check(params.head, caches[0].images)
     most = memory_budget(params.head.memory_mb) // COPIES
     return train_on([(cache, cache.table(most)) for cache in caches], params, say, curve=curve, started=started)
 
@@ -66,7 +81,7 @@ def train_on(
     curve: bool = False,
     judged: bool = False,
     started: float,
-) -> dict[str, Any]:
+) -> RunSummary:
     """As `train_head`, on features that are there: a cache and its table for each pooling of the params.
 
     Args:
@@ -102,6 +117,19 @@ def train_on(
         say(line)
     say(f"Run: {path} (report.html shows the scores)")
     return metrics.summary(str(path))
+
+
+def _check(params: HeadParams, images: Images) -> None:
+    """Refuse, before anything is paid for, images without two classes and heads that cannot be configured so."""
+    if len(images.class_names) < 2:
+        raise DataError(
+            "A head cannot be trained on these images.",
+            where=images.root,
+            why=f"there is {len(images.class_names) or 'no'} class folder, and a classifier needs two",
+            remedy="give each class a folder, or set data.root to a table of labels (.csv)",
+        )
+    for kind in params.kinds:
+        make_head(kind, params, class_names=images.class_names)
 
 
 def _data_line(table: FeatureTable) -> str:

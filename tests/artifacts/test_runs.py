@@ -24,6 +24,10 @@ def test_default_name_says_when_what_and_how() -> None:
     assert name == "20261121-143005-hymenoptera-mobilenet_v2-logistic"
     hostile = default_run_name(Path("/data/a b\n../\udcff" + "x" * 300), "timm/vit", "sklearn.svm.SVC", now=moment)
     assert os.sep not in hostile and hostile.isascii() and len(hostile) < 150 and "\n" not in hostile
+    letters = default_run_name(Path("/Fotos für Äpfel & Cø/日本"), "b", "h", now=moment)
+    assert letters == "20261121-143005-b-h"
+    letters = default_run_name(Path("/Fotos für Äpfel & Crème"), "b", "h", now=moment)
+    assert letters == "20261121-143005-Fotos_fuer_Aepfel_Creme-b-h"
     assert default_run_name(Path("/"), "b", "h", now=moment) == "20261121-143005-b-h"
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from pipeline.cli import main
+from pipeline.evaluate.compare import _cut
 from pipeline.params import load_params
 from pipeline.stages.extract import extract
 from pipeline.stages.train_head import train_head
@@ -79,3 +84,33 @@ def test_what_cannot_be_compared_is_said_with_a_remedy(run: Run, tmp_path: Path)
     assert code == 1 and "did you mean one" in err
     code, _, err = run(runs=tmp_path / "nothing")
     assert code == 1 and "train-head" in err
+
+
+def test_ids_name_runs_and_reruns_share_a_line(run: Run, project: Path, tmp_path: Path) -> None:
+    rows = {row["run"]: row for row in json.loads(run("--json")[1])["runs"]}
+    assert all(len(row["id"]) == 7 for row in rows.values())
+    assert json.loads(run(rows["one"]["id"][:5], "--json")[1])["runs"][0]["run"] == "one"
+    for name in ("20260101-000000-a", "20260102-000000-b"):
+        shutil.copytree(project / "runs" / "two", tmp_path / name)
+        model = json.loads((tmp_path / name / "model.json").read_text())
+        (tmp_path / name / "model.json").write_text(json.dumps({**model, "seconds": int(name[7])}))
+    shutil.copytree(project / "runs" / "one", tmp_path / "one")
+    lines = run(runs=tmp_path)[1].splitlines()
+    assert lines[0].endswith("(val, n = 8), backbone mobilenet_v3_small")
+    assert len([line for line in lines[2:] if line[:1].isdigit()]) == 2
+    (joined,) = (line for line in lines if "×2" in line)
+    assert "knn" in joined and "logistic" not in joined
+    assert any("*" in line for line in lines[2:4])
+    assert "macro" not in lines[1].lower() and "macro" in run("--wide", runs=tmp_path)[1].lower()
+
+
+def test_names_are_cut_to_the_width_and_never_folded() -> None:
+    table = Table(*"abc", box=None, padding=(0, 1), pad_edge=False)
+    table.add_row("1" * 10, "n" * 40, "m" * 12)
+    for column in table.columns:
+        column.no_wrap = True
+    _cut(table, 40, range(1, 3))
+    stream = io.StringIO()
+    Console(file=stream, width=40).print(table)
+    _, row = stream.getvalue().splitlines()
+    assert "1" * 10 in row and "…" in row and len(row) <= 40

@@ -21,9 +21,10 @@ finally:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["extract", "-s", "head.kind=svmm"], 2, ["-s head.kind", "svm"]),
+        (["extract", "-s", "head.kind=svmm"], 1, ["-s head.kind", "Did you mean svm?"]),
         (["train-head", "-s", "data.root=pictures"], 1, ["pictures", "'picture'", "demo-data"]),
         (["finetune", "-s", "backbone.weights=no.pth", "-s", "head.prompts=no.txt"], 2, ["no.pth", "no.txt"]),
+        (["trainhead"], 2, ["There is no verb 'trainhead'", "Did you mean train-head"]),
         (["predict", "foo", "x.jpg"], 1, ["There is no run foo"]),
     ],
 )

@@ -270,6 +270,8 @@ def test_protocol_in_a_sentence() -> None:
     biased = sentence(chosen, Selection("the kind of head", "by accuracy", "val"))
     assert "which also chose the kind of head, so the score is too good" in biased
     assert sentence().startswith("The logistic head was fitted")
+    own = Provenance("the logistic head", np.zeros((0, 16), np.uint8), np.array([200, 44]))
+    assert "of train, which it was fitted on" in protocol_sentence(own, "train", 244, 244)
 
 
 def _brier(of: Weighted) -> NDArray[np.float64]:

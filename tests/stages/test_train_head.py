@@ -48,6 +48,21 @@ def rows_of(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_features_are_extracted_on_demand_and_only_for_what_can_be_trained(
+    make_params: MakeParams, tmp_path: Path
+) -> None:
+    with pytest.raises(HeadError, match="no parameter"):
+        train_head(make_params("head.kind=sklearn", "head.sklearn.params={kernl: x}"), extracts=True, quiet=True)
+    write_image(tmp_path / "plain" / "a.jpg", 1)
+    with pytest.raises(DataError, match="two"):
+        train_head(make_params(f"data.root={tmp_path / 'plain'}"), extracts=True, quiet=True)
+    lines: list[str] = []
+    with pytest.raises(MissingFeaturesError):
+        train_head(make_params(*QUICK), lines.append)
+    assert train_head(make_params(*QUICK), lines.append, extracts=True, quiet=True)["n"] == 8
+    assert any("embedded" in line for line in lines)
+
+
 def test_a_run_is_published_before_its_scores_are_told(run_extract: Extract, make_params: MakeParams) -> None:
     run_extract()
     params = make_params(*QUICK)

@@ -1,0 +1,43 @@
+"""The Python interface: what `from pipeline import ...` has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipeline
+from pipeline.errors import RunError
+from pipeline.params import Params
+
+from .stages.conftest import make_params, root
+
+__all__ = ["make_params", "root"]  # fixtures
+
+
+def test_names_are_the_public_ones_and_come_when_they_are_used() -> None:
+    assert dir(pipeline) == sorted(pipeline.__all__)
+    assert all(callable(getattr(pipeline, name)) for name in pipeline.__all__)
+    code = "import sys, pipeline; dir(pipeline); print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
+
+
+def test_from_a_folder_to_scores_and_a_comparison(
+    make_params: Callable[..., Params], root: Path, tmp_path: Path
+) -> None:
+    params = make_params("head.folds=2", "head.logistic.strengths=5")
+    with pytest.raises(RunError, match="no run to compare"):
+        pipeline.compare(runs_dir=params.runs.dir)
+    lines: list[str] = []
+    summary = pipeline.train_head(params, lines.append, extracts=True, quiet=True)
+    run = pipeline.load_run(summary["run"])
+    again: Any = run.evaluate(root)
+    assert again["metrics"]["accuracy"] == summary["metrics"]["accuracy"] and set(again) == set(summary)
+    assert [each.path for each in pipeline.compare(runs_dir=params.runs.dir).runs] == [run.folder]
+    assert len(pipeline.predict(summary["run"], root / "val")) == summary["n"]
+    assert pipeline.advise(params, lines.append)["root"] == str(root)
