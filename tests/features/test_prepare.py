@@ -157,7 +157,9 @@ def test_decoding_is_guarded_by_path_and_digest(root: Path) -> None:
     crop = Counter()
     decode = partial(decode_image, background=(255, 255, 255), exif=True, max_pixels=10**6)
     quarantine = Quarantine(root.parent / "cache", "rule")
-    preparation = Preparation(images_in(root), set(), quarantine, decode=decode, crop=crop, in_hand=in_hand)
+    preparation = Preparation(
+        images_in(root), lambda _digest: False, quarantine, decode=decode, crop=crop, in_hand=in_hand
+    )
     preparation(0, Clock())
     digest = digest_bytes(Path(preparation.images.path(0)).read_bytes())
     assert guarded == [("0.png", digest, "begin"), ("0.png", digest, "end")]
