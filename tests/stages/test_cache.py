@@ -41,7 +41,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "images")
     places = (f"data.root={folder / 'images'}", f"cache.dir={folder / 'cache'}", FLOAT32)
     extract(load_params(folder / "params.yaml", (*FAST, *places)), lambda _line: None, quiet=True)
-    shutil.rmtree(folder / "cache" / "index")
+    shutil.rmtree(folder / "cache" / "index", ignore_errors=True)
     return folder / "cache"
 
 
