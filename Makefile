@@ -12,25 +12,30 @@ BENCH ?= benchmarks/*.py
 EXTRAS ?= dev,export,openclip,parquet,remote,serve,tensorboard,timm
 FILE ?= model.onnx
 
-VALUES := PYTHON VENV VENV_LOWEST PARAMS DEMO_DATA BENCH EXTRAS SET RUN DATA IMAGES FILE TESTS ARGS
+VALUES := PYTHON VENV VENV_LOWEST PARAMS DEMO_DATA BENCH EXTRAS SET OVER RUN DATA IMAGES FILE TESTS ARGS
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
 export $(VALUES)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo-data named-data advise inspect extract train-head finetune evaluate predict export compare demo \
+.PHONY: help setup demo-data named-data advise inspect extract train-head sweep finetune evaluate predict export compare demo \
 	test test-extras test-lowest torture lint types format bench gpu clean
 
-# $(load) VERB turns each setting of $SET into its own -s among the recipe's "$@". A word of SET that does not
-# begin with `section.key=` goes on with the value before it, so that values may hold spaces. $ARGS is for the verb
-# that was asked for; those that go before it take of it only what every verb takes.
-define load
-set -ef; set --; item=; \
-for word in $$SET; do case "$$word" in \
-	[a-z]*.[a-z]*=*) [ -z "$$item" ] || set -- "$$@" -s "$$item"; item=$$word;; \
+# $(call settings,NAME,OPTION) turns each setting of $NAME into its own OPTION among the recipe's "$@". A word that does
+# not begin with `section.key=` goes on with the value before it, so that values may hold spaces.
+define settings
+set -f; item=; \
+for word in $$$(1); do case "$$word" in \
+	[a-z]*.[a-z]*=*) [ -z "$$item" ] || set -- "$$@" $(2) "$$item"; item=$$word;; \
 	*) item="$${item:+$$item }$$word";; \
 esac; done; \
-[ -z "$$item" ] || set -- "$$@" -s "$$item"; set +f; \
+[ -z "$$item" ] || set -- "$$@" $(2) "$$item"; set +f
+endef
+
+# $(load) takes the settings of $SET and defines `verb`. $ARGS is for the verb that was asked for; those that go before
+# it take of it only what every verb takes.
+define load
+set -e; set --; $(call settings,SET,-s); \
 verb() { name=$$1; shift; args=; for word in $$ARGS; do case " $(MAKECMDGOALS) :$$word" in \
 	*" $$name "*|*:--json|*:-q|*:--quiet|*:-v|*:--verbose) args="$$args $$word";; \
 esac; done; "$$VENV/bin/python" -m pipeline "$$name" -p "$$PARAMS" "$$@" $$args; };
@@ -55,6 +60,7 @@ help: ## show this list
 	@echo
 	@echo '  PARAMS=FILE        params file (default params.yaml; recipes/ has more)'
 	@echo '  SET="a.b=c d.e=f"  params for this time: SET="data.root=photos head.kind=svm"'
+	@echo '  OVER="a.b=[c, d]"  values for sweep: OVER="head.kind=[logistic, svm] transform.crop=[160, 224]"'
 	@echo '  RUN=NAME           a run: path, name or latest (several for compare)'
 	@echo '  FILE=model.onnx    what to export a run to (FILE.onnx or FILE.pt2)'
 	@echo '  IMAGES="PATH..."   files and folders to predict        DATA=FOLDER  images to evaluate on'
@@ -96,6 +102,9 @@ inspect: extract ## near-duplicates, leaks, doubted labels, outliers (RUN= for i
 
 train-head: extract ## stage two: cached features to a classifier, its scores and a run folder
 	@$(load) verb train-head "$$@"
+
+sweep: named-data ## extract and train for all combinations of values (OVER=), and compare them
+	@$(load) $(call settings,OVER,--over); verb sweep "$$@"
 
 finetune: $(if $(RUN),extract,train-head) ## stage three: unfreeze the backbone, from the head of stage two (or of RUN=)
 	@$(load) [ -z "$$RUN" ] || set -- --from "$$RUN" "$$@"; verb finetune "$$@"

@@ -166,6 +166,13 @@ class TestVerbs:
     def test_train_head_extracts_first(self, ready: Clone) -> None:
         assert ready.verbs("train-head") == [["extract", "-p", "params.yaml"], ["train-head", "-p", "params.yaml"]]
 
+    def test_each_list_of_values_is_swept_over(self, ready: Clone) -> None:
+        over = "OVER=head.kind=[logistic, svm] transform.crop=[160, 224]"
+        values = ["--over", "head.kind=[logistic, svm]", "--over", "transform.crop=[160, 224]"]
+        assert ready.verbs("sweep", over, "SET=head.folds=3") == [
+            ["sweep", "-p", "params.yaml", "-s", "head.folds=3", *values]
+        ]
+
     def test_advise_needs_no_features(self, ready: Clone) -> None:
         assert ready.verbs("advise", "ARGS=--domain similar") == [
             ["advise", "-p", "params.yaml", "--domain", "similar"]

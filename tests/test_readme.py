@@ -39,6 +39,7 @@ NOT_RUN = {
     "pipeline export latest model.onnx": "needs the extra; tests/export runs it",
     "make export": "needs the extra; tests/export runs the verb",
     "pipeline predict model.onnx PATH...": "needs the extra; tests/export runs it",
+    "pipeline cache import ROWS": "needs the extra; tests/stages run it",
     "make test-extras": "needs a package index",
     "git lfs pull": "needs a remote repository",
     'make train-head SET="data.root=... backbone.name=..."': "a form to fill in; under `Your own images` it is run",
@@ -56,13 +57,17 @@ FILLED_IN = {
         "pipeline predict latest --backbone starter new_photos/a.jpg"
     ],
     "pipeline backbones NAME": ["pipeline backbones starter"],
-    "pipeline cache ls | verify | why | gc | export FILE": [
+    "pipeline cache ls | verify | why | gc | export FILE | import FILE": [
         *("pipeline cache ls", "pipeline cache verify", "pipeline cache gc"),
         "pipeline cache export features.h5",
     ],
 }
 # Without a network there are no weights to download: random ones take the same way. One epoch shows what five would.
-CHEAPER = {"backbone.weights=DEFAULT": "backbone.weights=random", "finetune.epochs=5": "finetune.epochs=1"}
+CHEAPER = {
+    "backbone.weights=DEFAULT": "backbone.weights=random",
+    "finetune.epochs=5": "finetune.epochs=1",
+    "[160, 224]": "[24, 32]",
+}
 CHEAP = """
 data: {root: photos}
 transform: {resize: 32, crop: 32}
@@ -108,7 +113,7 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("REAL", sys.executable)
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     # What the make that runs these tests was told is not meant for those of the README.
-    for name in ("MAKEFLAGS", "ARGS", "SET", "RUN", "DATA", "IMAGES", "PARAMS", "DEMO_DATA", "VENV"):
+    for name in ("MAKEFLAGS", "ARGS", "SET", "OVER", "RUN", "DATA", "IMAGES", "PARAMS", "DEMO_DATA", "VENV"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -166,6 +171,14 @@ def test_the_block_of_estimators_runs(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert min(map(float, done.stdout.strip("[]\n").split())) > 0.8
+
+
+def test_the_block_of_batches_runs(tmp_path: Path) -> None:
+    write_demo_data(tmp_path / "data" / "demo")
+    (tmp_path / "params.yaml").write_text("transform: {resize: 36, crop: 32}")
+    (block,) = python_blocks("Embedder")
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "(64, 1024)" in done.stdout, done.stderr
 
 
 def test_the_python_block_runs(tmp_path: Path) -> None:

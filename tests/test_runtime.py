@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,6 +234,23 @@ class TestProgress:
         assert "embedding here" in text
         assert "10/10" in text
         assert "/s" in text
+
+    @pytest.mark.skipif(shutil.which("script") is None, reason="script(1) gives a terminal")
+    def test_lines_stand_above_the_bar_and_libraries_write_nowhere(self) -> None:
+        code = (
+            "import os; from pipeline.cli.options import Reporter; "
+            "from pipeline.runtime.progress import ProgressBar, quiet_libraries\n"
+            "with quiet_libraries(), ProgressBar('training', 10) as bar:\n"
+            "    os.write(2, b'TIFFFetchNormalTag'); Reporter().say('epoch 1'); bar.advance(10)\n"
+            "Reporter().warn('after'); os.write(2, b'then')\n"
+        )
+        done = subprocess.run(
+            ["script", "-qec", f'{sys.executable} -c "$CODE"', "/dev/null"],
+            env={**os.environ, "CODE": code, "TERM": "xterm"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0 and "TIFFFetch" not in done.stdout and "then" in done.stdout, done.stdout
+        lines = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", done.stdout).replace("\r", "\n").splitlines()
+        assert "epoch 1" in lines and "after" in lines
 
 
 class TestFromMain:

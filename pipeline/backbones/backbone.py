@@ -6,24 +6,22 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
 from ..data.decode import DECODER, DRAFT_DECODER, Decoder
 from ..errors import WeightsError
 from ..params import BackboneParams, ExtractParams, TransformParams
 from ..runtime.device import is_out_of_memory, on_device, resolve_device
 from ..runtime.distributed import World
-from .build import BackboneIdentity, BuiltNetwork, build_network, identify_network, make_module, trainable_module
+from .identity import BackboneIdentity, recall
 from .memo import WeightsMemo
-from .pipe import Features, Pipe, Pixels, stack_pixels
 from .precision import (
     PrecisionChoice,
     Verdict,
@@ -34,15 +32,27 @@ from .precision import (
     reduced_precisions_of,
     verdict_key,
 )
-from .prepare import REDUCED, prepare_for_inference
 from .transform import Transform
-from .zoo import FeatureNetwork
 
-Normalise = Callable[[torch.Tensor], torch.Tensor]
+# torch, and all that knows networks, is imported where one of them works: most commands find every feature there.
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .build import BuiltNetwork
+    from .pipe import Pipe
+    from .zoo import FeatureNetwork
+
+    Normalise = Callable[[torch.Tensor], torch.Tensor]
+
+Pixels = NDArray[np.uint8]
+Features = NDArray[np.float32]
 
 WEIGHTS_MEMO = "weights.json"
 DECODER_RULES = {"pillow": DECODER, "draft": DRAFT_DECODER}
 CPU_BATCH = 8
+# On a GPU one batch is filled by the host while another is copied and a third is computed.
+SLOTS = 3
 # What a pixel of an image takes on a GPU in float32 between two layers, and the largest batch that gains anything.
 GPU_BYTES_A_PIXEL, GPU_BATCH = 2048, 1024
 
@@ -116,6 +126,8 @@ class Forward:
         self._pipe = None
         gc.collect()
         if self.device.type == "cuda":
+            import torch
+
             torch.cuda.empty_cache()
         return None
 
@@ -133,6 +145,10 @@ class Forward:
     def _forward(self, pixels: Sequence[Pixels], size: int) -> Features:
         if self.device.type == "cuda" and size == self.batch_size:
             return self._piped(size, pixels[0].shape)(pixels)
+        import torch
+
+        from .pipe import stack_pixels
+
         batch = torch.zeros((size, *pixels[0].shape[1:], 3), dtype=torch.uint8)
         stack_pixels(pixels, batch)
         features = self._compute(batch.to(self.device).permute(0, 3, 1, 2))
@@ -140,11 +156,15 @@ class Forward:
 
     def _compute(self, images: torch.Tensor) -> torch.Tensor:
         """Features (n, d), float32, of uint8 images (n, 3, h, w), both on the device."""
+        import torch
+
         with torch.inference_mode():
             features: torch.Tensor = self.module(self.normalise(images).contiguous(memory_format=torch.channels_last))
             return features.float()
 
     def _piped(self, size: int, shape: tuple[int, ...]) -> Pipe:
+        from .pipe import Pipe
+
         with self._pipe_lock:
             if self._pipe is None or (self._pipe.size, self._pipe.shape) != (size, shape):
                 self._pipe = Pipe(self._compute, self.device, size, shape)
@@ -159,33 +179,82 @@ class Backbone:
         decoder: from an image's bytes to RGB.
         transform: from RGB to pixels, and from pixels to what the network takes.
         feature_dim: numbers in a feature.
+        place: the device as the params name it, for the process ``world``.
         precision: of the forward pass, resolved; ``choice`` says why, where it was `auto`.
-        batch_size: images in one forward pass, by rule; ``forward`` knows whether so many fit.
+        batch: images in one forward pass, as the params or a run say it.
         source: loads the network.
+        parameters: how many numbers the network has; ``None`` where that was not recorded.
         compiled: run it through torch.compile.
         notes: what the user should know of how the weights were read; there once the network was loaded.
-        halved: told the size of batches that fit, where those of ``batch_size`` did not.
+        made_on: the device that ``batch`` was recorded on: on another kind the rule holds.
+        memo: remembers what size of batches fits a device, where that of the rule does not.
     """
 
     identity: BackboneIdentity
     transform: Transform
     feature_dim: int
     decoder: Decoder
-    device: torch.device
+    place: str
     precision: str
-    batch_size: int
+    batch: int | Literal["auto"]
     source: Callable[[], BuiltNetwork] = field(repr=False)
+    parameters: int | None = None
+    world: World | None = None
     compiled: bool = False
     choice: PrecisionChoice | None = None
     notes: list[str] = field(default_factory=list, compare=False)
-    halved: Callable[[int], None] = field(default=lambda _size: None, repr=False, compare=False)
+    made_on: str | None = None
+    memo: WeightsMemo | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the network runs.
+
+        Raises:
+            DeviceError: it is not on this machine.
+        """
+        return resolve_device(self.place, self.world)
+
+    @cached_property
+    def batch_size(self) -> int:
+        """Images in one forward pass, by rule; ``forward`` knows whether so many fit."""
+        wanted = self._wanted_batch
+        if self.device.type == "cpu" or self.memo is None:
+            return wanted
+        fits = (self.memo.get(self._batch_key) or {}).get("fits")
+        return fits if isinstance(fits, int) and 1 <= fits <= wanted else wanted
+
+    @property
+    def _wanted_batch(self) -> int:
+        elsewhere = self.made_on is not None and not self.made_on.startswith(self.device.type)
+        return batch_size("auto" if elsewhere else self.batch, self.device, self.transform.crop, self.precision)
+
+    @property
+    def _batch_key(self) -> dict[str, Any]:
+        """What it depends on whether a batch fits."""
+        return {
+            "about": "batch size",
+            "backbone": self.identity.as_dict(),
+            "crop": self.transform.crop,
+            "device": kind_of_device(self.device),
+            "precision": self.precision,
+            "wanted": self._wanted_batch,
+        }
+
+    def remember_fit(self, size: int) -> None:
+        """Batches of the wanted size do not fit the device; those of ``size`` may."""
+        self.__dict__["batch_size"] = size
+        if self.memo is not None:
+            self.memo.put(self._batch_key, {"fits": size})
 
     @cached_property
     def forward(self) -> Forward:
         """The network as a function of pixels with one shape; its weights are loaded when the first image comes."""
+        from .prepare import REDUCED
+
         shape = (self.transform.normalise, self.device, self.batch_size)
         exact = Forward(lambda: self._prepare("float32"), *shape) if self.precision in REDUCED else None
-        return Forward(lambda: self._prepare(self.precision), *shape, exact=exact, halved=self.halved)
+        return Forward(lambda: self._prepare(self.precision), *shape, exact=exact, halved=self.remember_fit)
 
     def __call__(self, pixels: Sequence[Pixels]) -> Features:
         """Features (n, feature_dim), float32, of uint8 pixels (3, crop, crop), as `forward` computes them."""
@@ -218,19 +287,19 @@ class Backbone:
 
     def trainable(self) -> FeatureNetwork:
         """A network of one's own to fine-tune, all parameters trainable; in eval mode it computes the same features."""
+        from .build import trainable_module
+
         return trainable_module(self.build())
 
     def release(self) -> None:
         """Forget the loaded network; the next call loads it again."""
         self.__dict__.pop("forward", None)
 
-    @property
-    def parameters(self) -> int:
-        """Numbers in the network, told without its weights."""
-        network, _ = make_module(self.identity.name, layer=self.identity.layer, pooling=self.identity.pooling)
-        return sum(parameter.numel() for parameter in network.parameters())
-
     def _prepare(self, precision: str) -> nn.Module:
+        import torch
+
+        from .prepare import prepare_for_inference
+
         module: nn.Module = prepare_for_inference(
             self.build(), device=self.device, precision=precision, fuse=not self.compiled
         )
@@ -248,7 +317,8 @@ def resolve_backbone(
     begins: bool = False,
     world: World | None = None,
 ) -> Backbone:
-    """The backbone that the params name; weights whose digest the cache remembers are neither loaded nor hashed.
+    """The backbone that the params name; weights whose digest the cache remembers are neither loaded nor hashed, and
+    where it remembers what the libraries said, these are not imported.
 
     Args:
         max_pixels: images with more are not decoded.
@@ -260,10 +330,18 @@ def resolve_backbone(
         BackboneError, WeightsError, DeviceError: see their messages.
     """
     memo = WeightsMemo(cache_dir / WEIGHTS_MEMO)
-    identity, resolved, feature_dim = identify_network(params, transform, memo)
-    device = resolve_device(extract.device, world)
+    known = recall(params, transform, memo)
+    if known is None:
+        from .build import identify
+
+        known = identify(params, transform, memo)
+    identity, resolved = known.identity, known.transform
+    if extract.device not in ("auto", "cpu"):  # say at once that it is not there
+        resolve_device(extract.device, world)
 
     def source() -> BuiltNetwork:
+        from .build import build_network
+
         return build_network(params, transform)
 
     choice = None
@@ -271,25 +349,24 @@ def resolve_backbone(
         choice = kept_choice(cache_dir, identity, resolved)
         if choice is None and (most := cached_precision(identity, resolved)):
             choice = PrecisionChoice(most, "most features of this backbone in the cache are so")
-        choice = choice or _choose_precision(identity, resolved, device, source, memo)
+        new = choice is None
+        choice = choice or _choose_precision(identity, resolved, resolve_device(extract.device, world), source, memo)
         if begins:
-            choice = keep_choice(cache_dir, identity, resolved, choice)
-    precision = choice.precision if choice else extract.precision
-    wanted = batch_size(extract.batch_size, device, resolved.crop, precision)
-    key = _batch_key(identity, resolved, device, precision, wanted)
-    known = None if device.type == "cpu" else (memo.get(key) or {}).get("fits")
+            choice = replace(keep_choice(cache_dir, identity, resolved, choice), new=new)
     return Backbone(
         identity=identity,
         transform=resolved,
-        feature_dim=feature_dim,
+        feature_dim=known.feature_dim,
         decoder=make_decoder(resolved, max_pixels, DECODER_RULES[extract.decoder]),
-        device=device,
-        precision=precision,
-        batch_size=known if isinstance(known, int) and 1 <= known <= wanted else wanted,
+        place=extract.device,
+        precision=choice.precision if choice else extract.precision,
+        batch=extract.batch_size,
         source=source,
+        parameters=known.parameters,
+        world=world,
         compiled=extract.compile,
         choice=choice,
-        halved=lambda size: memo.put(key, {"fits": size}),
+        memo=memo,
     )
 
 
@@ -315,23 +392,13 @@ def batch_size(wanted: int | Literal["auto"], device: torch.device, crop: int, p
         return wanted
     if device.type != "cuda":
         return CPU_BATCH
+    import torch
+
+    from .prepare import REDUCED
+
     total = torch.cuda.get_device_properties(device).total_memory
     image = crop**2 * GPU_BYTES_A_PIXEL // (2 if precision in REDUCED else 1)
     return int(min(2 ** (int(max(total // image, 8)).bit_length() - 1), GPU_BATCH))
-
-
-def _batch_key(
-    identity: BackboneIdentity, transform: Transform, device: torch.device, precision: str, wanted: int
-) -> dict[str, Any]:
-    """What it depends on whether batches of ``wanted`` images fit."""
-    return {
-        "about": "batch size",
-        "backbone": identity.as_dict(),
-        "crop": transform.crop,
-        "device": kind_of_device(device),
-        "precision": precision,
-        "wanted": wanted,
-    }
 
 
 def _choose_precision(

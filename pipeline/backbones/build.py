@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,32 +15,11 @@ from torch import Tensor, nn
 from ..errors import WeightsError
 from ..params import BackboneParams, TransformParams
 from .catalogue import find_zoo, locate_weights
+from .identity import BackboneIdentity, Identified, remember
 from .memo import Stat, WeightsMemo, stat_of
 from .transform import Transform, adjust_transform
 from .weights import Checkpoint, check_classifier, checkpoint_bytes, load_tensors, read_checkpoint, tensors_digest
 from .zoo import FeatureNetwork, WeightsSource, Zoo, measure_features
-
-
-@dataclass(frozen=True)
-class BackboneIdentity:
-    """What determines the features besides image and transform.
-
-    Attributes:
-        weights: the resolved label: a zoo's name for them (torchvision's enum name), ``file`` or ``random-SEED``.
-        digest: hex of `tensors_digest` over the network's tensors.
-        code: hex digest of the source file of a network of the user's own; ``None`` for all others.
-    """
-
-    name: str
-    weights: str
-    digest: str
-    layer: str | None = None
-    pooling: str = "default"
-    code: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values; ``code`` only where there is one, so that what was keyed without it stays."""
-        return {key: value for key, value in asdict(self).items() if key != "code" or value is not None}
 
 
 class FrozenBackbone(nn.Module):
@@ -118,11 +97,29 @@ def identify_network(
     Raises:
         BackboneError, WeightsError: as `build_network`.
     """
+    known = identify(params, transform, memo)
+    return known.identity, known.transform, known.feature_dim
+
+
+def identify(params: BackboneParams, transform: TransformParams, memo: WeightsMemo) -> Identified:
+    """As `identify_network`, with the number of parameters, and remembered for `recall` where it may be.
+
+    Raises:
+        BackboneError, WeightsError: as `build_network`.
+    """
+    read_ns = time.time_ns()
+    known = _identify(params, transform, memo)
+    file, packages = locate_weights(params.name, params.weights).path, getattr(find_zoo(params.name), "packages", ())
+    if packages and file is not None and file.is_file():
+        remember(params, transform, memo, known, file=file, packages=packages, read_ns=read_ns)
+    return known
+
+
+def _identify(params: BackboneParams, transform: TransformParams, memo: WeightsMemo) -> Identified:
     source = locate_weights(params.name, params.weights, seed=params.seed)
     # What a user's own code loads or draws by itself may be other tomorrow.
     if source.drawn and find_zoo(params.name).code_digest(params.name):
-        built = build_network(params, transform)
-        return built.identity, built.transform, built.feature_dim
+        return _identified(build_network(params, transform))
     key = _memo_key(params, transform, source)
     stat = _stat_for_memo(source)
     # A download that has since been removed was of the content its name promises.
@@ -132,13 +129,22 @@ def identify_network(
         return known
     read_ns = time.time_ns()
     built = build_network(params, transform)
-    fact = {"digest": built.identity.digest, "transform": built.transform.as_dict(), "feature_dim": built.feature_dim}
+    fact = {
+        "digest": built.identity.digest,
+        "transform": built.transform.as_dict(),
+        "feature_dim": built.feature_dim,
+        "parameters": built.parameters,
+    }
     # A download has its place only now.
     path = locate_weights(params.name, params.weights, seed=params.seed).path
     after = stat_of(path) if path else None
     if source.drawn or (after is not None and stat in (None, after)):
         memo.put(key, fact, stat=after, read_ns=read_ns)
-    return built.identity, built.transform, built.feature_dim
+    return _identified(built)
+
+
+def _identified(built: BuiltNetwork) -> Identified:
+    return Identified(built.identity, built.transform, built.feature_dim, built.parameters)
 
 
 def make_module(name: str, *, layer: str | None = None, pooling: str = "default") -> tuple[FeatureNetwork, int]:
@@ -237,9 +243,7 @@ def _memo_key(params: BackboneParams, transform: TransformParams, source: Weight
     }
 
 
-def _from_fact(
-    fact: Mapping[str, Any] | None, params: BackboneParams, source: WeightsSource
-) -> tuple[BackboneIdentity, Transform, int] | None:
+def _from_fact(fact: Mapping[str, Any] | None, params: BackboneParams, source: WeightsSource) -> Identified | None:
     """What a remembered fact says; ``None`` where it is absent or not of the shape it was written in."""
     if fact is None or not isinstance(fact.get("digest"), str) or not isinstance(fact.get("feature_dim"), int):
         return None
@@ -247,4 +251,8 @@ def _from_fact(
         transform = Transform.from_dict(fact.get("transform", {}))
     except WeightsError:
         return None
-    return _identity(params, source, fact["digest"]), transform, fact["feature_dim"]
+    parameters = fact.get("parameters")
+    if not isinstance(parameters, int):  # from before it was remembered
+        network, _ = make_module(params.name, layer=params.layer, pooling=params.sole_pooling)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+    return Identified(_identity(params, source, fact["digest"]), transform, fact["feature_dim"], parameters)

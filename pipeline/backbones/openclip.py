@@ -41,6 +41,8 @@ _TOWER = "visual."
 class OpenClipZoo:
     """Every image tower of open_clip by model and tag there; those with pretrained weights are listed."""
 
+    packages = ("torch", "torchvision", "open_clip_torch")
+
     def names(self) -> Sequence[str]:
         """Without those whose activation open_clip itself says to be another than that of the weights."""
         try:

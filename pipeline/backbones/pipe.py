@@ -6,19 +6,17 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..runtime.device import on_device
+from .backbone import SLOTS
 
-# One batch is filled by the host while another is copied and a third is computed.
-SLOTS = 3
-
-Pixels = NDArray[np.uint8]
-Features = NDArray[np.float32]
+if TYPE_CHECKING:
+    from .backbone import Features, Pixels
 
 
 def stack_pixels(pixels: Sequence[Pixels], batch: Tensor) -> None:

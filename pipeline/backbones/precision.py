@@ -11,19 +11,20 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torchvision
-from torch import Tensor
-from torch.nn import functional as F
 
 from ..files import canonical_json, digest_bytes, publish_file, seal_json, unseal_json
 from ..runtime.seeds import make_generator
-from .build import BackboneIdentity, BuiltNetwork
-from .prepare import REDUCED, prepare_for_inference
+from .identity import BackboneIdentity
 from .transform import Transform
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .build import BuiltNetwork
 
 # Cosines between the features of float32 and of the reduced precision, over the sample. Measured: most backbones lie
 # above 0.9999; a mobilenet_v2 at 0.9987 and 0.9965 made a probe worse (five flowers, exact McNemar p = 0.02, n = 834).
@@ -64,10 +65,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """What precision `auto` stands for, and why."""
+    """What precision `auto` stands for, and why; ``new``: it was decided just now."""
 
     precision: str
     why: str
+    new: bool = False
 
     def __str__(self) -> str:
         return f"{self.precision} ({self.why})"
@@ -77,7 +79,7 @@ def kept_choice(cache_dir: Path, identity: BackboneIdentity, transform: Transfor
     """What `auto` stands for in a cache for this network, decided by whoever began; None where nobody has."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         kept = unseal_json(_choice_file(cache_dir, identity, transform).read_bytes())
-        if kept["precision"] in ("float32", *REDUCED):
+        if kept["precision"] in ("float32", "bfloat16", "float16"):
             return PrecisionChoice(kept["precision"], str(kept["why"]))
     return None
 
@@ -104,6 +106,8 @@ def reduced_precisions_of(device: torch.device) -> tuple[str, ...]:
 
     On a GPU bfloat16 overflows nowhere, and float16, as fast, is eight times as exact.
     """
+    import torch
+
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         return ("bfloat16", "float16") if major >= 8 else ("float16",)
@@ -115,6 +119,9 @@ def accept_precision(backbone: BuiltNetwork, *, device: torch.device, precision:
 
     Remember the verdict under `verdict_key`.
     """
+    import torch
+    from torch.nn import functional as F
+
     images = sample_images(backbone.transform.crop)
     exact = _features(backbone, images, device, "float32")
     reduced = _features(backbone, images, device, precision)
@@ -126,6 +133,9 @@ def accept_precision(backbone: BuiltNetwork, *, device: torch.device, precision:
 
 def verdict_key(identity: BackboneIdentity, crop: int, *, device: torch.device, precision: str) -> dict[str, Any]:
     """What a verdict depends on: the key to remember it under."""
+    import torch
+    import torchvision
+
     return {
         "about": "precision",
         # On CUDA float32 was TF32 once, and pooling was in the reduced precision.
@@ -141,6 +151,9 @@ def verdict_key(identity: BackboneIdentity, crop: int, *, device: torch.device, 
 
 def sample_images(crop: int) -> Tensor:
     """16 fixed images, uint8 (16, 3, crop, crop): smooth colours from coarse to fine, with some noise."""
+    import torch
+    from torch.nn import functional as F
+
     images = np.empty((_IMAGES, 3, crop, crop), dtype=np.uint8)
     for index in range(_IMAGES):
         generator = make_generator(SAMPLE, index)
@@ -154,6 +167,10 @@ def sample_images(crop: int) -> Tensor:
 
 
 def _features(backbone: BuiltNetwork, images: Tensor, device: torch.device, precision: str) -> Tensor:
+    import torch
+
+    from .prepare import prepare_for_inference
+
     prepared = prepare_for_inference(backbone, device=device, precision=precision)
     batches = (backbone.transform.normalise(batch.to(device)) for batch in torch.split(images, _BATCH))
     return torch.cat([prepared(batch).cpu() for batch in batches])
@@ -161,12 +178,16 @@ def _features(backbone: BuiltNetwork, images: Tensor, device: torch.device, prec
 
 def _cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 natively (AVX-512-bf16 or AMX)."""
+    import torch
+
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
 
 
 def kind_of_device(device: torch.device) -> str:
     """The kind of hardware, so far as it decides how numbers are rounded."""
+    import torch
+
     if device.type == "cuda":
         return f"cuda {torch.cuda.get_device_name(device)}"
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type

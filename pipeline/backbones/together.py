@@ -58,4 +58,4 @@ def forward_together(backbones: Sequence[Backbone]) -> Forward:
 
     shape = (first.transform.normalise, first.device, first.batch_size)
     exact = Forward(lambda: load("float32"), *shape) if first.precision in REDUCED else None
-    return Forward(lambda: load(first.precision), *shape, exact=exact, halved=first.halved)
+    return Forward(lambda: load(first.precision), *shape, exact=exact, halved=first.remember_fit)

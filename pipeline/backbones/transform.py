@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from ..data.framing import RESAMPLING, Framing
 from ..errors import BackboneError, WeightsError
 from ..params import TransformParams
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -56,8 +58,11 @@ class Transform:
         """The part that makes pixels of an image, which needs no torch."""
         return Framing(self.resize, self.crop, self.interpolation, squash=self.resize_mode == "squash")
 
-    def normalise(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 pixels (n, 3, h, w) to normalised ``dtype``, on the batch's device, computed in float32."""
+    def normalise(self, batch: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """uint8 pixels (n, 3, h, w) to normalised ``dtype`` (float32), on the batch's device, computed in float32."""
+        import torch
+
+        dtype = dtype or torch.float32
         if batch.device.type == "cuda":  # one pass over the images, whose memory is what takes the time
             scale = tuple(1 / (255 * std) for std in self.std)
             shift = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
@@ -97,6 +102,8 @@ def _constant(values: tuple[float, ...], device: torch.device, width: int = 1) -
 
     In channels-last memory a row of an image and one of constants run side by side, where a CPU is fast.
     """
+    import torch
+
     with torch.inference_mode(False):
         row = torch.tensor(values, device=device).view(1, 3, 1, 1).expand(1, 3, 1, width)
         return row.contiguous(memory_format=torch.channels_last)

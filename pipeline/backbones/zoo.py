@@ -63,6 +63,9 @@ class Zoo(Protocol):
     pixels that is asked for; networks that take one size only are made for it, where they can be. ``initialise`` draws
     random weights from torch's generator; without it parameters need no storage (`without_storage`) and nothing is
     drawn.
+
+    A zoo may say in an attribute ``packages`` which distributions its networks are determined by. What it said of one
+    is then remembered together with their versions, and most commands begin without importing them.
     """
 
     def names(self) -> Sequence[str]:
@@ -171,9 +174,10 @@ class FeatureNetwork(nn.Module):
         classifier: str | None = None,
         shapes: Mapping[str, torch.Size] | None = None,
         blocks: Sequence[Sequence[str]] | None = None,
+        trunk_key: Hashable | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.trunk_key = model, trunk_key
         self.pool = pool if pool is not None else nn.Identity()
         self.pooling, self.input_size, self.only_size = pooling, input_size, only_size
         self.classifier, self.shapes = classifier, dict(shapes or {})
@@ -183,8 +187,6 @@ class FeatureNetwork(nn.Module):
     def classifier_shape(self) -> torch.Size | None:
         """Of the classifier's weight: (classes, features) or (classes, features, 1, 1); ``None`` without one."""
         return self.shapes.get(f"{self.classifier}.weight")
-
-    trunk_key: Hashable | None = None
 
     def trunk(self, images: Tensor) -> Any:
         """All that comes before the pooling."""

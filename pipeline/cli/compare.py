@@ -38,7 +38,7 @@ def compare(
     if markdown and not reporter.as_json:
         click.echo(comparison_markdown(comparison), nl=False)
     elif not reporter.as_json:
-        _print_table(comparison)
+        print_comparison(comparison)
     reporter.finish(comparison.as_dict())
 
 
@@ -51,7 +51,8 @@ def _all_runs(runs_dir: Path) -> list[Path]:
     return folders
 
 
-def _print_table(comparison: Comparison) -> None:
+def print_comparison(comparison: Comparison) -> None:
+    """The table of `compare` on standard output, and what a reader must know besides."""
     from rich.console import Console
 
     from ..evaluate import comparison_notes, comparison_table

@@ -12,7 +12,6 @@ import numpy as np
 import yaml
 
 from ..artifacts import Predictions, RunMetrics, RunModel
-from ..backbones.catalogue import find_zoo, locate_weights
 from ..errors import BackboneError
 from ..evaluate.metrics import METRICS
 from ..evaluate.protocol import leak_sentence
@@ -58,11 +57,15 @@ def licence_of(model: RunModel, params: Params) -> tuple[str, str]:
     """
     name, label = model.backbone.name, model.backbone.weights
     if model.verb == "finetune":
+        from ..backbones.catalogue import locate_weights
+
         label = locate_weights(name, params.backbone.weights, seed=params.backbone.seed).label
     label = f"{name} {label}" if name == "starter" else label
     known = next((value for key, value in LICENCES.items() if key in label), None)
     stated = None
     if known is None:
+        from ..backbones.catalogue import find_zoo
+
         with suppress(BackboneError):  # a run of a zoo that is not here
             stated = find_zoo(name).licence(name)
     return known or ((stated, f"The library of the weights states the licence {stated}.") if stated else UNKNOWN)

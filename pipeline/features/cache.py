@@ -3,29 +3,32 @@ images, backbone and store meet."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backbones import Backbone, Pixels, forward_together
+from ..backbones import Backbone, Pixels
 from ..data.decode import Reason, decoder_versions
 from ..data.digests import Digests, data_digest, empty_digests, first_occurrences, locate, stack_digests
 from ..data.images import Images
 from ..data.source import SPLITS, TEST, TRAIN, VAL
 from ..data.trial import find_killers
 from ..data.walk import read_file
-from ..errors import CacheError, DataError, Interrupted, MissingFeaturesError
+from ..errors import DataError, Interrupted, MissingFeaturesError, NotFiniteError
 from ..files import digest_bytes
 from ..params import CacheParams, ExtractParams, Place
 from ..runtime.cores import worker_count
 from ..runtime.distributed import World, gather
 from ..runtime.interrupt import stop_after_batch
-from ..runtime.progress import ProgressBar
+from ..runtime.progress import ProgressBar, quiet_libraries
 from .decoding import Decoding, decoding_beside
 from .drift import PixelRecord
 from .extractor import Clock, extract_features
@@ -33,6 +36,7 @@ from .journal import Journal, journal, suspects_left_behind
 from .prepare import Decode, Preparation
 from .quarantine import BadContent, Quarantine, decoding_rule
 from .rounding import Features
+from .rows import take_rows
 from .spec import FeatureSpec
 from .store import FeatureStore, PartWriter
 from .verify import Recomputed, recompute
@@ -47,7 +51,7 @@ class FeatureTable:
     """Features as an experiment uses them, in the order of the images; unreadable images are absent.
 
     Attributes:
-        features: float32 (n, d).
+        features: float32 (n, d); `Rows`, which are looked up in a file, where they are too large for memory.
         targets: int (n,), index into ``class_names``; -1 where the image has no label, or is left out.
         paths: relative to ``root``.
         splits: int (n,), index into `SPLITS` (train, val, test).
@@ -87,7 +91,7 @@ class FeatureTable:
 
     def training_rows(self) -> tuple[Features, NDArray[np.int64], NDArray[np.int64]]:
         """Features (n, d), targets and groups (n,) of train; with views features (1 + views, n, d), the plain first."""
-        features = self.features[self.train]
+        features = take_rows(self.features, self.train)
         features = np.stack([features, *self.views]) if self.views else features
         return features, self.targets[self.train], self.groups[self.train]
 
@@ -163,6 +167,12 @@ class FeatureCache:
         rule = decoding_rule(backbone.decoder, transform.resize, transform.crop)
         self.quarantine = Quarantine(cache.dir, rule)
 
+    def of(self, images: Images) -> FeatureCache:
+        """The same features of other images; what is known of the store, and a loaded backbone, are known still."""
+        other = copy(self)
+        other.images = images
+        return other
+
     def views(self) -> Iterator[FeatureCache]:
         """The caches of the augmented views that the params ask for, of the same images."""
         for number in range(1, self._extract.views + 1):
@@ -204,6 +214,14 @@ class FeatureCache:
         bad: NDArray[np.bool_] = self.images.known & (rows >= 0)
         return bad
 
+    @property
+    def of_train(self) -> NDArray[np.bool_]:
+        """Which images (n,) with a feature are of train."""
+        rows = np.flatnonzero(self.present)
+        train = np.zeros(len(self.images), bool)
+        train[rows[self.images.splits_of(rows) == TRAIN]] = True
+        return train
+
     def missing(
         self, among: NDArray[np.bool_] | None = None, *, beside: Sequence[FeatureCache] = ()
     ) -> NDArray[np.int64]:
@@ -229,8 +247,11 @@ class FeatureCache:
         """
         return self.store.read(digests)
 
-    def table(self) -> FeatureTable:
+    def table(self, memory: int | None = None) -> FeatureTable:
         """All images that are not unreadable, with their augmented views; nothing is computed.
+
+        Args:
+            memory: bytes of features, without views, above which they stay in a file; None for no limit.
 
         Raises:
             MissingFeaturesError: an image has no feature, and is not known to be unreadable.
@@ -240,15 +261,18 @@ class FeatureCache:
         missing = np.flatnonzero(~present & ~self.quarantined)
         if len(missing):
             raise self._missing(missing)
-        table = self.table_of(np.flatnonzero(present))
+        rows = np.flatnonzero(present)
+        size = 4 * len(rows) * self.store.feature_dim
+        table = self.table_of(rows, flat=memory is not None and size > memory and not self._extract.views)
         self.store.touch()
         return replace(table, views=tuple(view._view_of(table) for view in self.views()))
 
-    def table_of(self, rows: NDArray[np.int64]) -> FeatureTable:
-        """The images at ``rows``, each with a feature."""
+    def table_of(self, rows: NDArray[np.int64], *, flat: bool = False) -> FeatureTable:
+        """The images at ``rows``, each with a feature; ``flat``: their features stay in a file."""
         images, digests = self.images, self.images.digests[rows]
-        features = self.store.read(digests)
-        finite = np.isfinite(features).all(axis=1)
+        features: Any = self.store.flat(digests) if flat else self.store.read(digests)
+        blocks = features.blocks() if flat else [slice(None)]
+        finite = np.concatenate([np.isfinite(features[block]).all(axis=1) for block in blocks])
         if not finite.all():  # from before such features were refused
             raise self._not_finite(digests[~finite], f"can be used: move {self.store.folder} away and extract again")
         return FeatureTable(
@@ -339,6 +363,8 @@ class FeatureCache:
         return worker_count(self._extract.workers, self._world)
 
     def _embed(self, positions: NDArray[np.int64], opened: Journal, caches: Sequence[FeatureCache]) -> Filled:
+        from ..backbones import forward_together
+
         computed: list[Digests] = []
         refused: list[Digests] = []
         pace, after = self._extract.part_seconds, self._remember_often()
@@ -357,6 +383,7 @@ class FeatureCache:
         started = time.perf_counter()
         with (
             stop_after_batch() as interruption,
+            quiet_libraries(),
             ProgressBar("embedding", len(positions), quiet=self._quiet) as bar,
             self.images.reading_ahead(positions.tolist()),
         ):
@@ -385,10 +412,10 @@ class FeatureCache:
             raise self._not_finite(lost, "was put into the cache; those of the other images were")
         return Filled(np.concatenate([empty_digests(), *computed]), clock, seconds)
 
-    def _not_finite(self, digests: Digests, put: str) -> CacheError:
+    def _not_finite(self, digests: Digests, put: str) -> NotFiniteError:
         rows = np.flatnonzero(self.images.known & (locate(digests, self.images.digests) >= 0))
         examples = ", ".join(repr(self.images.paths[row]) for row in rows[:EXAMPLES])
-        return CacheError(
+        return NotFiniteError(
             f"The features of {len(digests)} images hold NaN or infinity; none of them {put}.",
             where=f"{self.images.root}: {examples}{' ...' if len(rows) > EXAMPLES else ''}",
             why="the network overflows on them, in float32 too",
@@ -406,7 +433,7 @@ class FeatureCache:
     def _preparation(self, decode: Decode, opened: Journal, caches: Sequence[FeatureCache]) -> Preparation:
         return Preparation(
             self.images,
-            set.intersection(*({row.tobytes() for row in cache.store.digests} for cache in caches)),
+            lambda digest: all(cache.store.contains(stack_digests([digest]))[0] for cache in caches),
             self.quarantine,
             decode=decode,
             in_hand=opened.in_hand,
@@ -426,15 +453,14 @@ class FeatureCache:
         return after
 
     def _together(self, filled: Filled) -> Filled:
-        """What all processes did, each learning what the others have read."""
-        images = self.images
-        mine = (images.digests, images.known, images.failures, filled)
-        shares = gather(mine, self._world)
+        """What all processes did, each learning what the others have read now."""
+        images, new = self.images, self.images.read_here
+        shares = gather((new, images.digests[new], images.failures, filled), self._world)
         if len(shares) == 1:
             return filled
         clock = Clock()
-        for digests, known, failures, share in shares:
-            images.learn(digests, known, failures)
+        for positions, digests, failures, share in shares:
+            images.learn(positions, digests, failures)
             clock.add(share.clock)
         computed = np.concatenate([share.computed for *_, share in shares])
         return Filled(computed, clock, max(share.seconds for *_, share in shares))
@@ -448,6 +474,9 @@ class FeatureCache:
                 reason = Reason.KILLS_DECODER
                 self.quarantine.add(digest, BadContent(paths[digest], reason.value, end, reason.remedy))
             self.quarantine.save()
+            # What was in a batch of another process, or in a store, is found again by whoever is given it next.
+            known = {*contents, *self.quarantine.digests}
+            suspects[:] = [each for each in suspects if each.digest in known or os.path.isabs(each.path)]
 
     def _suspect(self, digest: bytes, path: str) -> bytes | None:
         """The bytes of a suspect, if it still is what it was and is not known to be bad."""

@@ -16,10 +16,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
-import torch
-
 from ..backbones import Features, Forward, Pixels
-from ..backbones.pipe import SLOTS
+from ..backbones.backbone import SLOTS
 from ..data.digests import Digests, stack_digests
 from ..runtime.interrupt import Interruption
 from ..runtime.memory import reuse_freed_memory
@@ -118,6 +116,8 @@ def extract_features(
 @contextmanager
 def single_threaded_torch(enabled: bool) -> Iterator[None]:
     """One intra-op thread a torch call while the block runs: parallelism comes from calls side by side."""
+    import torch
+
     before = torch.get_num_threads()
     if enabled:
         reuse_freed_memory()

@@ -24,7 +24,7 @@ class Preparation:
     """The ``prepare`` of an extraction: each content that has no feature yet is decoded once, whatever its paths.
 
     Args:
-        have: contents that need no forward pass.
+        have: whether a content (its digest) needs no forward pass.
         decode: bytes and digest to uint8 pixels (3, h, w); the digest seeds augmented views.
         in_hand: guards the decoding of a path with a digest, so that a crash can be traced to it.
     """
@@ -32,14 +32,15 @@ class Preparation:
     def __init__(
         self,
         images: Images,
-        have: set[bytes],
+        have: Callable[[bytes], bool],
         quarantine: Quarantine,
         *,
         decode: Decode,
         in_hand: InHand = _unguarded,
     ) -> None:
         self.images, self.quarantine = images, quarantine
-        self._claimed, self._decode, self._in_hand = have, decode, in_hand
+        self._have, self._decode, self._in_hand = have, decode, in_hand
+        self._claimed: set[bytes] = set()
         self._lock = threading.Lock()
 
     def __call__(self, position: int, clock: Clock) -> Prepared:
@@ -56,7 +57,7 @@ class Preparation:
 
     def _claim(self, digest: bytes) -> bool:
         with self._lock:
-            if digest in self._claimed or self.quarantine.get(digest):
+            if digest in self._claimed or self.quarantine.get(digest) or self._have(digest):
                 return False
             self._claimed.add(digest)
             return True

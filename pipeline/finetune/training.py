@@ -167,7 +167,10 @@ def choose(
     if params.interpolate and params.start == "probe":
         images = _normalised(train, transform, params, setup)
         start, tuned = result.start, result.tuned
-        share, weights = interpolate(classifier, start, tuned, scorer.score, by=params.select, images=images)
+        judges = len(selection.targets)
+        share, weights = interpolate(
+            classifier, start, tuned, scorer.score, by=params.select, images=images, judges=judges
+        )
     classifier.load_state_dict(weights)
     temperature = selection_temperature(scorer.logits(classifier), selection.targets) if calibrate else 1.0
     return Choice(result.tuned_epoch if share else 0, share, temperature, weights)

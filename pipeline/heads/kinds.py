@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..params import HeadParams
 from .base import Head
@@ -16,6 +14,9 @@ from .logistic import LogisticHead
 from .network import NetworkHead
 from .prompts import PromptsHead
 from .sklearn_head import ALIASES, SklearnHead
+
+if TYPE_CHECKING:
+    import torch
 
 KINDS: dict[str, type[Head]] = {
     "logistic": LogisticHead,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..errors import HeadError
+from ..features.rows import Rows
 from .common import Features, Floats, Ints, few_threads, standardisation
 from .crossval import Fold, OutOfFold, missing_rows
 from .layers import Layers, LayersHead
-from .path import StrengthPath
-from .solver import Design, Problems, Solutions, solve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .path import StrengthPath
+    from .solver import Design, Solutions
 
 DEFAULT_STRENGTH = 1.0
 FEW_ROWS = 5
@@ -27,8 +30,10 @@ class LogisticHead(LayersHead):
     The strength is the one of lowest mean log loss over all held-out rows of stratified, group-wise folds of train
     (smallest of equals), weighted by ``class_weight``. A held-out row whose class has no row in its fold's train part
     could not have been known: it counts the same at every strength, which is to say that it is left out. Features are
-    standardised once, on train; nothing but train is looked at.
+    standardised once, on train; nothing but train is looked at. `Rows` are read from their file, block by block.
     """
+
+    by_blocks = True
 
     def replace(self, values: Mapping[str, Any]) -> None:
         """Nothing can be searched: the strength is chosen anyway."""
@@ -48,12 +53,12 @@ class LogisticHead(LayersHead):
         """Nothing is left to do: `learn` has chosen the temperature on the folds that it had at hand."""
 
     def _learn(self, X: Features, index: Ints, groups: Ints | None) -> None:
+        import torch
+
         weights = self._class_weights(index)
         mean, scale = standardisation(X, self.params.standardize)
-        scaled = torch.from_numpy((X - mean) / scale).to(self.device)
         target = torch.from_numpy(index).to(self.device)
-        design = Design.build(scaled, target, len(self.classes_), rotate=self.params.logistic.path == "full")
-        del scaled
+        design = self._design(X, mean, scale, target)
         row_weight = torch.from_numpy(weights[index]).to(self.device)
         folds = self.folds(index, groups)
         strength, start = self._choose(design, row_weight, index, folds)
@@ -62,13 +67,27 @@ class LogisticHead(LayersHead):
         self.layers = layer.fold_standardisation(mean, scale).fold_temperature(self.temperature)
         self.temperature = 1.0
 
+    def _design(self, X: Features, mean: Floats, scale: Floats, target: Tensor) -> Design:
+        from .solver import BlockDesign, Design
+
+        if isinstance(X, Rows):
+            return BlockDesign.open(X, mean, scale, target, len(self.classes_))
+        import torch
+
+        scaled = torch.from_numpy((X - mean) / scale).to(self.device)
+        return Design.build(scaled, target, len(self.classes_), rotate=self.params.logistic.path == "full")
+
     def _choose(self, design: Design, row_weight: Tensor, index: Ints, folds: list[Fold]) -> tuple[float, Tensor]:
         """The strength, and weights (1, k, r + 1) to start the refit from."""
+        import torch
+
+        from .path import StrengthPath
+
         logistic = self.params.logistic
         strengths = np.geomspace(logistic.c_min, logistic.c_max, logistic.strengths)
         known = ~missing_rows(index, folds)
         self.warnings = self._data_warnings(np.bincount(self._plain(index, None)[0]), folds, known)
-        zero = torch.zeros(1, design.outputs, design.exact.shape[1], dtype=torch.float64, device=row_weight.device)
+        zero = torch.zeros(1, design.outputs, design.shape[1], dtype=torch.float64, device=row_weight.device)
         if not folds or not any(known[test].any() for _, test in folds):
             self.selected |= {"C": float(DEFAULT_STRENGTH if len(strengths) > 1 else strengths[0]), "folds": 0}
             return self.selected["C"], zero
@@ -114,6 +133,10 @@ class LogisticHead(LayersHead):
     def _out_of_fold_logits(
         self, design: Design, weights: Tensor, row_weight: Tensor, train: Tensor, folds: list[Fold]
     ) -> Floats:
+        import torch
+
+        from .solver import Problems
+
         strength = torch.ones(len(folds), dtype=torch.float64, device=row_weight.device)
         offset = Problems.build(design, strength, row_weight * train).offset
         logits = (design.logits(weights) + offset).cpu().numpy()
@@ -123,6 +146,10 @@ class LogisticHead(LayersHead):
         return result
 
     def _refit(self, design: Design, row_weight: Tensor, strength: float, start: Tensor) -> Solutions:
+        import torch
+
+        from .solver import Problems, solve
+
         chosen = torch.tensor([strength], dtype=torch.float64, device=row_weight.device)
         problems = Problems.build(design, chosen, row_weight[None])
         tolerance = self.params.logistic.tolerance**2

@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..params import HeadParams
 from ..runtime.seeds import make_generator
 from .base import Head, Selection
-from .common import Features, Ints, check_training_data, few_threads, log_losses, standardisation
+from .common import Features, Ints, class_positions, few_threads, log_losses, standardisation
 from .crossval import Fold, Score, stratified_group_folds
 from .kinds import make_head
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Baseline = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 NEIGHBOURS = 5
 KNN_QUERIES = 4_000
@@ -25,7 +28,6 @@ BATCH = 1024
 
 HeldOut = tuple[Features, Ints]
 Answers = tuple[Ints, Ints]
-Baseline = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 UNKNOWN = Score(0.0)
 
 
@@ -161,7 +163,8 @@ def _score(head: Head, X: Features, y: Ints) -> Score:
 
 def _baselines(head: Head, X: Features, y: Ints, groups: Ints | None, held_out: HeldOut | None) -> Iterator[Entry]:
     """Nearest centroid and nearest neighbours, on plain images, where they are not among the kinds asked for."""
-    (plain, *_), classes, index = check_training_data(X, y)
+    plain = X if X.ndim == 2 else X[0]
+    classes, index = class_positions(y)
     folds = stratified_group_folds(index, groups, head.params.folds, head.params.seed)
     other, y_other = held_out or (plain[:0], y[:0])
     for kind in BASELINES:
@@ -180,6 +183,8 @@ def _baselines(head: Head, X: Features, y: Ints, groups: Ints | None, held_out: 
 
 def nearest_centroid(queries: Tensor, rows: Tensor, target: Tensor, classes: int) -> Tensor:
     """The class (m,) of the nearest class mean; classes without rows are never the answer."""
+    import torch
+
     counts = torch.bincount(target, minlength=classes)
     sums = torch.zeros(classes, rows.shape[1]).index_add_(0, target, rows)
     distances = _distances(queries, sums / counts.clamp_min(1)[:, None])
@@ -188,6 +193,8 @@ def nearest_centroid(queries: Tensor, rows: Tensor, target: Tensor, classes: int
 
 def nearest_neighbours(queries: Tensor, rows: Tensor, target: Tensor, classes: int) -> Tensor:
     """The commonest class (m,) among the five nearest rows; the nearer neighbours decide a tie."""
+    import torch
+
     count = min(NEIGHBOURS, len(rows))
     votes = 1 + 0.01 * torch.arange(count, 0, -1)
     answers = []
@@ -214,22 +221,24 @@ def baseline_answers(
     Returns:
         twice the rows that were asked, and the class positions that were answered.
     """
+    import torch
+
     generator, (mean, scale) = make_generator("baseline", seed), standardisation(X, True)
 
     def scaled(rows: Features) -> Tensor:
         return torch.from_numpy(((rows - mean) / scale).astype(np.float32))
 
-    def answers(train: Ints, queries: Tensor) -> Ints:
+    def answers(train: Ints, queries: Features) -> Ints:
         train = _part(train, KNN_REFERENCES, generator)
-        return BASELINES[kind](queries, rows[train], target[train], int(index.max()) + 1).numpy()
+        return BASELINES[kind](scaled(queries), scaled(X[train]), target[train], int(index.max()) + 1).numpy()
 
-    rows, target = scaled(X), torch.from_numpy(index)
+    target = torch.from_numpy(index)
     asked, found = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     for train, test in folds:
         asked.append(_part(test, KNN_QUERIES // len(folds), generator))
-        found.append(answers(train, rows[asked[-1]]))
+        found.append(answers(train, X[asked[-1]]))
     picked = _part(np.arange(len(other)), KNN_QUERIES, generator)
-    on_other = answers(np.arange(len(X)), scaled(other[picked])) if len(picked) else picked
+    on_other = answers(np.arange(len(X)), other[picked]) if len(picked) else picked
     return (np.concatenate(asked), np.concatenate(found)), (picked, on_other)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..features.cache import FeatureTable
+from ..heads.common import one_library_thread
 from .thumbnails import Thumbnails
 
 MISTAKES, EXPLAINED_BY = 24, 3
@@ -221,18 +222,35 @@ class Curator:
 
 
 def _two_dimensions(features: Features, rows: Ints, method: str, seed: int) -> Floats:
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    fit = np.random.default_rng(seed).permutation(len(features))[:FIT_ROWS]
+    generator = np.random.default_rng(seed)
+    fit = generator.permutation(len(features))[:FIT_ROWS]
     count = min(COMPONENTS if method == "t-SNE" else 2, len(fit) - 1, features.shape[1])
-    components = PCA(max(count, 2), svd_solver="randomized", random_state=seed).fit(features[fit])
-    reduced = components.transform(features[rows])
+    mean, components = _principal_components(features[fit], max(count, 2), generator)
+    reduced = (features[rows] - mean) @ components
     if method == "PCA" or len(rows) < 10:
         return np.asarray(reduced[:, :2], np.float64)
+    from sklearn.manifold import TSNE
+
     perplexity = min(30.0, (len(rows) - 1) / 3)
     tsne = TSNE(2, perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed)
     return np.asarray(tsne.fit_transform(reduced), np.float64)
+
+
+def _principal_components(X: Features, count: int, generator: np.random.Generator) -> tuple[Features, Features]:
+    """The mean (d,) of X (n, d), and about its leading principal components (d, count): Halko et al. 2011, 4.4.
+
+    As scikit-learn's randomized PCA, which takes longer to import than this takes to run.
+    """
+    mean = X.mean(axis=0)
+    X = X - mean
+    sample = generator.normal(size=(X.shape[1], count + 10)).astype(np.float32)
+    with one_library_thread():
+        for _ in range(7):
+            sample = np.linalg.qr(X.T @ (X @ sample)).Q
+        image = X @ sample
+        vectors = (sample @ np.linalg.eigh(image.T @ image).eigenvectors)[:, ::-1][:, :count]
+    largest = np.abs(vectors).argmax(axis=0)
+    return mean, vectors * np.sign(vectors[largest, np.arange(count)])
 
 
 def _unit(rows: Features) -> Features:

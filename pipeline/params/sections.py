@@ -261,6 +261,7 @@ class HeadParams(Section):
     standardize: bool = True
     class_weight: Literal["balanced"] | dict[str, Positive] | None = None
     calibrate: Literal["none", "temperature"] = "none"
+    memory_mb: Count | Auto = "auto"
     search: dict[str, list[Any]] = {}
     prompts: Folder | None = None
     logistic: LogisticParams = LogisticParams()

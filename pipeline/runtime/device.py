@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..errors import DeviceError
 from .distributed import World
+
+if TYPE_CHECKING:
+    import torch
 
 # What CUDA, cuDNN (8 and 9), cuBLAS and MPS say when memory runs out; not all of it comes as torch's own error.
 OUT_OF_MEMORY = ("out of memory", "alloc_failed", "allocation_failed", "unable to find an engine")
@@ -24,6 +27,8 @@ def resolve_device(name: str, world: World | None = None) -> torch.device:
     Raises:
         DeviceError: the device asked for by name is not on this machine.
     """
+    import torch
+
     local_rank = world.local_rank if world else 0
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -46,11 +51,17 @@ def resolve_device(name: str, world: World | None = None) -> torch.device:
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Inside the block ``device`` is this thread's current one: pinned memory makes no context on another GPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda":
+        return nullcontext()
+    import torch
+
+    return torch.cuda.device(device)
 
 
 def to_device(values: NDArray[np.int64], device: torch.device) -> torch.Tensor:
     """Integers on the device, by way of pinned memory to a GPU, so that the host need not wait for it."""
+    import torch
+
     tensor = torch.from_numpy(values)
     if device.type != "cuda":
         return tensor.to(device)
@@ -69,11 +80,15 @@ def tf32() -> Iterator[None]:
 
 
 def _allow_tf32(allowed: bool) -> None:
+    import torch
+
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a device had too little memory for what was asked of it."""
+    import torch
+
     text = str(error).lower()
     told = isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
     return isinstance(error, torch.OutOfMemoryError) or told

@@ -43,7 +43,8 @@ def classify(params: Params, paths: Sequence[Path | str], *, top: int = 5, quiet
     def sink(features: Features, digests: Digests) -> None:
         logits.update(zip(map(bytes, digests), features, strict=True))
 
-    preparation = Preparation(images, set(), quarantine, decode=Decoding(decoder, PLAIN, transform.framing))
+    decoding = Decoding(decoder, PLAIN, transform.framing)
+    preparation = Preparation(images, lambda _digest: False, quarantine, decode=decoding)
     with stop_after_batch() as interruption, ProgressBar("classifying", len(images), quiet=quiet) as bar:
         extract_features(
             range(len(images)),

@@ -283,11 +283,6 @@ def _prove(
 # -- an exported file as a predictor ---------------------------------------------------------------------------------
 
 
-def is_exported(text: str) -> bool:
-    """Whether a RUN of the command line names an exported file."""
-    return Path(text).suffix in LOADERS and Path(text).is_file()
-
-
 @dataclass(frozen=True)
 class ExportedRun:
     """An exported file, which predicts as a `Run` does, without the run folder."""

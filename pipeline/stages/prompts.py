@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from safetensors.numpy import save
 
 from ..backbones import Backbone
-from ..backbones.catalogue import locate_weights
-from ..backbones.openclip import PREFIX, text_features
 from ..errors import HeadError
 from ..files import canonical_json, digest_bytes, publish_file
 from ..heads.prompts import TEXTS, read_prompts
@@ -25,6 +23,9 @@ def with_texts(params: Params, backbone: Backbone, class_names: Sequence[str]) -
     head, identity = params.head, backbone.identity
     if "prompts" not in head.kinds:
         return head
+    from ..backbones.catalogue import locate_weights
+    from ..backbones.openclip import PREFIX, text_features
+
     if not identity.name.startswith(PREFIX) or identity.layer is not None:
         raise HeadError(
             "Prompts need a backbone whose features lie in one space with texts.",

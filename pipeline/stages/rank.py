@@ -142,7 +142,7 @@ def _probe(label: str, cache: FeatureCache, filled: Filled, rows: Rows, own: Hea
         accuracy=float(right.mean()),
         interval=share_interval(right, table.groups) or [0.0, 1.0],
         feature_dim=backbone.feature_dim,
-        parameters=backbone.parameters,
+        parameters=backbone.parameters or 0,
         milliseconds=1000 * _seconds_an_image(backbone),
         forwarded=len(filled.computed),
         extract_seconds=round(filled.seconds, 3),

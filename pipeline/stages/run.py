@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,31 +31,23 @@ from ..artifacts import (
     read_model,
     write_predictions,
 )
-from ..backbones import (
-    Backbone,
-    BackboneIdentity,
-    BuiltNetwork,
-    Transform,
-    build_network,
-    is_own_code,
-    kind_of_device,
-    make_decoder,
-)
-from ..backbones.backbone import DECODER_RULES, batch_size
+from ..backbones import Backbone, BackboneIdentity, Transform, kind_of_device, make_decoder
+from ..backbones.backbone import DECODER_RULES
 from ..data.images import Given, Images, open_given
 from ..data.source import SPLITS
 from ..errors import RunError
 from ..evaluate import ClassifierOutput, apply_head
-from ..export.card import CARD_FILE, render_card
 from ..features.cache import FeatureCache, FeatureTable
 from ..heads import Head, load_head
 from ..insight.gallery import Curator, Gallery
 from ..insight.thumbnails import Thumbnails
 from ..params import Params, dump_params, load_params
-from ..report import Content, render_report
-from ..runtime.device import resolve_device
+
+if TYPE_CHECKING:
+    from ..backbones import BuiltNetwork
 
 BACKBONE_FILE = "backbone.safetensors"
+FEW_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -107,11 +99,6 @@ class Run:
         """
         record, params = self.model.backbone, self.params
         transform = Transform.from_dict(self.model.transform, where=self.folder)
-        device = resolve_device(params.extract.device)
-        recorded = self.model.device
-        # What another kind of device computed is repeated to the byte in no shape: take the one that suits this one.
-        same = recorded is None or recorded.startswith(device.type)
-        by_rule = batch_size("auto", device, transform.crop, self.model.precision)
         return Backbone(
             identity=BackboneIdentity(
                 record.name, record.weights, record.digest, record.layer, record.pooling, record.code
@@ -119,9 +106,10 @@ class Run:
             transform=transform,
             feature_dim=self.model.feature_dim,
             decoder=make_decoder(transform, params.data.max_pixels, self._decoding_rule()),
-            device=device,
+            place=params.extract.device,
             precision=self.model.precision,
-            batch_size=self.model.forward_shape[0] if same else by_rule,
+            batch=self.model.forward_shape[0],
+            made_on=self.model.device,
             source=self._build_network,
             compiled=params.extract.compile,
         )
@@ -140,6 +128,8 @@ class Run:
 
     def _build_network(self) -> BuiltNetwork:
         """The run's own network, proven to be the one it was made with."""
+        from ..backbones import build_network, is_own_code
+
         own = self.folder / BACKBONE_FILE
         section, record = self.params.backbone, self.model.backbone
         if is_own_code(section.name) and not self.imports:
@@ -197,6 +187,8 @@ class Run:
         return self._predict(open_given(images, self.params.data, self.params.cache.dir), top, say, quiet)
 
     def _predict(self, images: Images, top: int, say: Callable[[str], None], quiet: bool) -> list[Prediction]:
+        if len(images) <= FEW_IMAGES:
+            images.read_unknown(quiet=True)  # so that where all have features, nothing that computes is imported
         cache = self.cache(images, quiet=quiet)
         cache.fill()
         for warning in cache.warnings:
@@ -270,7 +262,7 @@ def run_model(cache: FeatureCache, table: FeatureTable, head: Head) -> RunModel:
         precision=backbone.precision,
         storage_dtype=cache.store.spec.dtype,
         feature_dim=backbone.feature_dim,
-        forward_shape=[backbone.forward.batch_size, 3, crop, crop],
+        forward_shape=[backbone.batch_size, 3, crop, crop],
         device=kind_of_device(backbone.device),
         feature_key=cache.key,
         feature_keys=[cache.key, *(view.key for view in cache.views())],
@@ -315,8 +307,9 @@ def backbone_record(identity: BackboneIdentity) -> BackboneRecord:
 
 def _parameter_counts(backbone: Backbone, head: Head) -> ParameterCounts:
     """Trained numbers of the head, and those of the whole classifier; None where a head has no meaningful count."""
-    trainable = head.parameter_count()
-    return ParameterCounts(trainable=trainable, total=None if trainable is None else trainable + backbone.parameters)
+    trainable, frozen = head.parameter_count(), backbone.parameters
+    total = None if trainable is None or frozen is None else trainable + frozen
+    return ParameterCounts(trainable=trainable, total=total)
 
 
 def make_gallery(cache: FeatureCache, table: FeatureTable, split: str, predictions: Predictions) -> Gallery:
@@ -359,6 +352,9 @@ def publish_run(
     Raises:
         RunError: the folder cannot be written.
     """
+    from ..export.card import CARD_FILE, render_card
+    from ..report import Content, render_report  # here, as its plots take a while to import
+
     with publishing_run(params.runs.dir, name) as (folder, path):
         record = HeadRecord.model_validate({**model.head.model_dump(), **head.save(folder)})
         model = model.model_copy(update={"head": record})

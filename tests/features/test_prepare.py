@@ -59,7 +59,10 @@ def make_preparation(
     decode = partial(decode_image, background=(255, 255, 255), exif=True, max_pixels=10**6)
     quarantine = Quarantine(cache or root.parent / "cache", "rule")
     return Preparation(
-        images_in(root), have or set(), quarantine, decode=lambda data, digest: crop(decode(data), digest)
+        images_in(root),
+        (have or set()).__contains__,
+        quarantine,
+        decode=lambda data, digest: crop(decode(data), digest),
     )
 
 
@@ -162,7 +165,11 @@ def test_decoding_is_guarded_by_path_and_digest(root: Path) -> None:
     decode = partial(decode_image, background=(255, 255, 255), exif=True, max_pixels=10**6)
     quarantine = Quarantine(root.parent / "cache", "rule")
     preparation = Preparation(
-        images_in(root), set(), quarantine, decode=lambda data, digest: crop(decode(data), digest), in_hand=in_hand
+        images_in(root),
+        set().__contains__,
+        quarantine,
+        decode=lambda data, digest: crop(decode(data), digest),
+        in_hand=in_hand,
     )
     preparation(0, Clock())
     digest = digest_bytes(Path(preparation.images.path(0)).read_bytes())

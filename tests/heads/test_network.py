@@ -6,7 +6,8 @@ import torch
 
 from pipeline.errors import HeadError
 from pipeline.heads import Selection, make_head, standardisation
-from pipeline.heads.network import NetworkHead, Optimizer, _Trainer
+from pipeline.heads.minibatch import Optimizer, Trainer
+from pipeline.heads.network import NetworkHead
 from pipeline.params import HeadParams, NetworkParams
 
 from .conftest import make_features
@@ -62,7 +63,7 @@ def test_the_layers_are_what_was_trained_on_raw_features(kind: str) -> None:
     assert layers.dropout == fitted.network.dropout
     assert fitted.parameter_count() == (24 * 3 + 3 if kind == "linear" else 24 * 16 + 16 + 16 * 3 + 3)
     mean, scale = standardisation(X, True)
-    trainer = _Trainer(fitted, X, y, np.ones(3), (mean, scale), "refit")
+    trainer = Trainer(fitted, X, y, np.ones(3), (mean, scale), "refit")
     for _ in range(fitted.selected["epochs"]):
         trainer.epoch()
     trained = trainer._forward(trainer.X, training=False).detach().numpy()

@@ -4,12 +4,14 @@ import io
 import json
 import os
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import skops.io
+from safetensors.numpy import save_file as save_tensors
 from sklearn.neighbors import KNeighborsClassifier
 
 from pipeline.errors import HeadError, RunError
@@ -30,8 +32,12 @@ SLOW = (
 def fitted(kind: str, classes: int = 3, **params: object):  # type: ignore[no-untyped-def]
     X, y = make_features(60, 40, classes, spread=2.0)
     network = {"linear": {"epochs": 5}, "mlp": {"epochs": 5, "hidden": [100], "dropout": 0.3}}
-    values = HeadParams(kind=kind, folds=2, **{**network, **params})  # type: ignore[arg-type]
-    return make_head(kind, values, class_names=NAMES).fit(X, y), X
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "prompts":
+            params["prompts"] = Path(folder) / "texts.safetensors"
+            save_tensors({"texts": np.random.default_rng(1).normal(size=(len(NAMES), X.shape[1]))}, params["prompts"])
+        values = HeadParams(kind=kind, folds=2, **{**network, **params})  # type: ignore[arg-type]
+        return make_head(kind, values, class_names=NAMES).fit(X, y), X
 
 
 def saved(head, folder: Path):  # type: ignore[no-untyped-def]

@@ -48,7 +48,7 @@ def test_no_weights_are_loaded_when_nothing_is_to_do(run_extract: Extract, monke
     def refuse(*_args: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("pipeline.backbones.backbone.build_network", refuse)
+    monkeypatch.setattr("pipeline.backbones.build.build_network", refuse)
     assert run_extract()["reused"] == 24
 
 

@@ -253,6 +253,25 @@ def test_what_was_chosen_is_trained_on_all_of_train(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_interrupted_while_scoring_it_says_how_to_go_on_and_times_add_up(
+    probe: Path, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(*_arguments: Any, **_options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "score", interrupt)
+    with pytest.raises(Interrupted) as caught:
+        finetune(make_params(*QUICK, "runs.name=cut"), silent)
+    monkeypatch.undo()
+    assert "`pipeline finetune --resume` goes on" in str(caught.value)
+    start = tmp_path / "runs" / ".training" / "cut" / "start.json"
+    begun = json.loads(start.read_text())
+    assert begun["seconds"] > 0
+    start.write_text(json.dumps({**begun, "seconds": 1000.0}))
+    resumed = finetune(make_params(), silent, resume="latest")
+    assert json.loads((Path(resumed["run"]) / "model.json").read_text())["seconds"] > 1000
+
+
 def test_minutes_leave_fewer_epochs(probe: Path, make_params: MakeParams) -> None:
     lines: list[str] = []
     finetune(make_params(*QUICK, "finetune.epochs=50", "finetune.minutes=0.001"), lines.append)

@@ -49,7 +49,8 @@ def test_a_login_node_follows_the_machine_that_extracted(
     lines: list[str] = []
     second = extract(make_params(), lines.append, quiet=True)
     assert (second["key"], second["forwarded"]) == (first["key"], 1)
-    assert any(line.startswith("Precision auto: bfloat16 (begun on cpu") for line in lines)
+    assert any(line.endswith("to write, on cpu in bfloat16") for line in lines)
+    assert not any(line.startswith("Precision auto") for line in lines)  # told once, when it was decided
 
 
 def test_nodes_of_a_job_array_share_one_key(run_extract: Extract, on_a_fast_machine: Callable[[bool], None]) -> None:

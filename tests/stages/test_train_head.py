@@ -47,6 +47,20 @@ def rows_of(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_a_run_is_published_before_its_scores_are_told(run_extract: Extract, make_params: MakeParams) -> None:
+    run_extract()
+    params = make_params(*QUICK)
+
+    def say(line: str) -> None:
+        if line.startswith("Scores"):
+            assert len(list(params.runs.dir.glob("*/model.json"))) == 1
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        train_head(params, say)
+    assert len(list(params.runs.dir.glob("*/report.html"))) == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_run_predicts_live_what_it_reported(
     kind: str, run_extract: Extract, make_params: MakeParams, root: Path, tmp_path: Path
@@ -284,3 +298,26 @@ def test_learning_curve_and_start_of_a_fine_tuning_are_fitted_where_the_backbone
     with pytest.raises(HeadError):
         probe_start(table, rows, rows, HeadParams(), "logistic", Setup(gpu), dropout=0.0)
     assert set(devices) == {"cuda:1"} and len(devices) > 1
+
+
+def test_features_beyond_the_budget_stay_in_a_file(
+    run_extract: Extract, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_extract()
+    params = make_params(*QUICK, "head.memory_mb=1")
+    memory = train_head(params, lambda _line: None)
+    monkeypatch.setattr("pipeline.stages.train_head.COPIES", 10**6)
+    lines: list[str] = []
+    blocks = train_head(params, lines.append)
+    (file,) = params.cache.dir.glob("*/rows-*.npy")
+    assert any(file.name in line and "block by block" in line for line in lines)
+    assert blocks["metrics"]["accuracy"] == memory["metrics"]["accuracy"]
+    assert blocks["metrics"]["log_loss"] == pytest.approx(memory["metrics"]["log_loss"], rel=1e-3)
+    assert blocks["selected"]["C"] == memory["selected"]["C"]
+    assert load_run(blocks["run"]).head.predict(np.load(file).astype(np.float32)).shape == (len(np.load(file)),)
+    lines.clear()
+    train_head(make_params(*QUICK, "head.memory_mb=1", "head.kind=ridge"), lines.append)
+    assert any(line.startswith("ridge holds all of them in memory: at least") for line in lines)
+    monkeypatch.setattr("pipeline.stages.train_head.COPIES_OF_OTHERS", 10**6)
+    with pytest.raises(HeadError, match="ridge holds all features in memory"):
+        train_head(make_params(*QUICK, "head.memory_mb=1", "head.kind=[logistic, ridge]"), lines.append)
