@@ -109,4 +109,5 @@ class _Slot:
     @classmethod
     def make(cls, size: int, shape: tuple[int, ...], device: torch.device) -> _Slot:
         memory = (size, *shape[1:], shape[0])
-        return cls(pinned(memory, torch.uint8), torch.zeros(memory, dtype=torch.uint8, device=device))
+        # Not zeros: they would be written in another stream than the first batch, and might come after it.
+        return cls(pinned(memory, torch.uint8), torch.empty(memory, dtype=torch.uint8, device=device))

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +21,13 @@ from pipeline.data.decode import BadImage, Decoder, PixelBytes, Reason
 from pipeline.data.framing import Framing
 from pipeline.features import decoding as module
 from pipeline.features.decoding import MANY, Decoding, Helpers, decoding_beside
+from pipeline.features.prepare import Decode
+from pipeline.features.rounding import Features
 from pipeline.features.views import PLAIN, View
 from pipeline.files import digest_bytes
+from pipeline.params import load_params
+from pipeline.stages.extract import extract
+from pipeline.stages.open import load_features
 
 DECODER = Decoder((255, 255, 255), True, 10**6)
 DECODING = Decoding(DECODER, View(1, 7), Framing(40, 36, "bilinear"))
@@ -124,3 +131,28 @@ def test_a_helper_needs_no_torch() -> None:
     code = "import sys, pipeline.features.decoding; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_features_are_the_same_bytes_whoever_decodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for number, data in enumerate(CONTENTS[:12]):
+        (tmp_path / "images" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / "ab"[number % 2] / f"{number}.jpg").write_bytes(data)
+    (tmp_path / "params.yaml").write_text("")
+    own = (f"data.root={tmp_path / 'images'}", "backbone.name=starter", "extract.device=cpu", "extract.workers=2")
+
+    def features(cache: str) -> Features:
+        params = load_params(tmp_path / "params.yaml", (*own, f"cache.dir={tmp_path / cache}"))
+        extract(params, lambda _line: None, quiet=True)
+        return load_features(params).features
+
+    expected, asked = features("threads"), list[bytes]()
+
+    @contextmanager
+    def beside(decoding: Decoding, **_: object) -> Iterator[Decode]:
+        started = Helpers(decoding, 2)
+        wait_for(started, 2)
+        yield lambda data, digest: asked.append(digest) or started(data, digest)
+        started.close()
+
+    monkeypatch.setattr("pipeline.features.cache.decoding_beside", beside)
+    assert np.array_equal(features("helpers"), expected) and len(asked) == 12
