@@ -261,7 +261,10 @@ def _lines(new_paths: list[str], nearest: list[dict[str, Any]], *, is_begun: boo
     if is_begun:
         examples = ", ".join(map(repr, new_paths[:EXAMPLES]))
         lines.append(f"New under this key: {len(new_paths)}: {examples}{' ...' if len(new_paths) > EXAMPLES else ''}")
+    fewest = min((len(near["differences"]) for near in nearest), default=0)
     for near in nearest:
+        if len(near["differences"]) > fewest:
+            continue  # what made the miss is told by the nearest
         fields = ", ".join(
             f"{each['field']} {_short(each['cached'])} -> {_short(each['wanted'])}" for each in near["differences"]
         )
