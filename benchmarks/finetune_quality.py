@@ -5,9 +5,9 @@
 
 Writes a line of JSON a run into FOLDER/quality.jsonl as it goes, and goes on where it was stopped. The table has
 accuracy and log loss of probe and tuned classifier, means over the seeds, with each seed's paired tests on the same
-images (exact McNemar; a t test of the log losses), and seconds. Sets without a split of their own are cut once (30 %
-are reported); the exploration that chose the defaults saw the other 70 % alone. Images and weights are looked for in
-$PIPELINE_SHARED (default ../shared); `--device cuda` runs it on a GPU.
+images (exact McNemar; a t test of the log losses), and seconds. Of sets without a split of their own a seed is one of
+five folds: with the seeds 0 to 4 each image is reported once, and the tests are of all of them together. Images and
+weights are looked for in $PIPELINE_SHARED (default ../shared); `--device cuda` runs it on a GPU.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import ttest_rel
+from sklearn.model_selection import StratifiedGroupKFold
 
 from pipeline.data.demo import write_demo_data
 from pipeline.data.images import open_images
-from pipeline.data.source import SPLITS, TRAIN, VAL
 from pipeline.evaluate import mcnemar_exact
 from pipeline.params import DataParams, Params, load_params
 from pipeline.stages.extract import extract
@@ -36,7 +36,9 @@ from pipeline.stages.finetune import finetune
 from pipeline.stages.train_head import train_head
 
 SHARED = Path(os.environ.get("PIPELINE_SHARED", "../shared")).resolve()
-REPORTED = 0.3
+FOLDS = 5
+# Sets without a split of their own.
+WHOLE = {"steel": "neu_defects/train", "textures": "dtd10_256", "flowers": "flowers5_128"}
 FLOOR = 1e-300
 
 RECIPES: dict[str, tuple[str, ...]] = {
@@ -56,7 +58,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A set of images under a backbone: ``crop`` in pixels, at most so many images of each split."""
+    """A set of images under a backbone: ``crop`` in pixels; of sets that are cut, at most so many images of a part."""
 
     name: str
     backbone: str
@@ -154,7 +156,7 @@ def _measure(case: Case, seed: int, recipe: str, arguments: argparse.Namespace) 
 def _params(case: Case, seed: int, recipe: str, arguments: argparse.Namespace) -> Params:
     scratch = arguments.scratch.resolve()
     overrides = [
-        f"data.root={_folder(case, scratch)}",
+        f"data.root={_folder(case, seed, scratch)}",
         f"cache.dir={scratch / 'cache'}",
         f"runs.dir={scratch / 'runs'}",
         f"backbone.name={case.backbone}",
@@ -189,7 +191,7 @@ def _scored(run: Path, split: str) -> tuple[list[int], list[float]]:
 # -- images ----------------------------------------------------------------------------------------------------------
 
 
-def _folder(case: Case, scratch: Path) -> Path:
+def _folder(case: Case, seed: int, scratch: Path) -> Path:
     """The images of a case with train/ and val/ (or test/), at most as many as it asks for."""
     match case.name:
         case "digits":
@@ -201,8 +203,8 @@ def _folder(case: Case, scratch: Path) -> Path:
         case "tiny20":
             return _tiny(scratch)
         case _:
-            sources = {"steel": "neu_defects/train", "textures": "dtd10_256", "flowers": "flowers5_128"}
-            return _cut(SHARED / "data" / sources[case.name], scratch / f"{case.name}-{case.train}", case)
+            fold = seed % FOLDS
+            return _cut(SHARED / "data" / WHOLE[case.name], scratch / f"{case.name}-{case.train}-{fold}", case, fold)
 
 
 def _tiny(scratch: Path, classes: int = 20, a_class: int = 40) -> Path:
@@ -229,18 +231,19 @@ def _tiny(scratch: Path, classes: int = 20, a_class: int = 40) -> Path:
     return folder
 
 
-def _cut(source: Path, folder: Path, case: Case) -> Path:
-    """Links to the images of a folder without splits, cut by the program's own rule, the first of each split."""
+def _cut(source: Path, folder: Path, case: Case, fold: int) -> Path:
+    """Links to the images of a folder without splits: a fold as val, the rest as train; copies stay on one side."""
     if folder.exists():
         return folder
-    images = open_images(DataParams(root=source, layout="flat", val_fraction=REPORTED), folder.parent / "cache")
+    images = open_images(DataParams(root=source, layout="flat"), folder.parent / "cache")
     images.read_unknown()
-    rows = np.arange(len(images))
-    splits, random = images.splits_of(rows), np.random.default_rng(0)
-    for split, most in ((TRAIN, case.train), (VAL, case.reported)):
-        for row in random.permutation(rows[splits == split])[:most]:
+    _, content = np.unique(images.digests, axis=0, return_inverse=True)
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0).split(content, images.targets, content)
+    parts, random = list(folds)[fold], np.random.default_rng(0)
+    for name, rows, most in zip(("train", "val"), parts, (case.train, case.reported), strict=True):
+        for row in random.permutation(rows)[:most]:
             path = Path(images.paths[row])
-            link = folder / SPLITS[split] / path.parent / path.name
+            link = folder / name / path.parent / path.name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(source / path)
     return folder
@@ -250,7 +253,7 @@ def _cut(source: Path, folder: Path, case: Case) -> Path:
 
 
 def _table(lines: list[dict[str, Any]]) -> str:
-    names = ("set", "backbone", "recipe", "seeds", "n", "probe %", "tuned %", "p (McNemar)")
+    names = ("set", "backbone", "recipe", "seeds or folds", "n", "probe %", "tuned %", "p (McNemar)")
     names += ("log loss, probe", "log loss, tuned", "p (t)", "seconds")
     rows = [f"| {' | '.join(names)} |", "|" + " :-- |" * 3 + " --: |" * 9]
     keys = sorted({(line["set"], line["backbone"], line["recipe"]) for line in lines})
@@ -260,29 +263,35 @@ def _table(lines: list[dict[str, Any]]) -> str:
 
 
 def _row(lines: list[dict[str, Any]]) -> str:
-    """Means over the seeds; the tests are those of each seed, on the same images."""
-    stack = {
-        name: np.array([line[name] for line in lines], float)
-        for name in lines[0]
-        if name.endswith(("_right", "_losses"))
-    }
-    accuracies, chances, losses, loss_chances = [], [], [], []
-    for probe, tuned in zip(stack["probe_right"], stack["tuned_right"], strict=True):
-        only = int((probe > tuned).sum()), int((probe < tuned).sum())
-        accuracies.append((probe.mean(), tuned.mean()))
-        chances.append(f"{mcnemar_exact(*only):.2g}")
-    for probe, tuned in zip(stack["probe_losses"], stack["tuned_losses"], strict=True):
-        losses.append((probe.mean(), tuned.mean()))
-        loss_chances.append(f"{ttest_rel(probe, tuned).pvalue:.2g}" if (probe != tuned).any() else "1")
+    """Means over the seeds with the tests of each; of folds the whole, with one test."""
+    first, rows = lines[0], _rows_of(lines)
+    accuracies = [(100 * each["probe_right"].mean(), 100 * each["tuned_right"].mean()) for each in rows]
+    losses = [(each["probe_losses"].mean(), each["tuned_losses"].mean()) for each in rows]
     accuracy, loss = np.mean(accuracies, axis=0), np.mean(losses, axis=0)
-    first = lines[0]
     cells = (
         *(first["set"], f"{first['backbone']} at {first['crop']}", first["recipe"], str(len(lines))),
-        *(str(stack["probe_right"].shape[1]), f"{100 * accuracy[0]:.1f}", f"{100 * accuracy[1]:.1f}"),
-        *(" ".join(chances), f"{loss[0]:.3f}", f"{loss[1]:.3f}", " ".join(loss_chances)),
+        *(str(len(rows[0]["probe_right"])), f"{accuracy[0]:.1f}", f"{accuracy[1]:.1f}"),
+        *(" ".join(map(_mcnemar, rows)), f"{loss[0]:.3f}", f"{loss[1]:.3f}", " ".join(map(_t_test, rows))),
         f"{np.mean([line['seconds'] for line in lines]):.0f}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The reported images' scores, of each seed; of folds all together."""
+    names = [name for name in lines[0] if name.endswith(("_right", "_losses"))]
+    if lines[0]["set"] in WHOLE:
+        return [{name: np.concatenate([line[name] for line in lines]) for name in names}]
+    return [{name: np.array(line[name], float) for name in names} for line in lines]
+
+
+def _mcnemar(row: dict[str, Any]) -> str:
+    return f"{mcnemar_exact(row['probe_right'].astype(bool), row['tuned_right'].astype(bool)):.2g}"
+
+
+def _t_test(row: dict[str, Any]) -> str:
+    probe, tuned = row["probe_losses"], row["tuned_losses"]
+    return f"{ttest_rel(probe, tuned).pvalue:.2g}" if (probe != tuned).any() else "1"
 
 
 if __name__ == "__main__":

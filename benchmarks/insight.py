@@ -167,14 +167,14 @@ def copies(arguments: argparse.Namespace) -> None:
                 _search(arguments, name, backbone, Path(folder) / "images", planted)
 
 
-def _plant(root: Path, target: Path, each: int = 40) -> dict[tuple[str, str], str]:
-    """The images as train, and copies of some of them as val; (original, copy) -> kind."""
+def _plant(root: Path, target: Path) -> dict[tuple[str, str], str]:
+    """The images as train, and five copies of one in 30 of them, 40 at most, as val; (original, copy) -> kind."""
     decoder, generator = Decoder((255, 255, 255), True, 1 << 28), np.random.default_rng(7)
     source = root / "train" if (root / "train").is_dir() else root
     shutil.copytree(source, target / "train")
     images = sorted(path for path in (target / "train").rglob("*.jp*g"))
     planted = {}
-    for number in generator.choice(len(images), each, replace=False).tolist():
+    for number in generator.choice(len(images), min(40, len(images) // 30), replace=False).tolist():
         original = images[number]
         for kind, copy in copies_of(decoder(original.read_bytes()), generator).items():
             file = target / "val" / original.parent.name / f"{kind}-{original.stem}.png"
@@ -231,11 +231,22 @@ def foreign(arguments: argparse.Namespace) -> None:
     if not digits.exists():
         write_demo_data(digits)
     strangers = {"digits": digits, "ants and bees": arguments.shared / "data" / "hymenoptera_data"}
-    for name, other in strangers.items():
+    for name, folder in strangers.items():
+        other = _as_large_as_flowers(folder, arguments.cache / f"small {name}")
         for backbone in BACKBONES:
             for n in (10, 40):
                 scores = list(_foreign_scores(arguments, backbone, other, n))
                 row([name, backbone, n, f"{np.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})"])
+
+
+def _as_large_as_flowers(source: Path, target: Path) -> Path:
+    """The images at the one size that all flowers have, which would give the others away."""
+    for path in sorted(source.rglob("*.*g")) if not target.exists() else ():
+        file = (target / path.relative_to(source)).with_suffix(".jpg")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            image.convert("RGB").resize((128, 128), Image.Resampling.BICUBIC).save(file, quality=90)
+    return target
 
 
 def _foreign_scores(arguments: argparse.Namespace, backbone: str, other: Path, n: int) -> Iterator[float]:

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .params import load_params
+    from .stages.embed import Embedder
     from .stages.extract import extract
     from .stages.open import load_features
     from .stages.run import load_run
     from .stages.train_head import train_head
 
-__all__ = ["extract", "load_features", "load_params", "load_run", "train_head"]
+__all__ = ["Embedder", "extract", "load_features", "load_params", "load_run", "train_head"]
 
 _HOMES = {
+    "Embedder": "stages.embed",
     "extract": "stages.extract",
     "load_features": "stages.open",
     "load_params": "params",

@@ -35,16 +35,21 @@ class PipelineError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a params file: the dotted ``key``, the ``rule`` it breaks, what was ``got``."""
+    """One thing wrong with the params: the dotted ``key``, the ``rule`` it breaks, what was ``got``.
+
+    ``origin`` is the option that gave it (``-s``), where it was not the file.
+    """
 
     key: str
     rule: str
     got: str
     hint: str | None = None
+    origin: str | None = None
 
     def __str__(self) -> str:
         hint = f" {self.hint}" if self.hint else ""
-        return f"{self.key}: {self.rule}; got {self.got}.{hint}"
+        origin = f"{self.origin} " if self.origin else ""
+        return f"{origin}{self.key}: {self.rule}; got {self.got}.{hint}"
 
 
 class ParamsError(PipelineError):
@@ -95,6 +100,10 @@ class CacheError(PipelineError):
 
 class MissingFeaturesError(CacheError):
     """Samples without a cached feature; they are named, never replaced."""
+
+
+class NotFiniteError(CacheError):
+    """Features that hold NaN or infinity; they are in no cache."""
 
 
 class DriftError(CacheError):

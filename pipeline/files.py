@@ -119,6 +119,18 @@ def publish_file(path: Path, data: bytes, *, replace: bool = True) -> None:
     sync_folder(path.parent)
 
 
+def publish_written(temporary: Path, path: Path) -> None:
+    """Sync what was written under a `temporary_name`, and rename it to ``path``.
+
+    Raises:
+        OSError: the folder cannot be written; the temporary file is left to the caller.
+    """
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    sync_folder(path.parent)
+
+
 def _link(temporary: Path, path: Path) -> None:
     """Rename a file to a name that nothing has; where there are no hard links, as nearly so as can be had."""
     try:

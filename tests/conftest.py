@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -20,3 +21,11 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no real images: {folder} is not there (set PIPELINE_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    """The first GPU, for tests marked ``gpu``."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch sees none")
+    return torch.device("cuda:0")

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from pipeline.backbones import ZOOS
 from pipeline.errors import ParamsError, Problem
-from pipeline.params import Params, dump_params, load_params, sections
+from pipeline.heads import KINDS
+from pipeline.params import Params, dump_params, load_params, names, sections
 
 from .conftest import PROJECT
 
@@ -153,7 +155,7 @@ class TestOverrides:
 
     def test_a_value_has_nothing_below_it(self, write: Write) -> None:
         (problem,) = problems(write("data: {seed: 1}"), "data.seed.x=3")
-        assert str(problem) == "data.seed.x: cannot be set, because seed is a value, not a section; got 1."
+        assert str(problem) == "-s data.seed.x: cannot be set, because seed is a value, not a section; got 1."
 
     def test_the_value_is_yaml(self, write: Write) -> None:
         (problem,) = problems(write(""), "head.search={C: [1")
@@ -247,6 +249,26 @@ class TestProblems:
         found = problems(file, "nonsense", "head.knd=svm", "cache.dtype=[")
         keys = [problem.key for problem in found]
         assert keys == ["seed", "-s nonsense", "cache.dtype", "data.rot", "head.knd"]
+
+    def test_those_of_s_are_named_so_and_unknown_names_come_with_them(self, write: Write) -> None:
+        file, overrides = write("data: {rot: x}"), ("head.kind=svmm", "backbone.name=resnet5", "heads.kind=svm")
+        with pytest.raises(ParamsError) as caught:
+            load_params(file, overrides, check_names=True)
+        text = str(caught.value)
+        assert caught.value.where == f"{file} and -s" and len(caught.value.problems) == 4
+        assert "-s head.kind: is no kind of head; got 'svmm'. Did you mean svm?" in text
+        assert "Did you mean resnet50" in text and "-s heads: is not a key" in text and "    data.rot: is" in text
+        with pytest.raises(ParamsError) as caught:
+            load_params(file, ["data.rot=y"])
+        assert caught.value.where == "-s"
+
+    def test_names_of_other_libraries_are_left_to_them(self, write: Write) -> None:
+        for override in ("head.kind=sklearn.svm.SVC", "backbone.name=timm/x", "backbone.name=a:b", "head.kind=[svm]"):
+            assert load_params(write(""), [override], check_names=True)
+
+    def test_the_names_are_those_of_the_tables(self) -> None:
+        assert set(names.HEAD_KINDS) == set(KINDS)
+        assert {*names.PACKAGED, *names.torchvision_models()} == set(ZOOS["torchvision"].names())
 
     def test_the_message_names_the_file_and_the_way_out(self, write: Write) -> None:
         file = write("data: {rot: x}")

@@ -39,6 +39,7 @@ NOT_RUN = {
     "pipeline export latest model.onnx": "needs the extra; tests/export runs it",
     "make export": "needs the extra; tests/export runs the verb",
     "pipeline predict model.onnx PATH...": "needs the extra; tests/export runs it",
+    "pipeline cache import ROWS": "needs the extra; tests/stages run it",
     "make test-extras": "needs a package index",
     "git lfs pull": "needs a remote repository",
     'make train-head SET="data.root=... backbone.name=..."': "a form to fill in; under `Your own images` it is run",
@@ -56,7 +57,7 @@ FILLED_IN = {
         "pipeline predict latest --backbone starter new_photos/a.jpg"
     ],
     "pipeline backbones NAME": ["pipeline backbones starter"],
-    "pipeline cache ls | verify | why | gc | export FILE": [
+    "pipeline cache ls | verify | why | gc | export FILE | import FILE": [
         *("pipeline cache ls", "pipeline cache verify", "pipeline cache gc"),
         "pipeline cache export features.h5",
     ],
@@ -170,6 +171,14 @@ def test_the_block_of_estimators_runs(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert min(map(float, done.stdout.strip("[]\n").split())) > 0.8
+
+
+def test_the_block_of_batches_runs(tmp_path: Path) -> None:
+    write_demo_data(tmp_path / "data" / "demo")
+    (tmp_path / "params.yaml").write_text("transform: {resize: 36, crop: 32}")
+    (block,) = python_blocks("Embedder")
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "(64, 1024)" in done.stdout, done.stderr
 
 
 def test_the_python_block_runs(tmp_path: Path) -> None:

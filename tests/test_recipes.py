@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import yaml
 from pipeline.params import Params, load_params
 
 from .conftest import PROJECT
+from .features.examples import fill, make_digests, make_store
 
 RECIPES = sorted((PROJECT / "recipes").glob("*.yaml"))
 # Names said although they are the default: a recipe for ResNet-18 says so; rates that a comment explains.
@@ -98,3 +101,45 @@ def test_the_ants_and_bees(name: str, unfreeze: str) -> None:
     assert (tune.schedule, tune.step_epochs, tune.step_gamma) == ("step", 7, 0.1)
     if unfreeze == "all":
         assert tune.backbone_lr == tune.head_lr
+
+
+def module_of(name: str) -> ModuleType:
+    """A recipe that is a script."""
+    spec = importlib.util.spec_from_file_location(name, PROJECT / "recipes" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_cache_goes_to_a_bucket_and_comes_back(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    bucket, url = module_of("bucket"), f"file://{tmp_path / 'bucket'}"
+    for number, (home, more) in enumerate([("a", 3), ("b", 5)]):
+        store = make_store(tmp_path / home)
+        fill(store, make_digests(more, seed=number))
+        (tmp_path / home / "journal").mkdir()
+        (tmp_path / home / "journal" / "1.slots").touch()
+    key = store.folder.name
+    assert bucket.push(tmp_path / "a", url) == 2 and bucket.push(tmp_path / "b", url) == 1
+    assert not list((tmp_path / "bucket").rglob("*.slots"))
+    assert bucket.push(tmp_path / "a", url) == 0
+    for name in ("../../stranger-0123456789abcdef/spec.json", f"{key}/part-x.h5"):
+        (tmp_path / "bucket" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "bucket" / name).touch()
+    assert bucket.pull(tmp_path / "b", url) == 1 and bucket.pull(tmp_path / "new", url) == 3
+    for home in ("b", "new"):
+        assert len(make_store(tmp_path / home).digests) == 8
+
+
+def test_spark_gets_a_function_of_frames(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    recipe = module_of("spark_extract")
+
+    def embedder(frame: Any) -> Any:
+        return frame.assign(digest="0" * 32, features=[[0.5]] * len(frame), reason="", key="k", checksum="c")
+
+    frames = iter([pandas.DataFrame({"path": ["a", "b"]}), pandas.DataFrame({"path": ["c"]})])
+    first, second = recipe.frames_embedded(embedder)(frames)
+    assert first["path"].tolist() == ["a", "b"] and len(second) == 1
+    assert [field.split()[0] for field in recipe.SCHEMA.split(", ")] == list(first.columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from hypothesis import strategies as st
 from pipeline.errors import DeviceError
 from pipeline.runtime import progress
 from pipeline.runtime.cores import usable_cores, worker_count
-from pipeline.runtime.device import resolve_device
-from pipeline.runtime.distributed import World, gather, world_from_environment
+from pipeline.runtime.device import resolve_device, tf32
+from pipeline.runtime.distributed import World, from_main, gather, world_from_environment
 from pipeline.runtime.interrupt import stop_after_batch
 from pipeline.runtime.progress import ProgressBar
 from pipeline.runtime.seeds import derive_seed, make_generator
@@ -59,6 +60,18 @@ class TestDevice:
         worlds = [World(rank=4 + local, size=8, local_rank=local) for local in range(4)]
         assert [resolve_device("cuda", world).index for world in worlds] == [0, 1, 0, 1]
         assert resolve_device("cuda:1", worlds[0]).index == 1
+
+    def test_float32_on_a_gpu_is_not_tf32_unless_it_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.machine(monkeypatch, gpus=1)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        flags = lambda: (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)  # noqa: E731
+        resolve_device("cpu")
+        assert flags() == (True, True)
+        resolve_device("auto")
+        assert flags() == (False, False)
+        with tf32():
+            assert flags() == (True, True)
+        assert flags() == (False, False)
 
     @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
     def test_a_device_that_is_missing_is_named_with_a_way_out(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -221,3 +234,51 @@ class TestProgress:
         assert "embedding here" in text
         assert "10/10" in text
         assert "/s" in text
+
+    @pytest.mark.skipif(shutil.which("script") is None, reason="script(1) gives a terminal")
+    def test_lines_stand_above_the_bar_and_libraries_write_nowhere(self) -> None:
+        code = (
+            "import os; from pipeline.cli.options import Reporter; "
+            "from pipeline.runtime.progress import ProgressBar, quiet_libraries\n"
+            "with quiet_libraries(), ProgressBar('training', 10) as bar:\n"
+            "    os.write(2, b'TIFFFetchNormalTag'); Reporter().say('epoch 1'); bar.advance(10)\n"
+            "Reporter().warn('after'); os.write(2, b'then')\n"
+        )
+        done = subprocess.run(
+            ["script", "-qec", f'{sys.executable} -c "$CODE"', "/dev/null"],
+            env={**os.environ, "CODE": code, "TERM": "xterm"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0 and "TIFFFetch" not in done.stdout and "then" in done.stdout, done.stdout
+        lines = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", done.stdout).replace("\r", "\n").splitlines()
+        assert "epoch 1" in lines and "after" in lines
+
+
+class TestFromMain:
+    """What the first process makes is everybody's, and so is what it raises."""
+
+    @pytest.fixture
+    def wire(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """What was told last; a process that is not the first hears it."""
+        told: list[Any] = []
+
+        def broadcast(values: list[Any]) -> None:
+            if any(value is not None for value in values):
+                told[:] = values
+            values[:] = told
+
+        monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
+        return told
+
+    def test_it_is_made_once(self, wire: list[Any]) -> None:
+        made: list[int] = []
+        make = lambda: made.append(1) or "a head"  # noqa: E731
+        assert [from_main(make, World(rank=rank, size=2)) for rank in range(2)] == ["a head", "a head"]
+        assert made == [1] and from_main(make, World()) == "a head"
+
+    def test_an_error_leaves_nobody_waiting(self, wire: list[Any]) -> None:
+        def fail() -> None:
+            raise DeviceError("no")
+
+        for rank in range(2):
+            with pytest.raises(DeviceError, match="no"):
+                from_main(fail, World(rank=rank, size=2))

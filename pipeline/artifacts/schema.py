@@ -93,7 +93,8 @@ class ParameterCounts(Record):
 class RunModel(Record):
     """``model.json``: everything that prediction needs besides the tensors.
 
-    ``forward_shape`` is the shape (images, channels, height, width) that every forward batch was padded to;
+    ``forward_shape`` is the shape (images, channels, height, width) that every forward batch was padded to, on a
+    ``device`` of that kind (None for runs from before it was recorded);
     ``decoder`` is the rule by which bytes became pixels (runs from before it was recorded have it in their params);
     ``feature_key`` is the cache's key of the features that were scored, ``feature_keys`` are all that were used;
     ``seconds`` is the wall time of the verb that made the run.
@@ -107,10 +108,11 @@ class RunModel(Record):
     backbone: BackboneRecord
     transform: dict[Text, Any]
     decoder: Text | None = None
-    precision: Annotated[str, Field(pattern=r"^(float32|bfloat16|float16)$")]
+    precision: Annotated[str, Field(pattern=r"^(float32|tf32|bfloat16|float16)$")]
     storage_dtype: Annotated[str, Field(pattern=r"^float(16|32)$")]
     feature_dim: Annotated[int, Field(ge=1)]
     forward_shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=4, max_length=4)]
+    device: Text | None = None
     feature_key: Text | None = None
     feature_keys: list[Text] = []
     head: HeadRecord

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .catalogue import ZOOS, BackboneRow, backbone_names, describe_backbone, is_own_code, list_backbones
     from .identity import BackboneIdentity
     from .memo import WeightsMemo
-    from .precision import Verdict, accept_precision, reduced_precision_of, verdict_key
+    from .precision import Verdict, accept_precision, kind_of_device, reduced_precisions_of, verdict_key
     from .prepare import PreparedBackbone, prepare_for_inference
     from .together import forward_together
     from .transform import Transform
@@ -62,11 +62,12 @@ __all__ = [
     "forward_together",
     "identify_network",
     "is_own_code",
+    "kind_of_device",
     "list_backbones",
     "make_decoder",
     "make_module",
     "prepare_for_inference",
-    "reduced_precision_of",
+    "reduced_precisions_of",
     "resolve_backbone",
     "trainable_module",
     "verdict_key",

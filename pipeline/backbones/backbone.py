@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from PIL import Image
 from ..data.decode import DECODER, DRAFT_DECODER, Decoder
 from ..errors import WeightsError
 from ..params import BackboneParams, ExtractParams, TransformParams
-from ..runtime.device import resolve_device
+from ..runtime.device import is_out_of_memory, on_device, resolve_device
 from ..runtime.distributed import World
 from .identity import BackboneIdentity, recall
 from .memo import WeightsMemo
@@ -27,7 +29,7 @@ from .precision import (
     keep_choice,
     kept_choice,
     kind_of_device,
-    reduced_precision_of,
+    reduced_precisions_of,
     verdict_key,
 )
 from .transform import Transform
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .build import BuiltNetwork
+    from .pipe import Pipe
     from .zoo import FeatureNetwork
 
     Normalise = Callable[[torch.Tensor], torch.Tensor]
@@ -48,6 +51,12 @@ Features = NDArray[np.float32]
 WEIGHTS_MEMO = "weights.json"
 DECODER_RULES = {"pillow": DECODER, "draft": DRAFT_DECODER}
 CPU_BATCH = 8
+# On a GPU one batch is filled by the host while another is copied and a third is computed.
+SLOTS = 3
+# What a pixel of an image takes on a GPU in float32 between two layers, and the largest batch that gains anything.
+GPU_BYTES_A_PIXEL, GPU_BATCH = 2048, 1024
+
+logger = logging.getLogger(__name__)
 
 
 class Forward:
@@ -57,8 +66,10 @@ class Forward:
         load: gives the module, normalised images (n, 3, h, w) to features (n, d) on ``device``; called once, and only
             when there is an image to forward.
         normalise: uint8 images on the device to what the module takes.
-        batch_size: images a call; short batches are padded. On a GPU that runs out of memory it is halved.
+        batch_size: images a call; short batches are padded. It is halved, aloud, where not even the first fits; one
+            that does not fit later on is computed in parts, and the next is whole again.
         exact: computes the features again that come out as no finite number, as an overflow of float16 does.
+        halved: told the new batch size.
     """
 
     def __init__(
@@ -69,10 +80,13 @@ class Forward:
         batch_size: int,
         *,
         exact: Forward | None = None,
+        halved: Callable[[int], None] = lambda _size: None,
     ) -> None:
         self.normalise, self.device, self.batch_size, self.exact = normalise, device, batch_size, exact
-        self._load, self._lock = load, threading.Lock()
+        self._load, self._lock, self._halved, self._fits = load, threading.Lock(), halved, False
         self._module: nn.Module | None = None
+        self._pipe: Pipe | None = None
+        self._pipe_lock = threading.Lock()
 
     @property
     def module(self) -> nn.Module:
@@ -84,36 +98,77 @@ class Forward:
 
     def __call__(self, pixels: Sequence[Pixels]) -> Features:
         """Features (n, d), float32, of uint8 images (3, h, w) of one size."""
-        import torch
-
         rows: list[Features] = []
-        done = 0
+        done, size = 0, self.batch_size
         while done < len(pixels):
-            size = self.batch_size
-            try:
-                rows.append(self._forward(pixels[done : done + size], size))
-                done += size
-            except torch.cuda.OutOfMemoryError:
-                if size == 1:
-                    raise
-                torch.cuda.empty_cache()
-                self.batch_size = min(self.batch_size, size // 2)
+            computed = self._attempt(pixels[done : done + size], size)
+            if computed is None:
+                size = self._smaller(size)
+                continue
+            self._fits = True
+            rows.append(computed)
+            done += size
         features = np.concatenate(rows)
         lost = np.flatnonzero(~np.isfinite(features).all(axis=1))
         if len(lost) and self.exact:
             features[lost] = self.exact([pixels[row] for row in lost.tolist()])
         return features
 
+    def _attempt(self, pixels: Sequence[Pixels], size: int) -> Features | None:
+        """Features of a batch; None where the device has too little memory for one of this size."""
+        try:
+            with on_device(self.device):
+                return self._forward(pixels, size)
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        # Only out here is the traceback gone, whose frames hold what the layers gave.
+        self._pipe = None
+        gc.collect()
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+        return None
+
+    def _smaller(self, size: int) -> int:
+        """Half of a size that did not fit: for good where none did yet, so that all features come of one shape."""
+        half = size // 2
+        if self._fits:
+            logger.warning("%s is out of memory: a batch of %d images is computed in parts.", self.device, size)
+            return half
+        logger.warning("%s has too little memory for batches of %d images: they are of %d.", self.device, size, half)
+        self.batch_size = min(self.batch_size, half)
+        self._halved(self.batch_size)
+        return half
+
     def _forward(self, pixels: Sequence[Pixels], size: int) -> Features:
+        if self.device.type == "cuda" and size == self.batch_size:
+            return self._piped(size, pixels[0].shape)(pixels)
         import torch
 
-        shape = (size, *pixels[0].shape)
-        batch = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        np.stack(pixels, out=batch[: len(pixels)].numpy())
+        from .pipe import stack_pixels
+
+        batch = torch.zeros((size, *pixels[0].shape[1:], 3), dtype=torch.uint8)
+        stack_pixels(pixels, batch)
+        features = self._compute(batch.to(self.device).permute(0, 3, 1, 2))
+        return np.asarray(features[: len(pixels)].cpu().numpy())
+
+    def _compute(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (n, d), float32, of uint8 images (n, 3, h, w), both on the device."""
+        import torch
+
         with torch.inference_mode():
-            images = self.normalise(batch.to(self.device, non_blocking=True))
-            features = self.module(images.contiguous(memory_format=torch.channels_last))
-            return np.asarray(features[: len(pixels)].float().cpu().numpy())
+            features: torch.Tensor = self.module(self.normalise(images).contiguous(memory_format=torch.channels_last))
+            return features.float()
+
+    def _piped(self, size: int, shape: tuple[int, ...]) -> Pipe:
+        from .pipe import Pipe
+
+        with self._pipe_lock:
+            if self._pipe is None or (self._pipe.size, self._pipe.shape) != (size, shape):
+                self._pipe = Pipe(self._compute, self.device, size, shape)
+            return self._pipe
 
 
 @dataclass(frozen=True)
@@ -126,11 +181,13 @@ class Backbone:
         feature_dim: numbers in a feature.
         place: the device as the params name it, for the process ``world``.
         precision: of the forward pass, resolved; ``choice`` says why, where it was `auto`.
-        batch: images in one forward pass, as the params say it.
+        batch: images in one forward pass, as the params or a run say it.
         source: loads the network.
         parameters: how many numbers the network has; ``None`` where that was not recorded.
         compiled: run it through torch.compile.
         notes: what the user should know of how the weights were read; there once the network was loaded.
+        made_on: the device that ``batch`` was recorded on: on another kind the rule holds.
+        memo: remembers what size of batches fits a device, where that of the rule does not.
     """
 
     identity: BackboneIdentity
@@ -146,6 +203,8 @@ class Backbone:
     compiled: bool = False
     choice: PrecisionChoice | None = None
     notes: list[str] = field(default_factory=list, compare=False)
+    made_on: str | None = None
+    memo: WeightsMemo | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def device(self) -> torch.device:
@@ -158,15 +217,44 @@ class Backbone:
 
     @cached_property
     def batch_size(self) -> int:
-        """Images in one forward pass."""
-        return batch_size(self.batch, self.device, self.transform.crop)
+        """Images in one forward pass, by rule; ``forward`` knows whether so many fit."""
+        wanted = self._wanted_batch
+        if self.device.type == "cpu" or self.memo is None:
+            return wanted
+        fits = (self.memo.get(self._batch_key) or {}).get("fits")
+        return fits if isinstance(fits, int) and 1 <= fits <= wanted else wanted
+
+    @property
+    def _wanted_batch(self) -> int:
+        elsewhere = self.made_on is not None and not self.made_on.startswith(self.device.type)
+        return batch_size("auto" if elsewhere else self.batch, self.device, self.transform.crop, self.precision)
+
+    @property
+    def _batch_key(self) -> dict[str, Any]:
+        """What it depends on whether a batch fits."""
+        return {
+            "about": "batch size",
+            "backbone": self.identity.as_dict(),
+            "crop": self.transform.crop,
+            "device": kind_of_device(self.device),
+            "precision": self.precision,
+            "wanted": self._wanted_batch,
+        }
+
+    def remember_fit(self, size: int) -> None:
+        """Batches of the wanted size do not fit the device; those of ``size`` may."""
+        self.__dict__["batch_size"] = size
+        if self.memo is not None:
+            self.memo.put(self._batch_key, {"fits": size})
 
     @cached_property
     def forward(self) -> Forward:
         """The network as a function of pixels with one shape; its weights are loaded when the first image comes."""
+        from .prepare import REDUCED
+
         shape = (self.transform.normalise, self.device, self.batch_size)
-        exact = None if self.precision == "float32" else Forward(lambda: self._prepare("float32"), *shape)
-        return Forward(lambda: self._prepare(self.precision), *shape, exact=exact)
+        exact = Forward(lambda: self._prepare("float32"), *shape) if self.precision in REDUCED else None
+        return Forward(lambda: self._prepare(self.precision), *shape, exact=exact, halved=self.remember_fit)
 
     def __call__(self, pixels: Sequence[Pixels]) -> Features:
         """Features (n, feature_dim), float32, of uint8 pixels (3, crop, crop), as `forward` computes them."""
@@ -261,9 +349,10 @@ def resolve_backbone(
         choice = kept_choice(cache_dir, identity, resolved)
         if choice is None and (most := cached_precision(identity, resolved)):
             choice = PrecisionChoice(most, "most features of this backbone in the cache are so")
+        new = choice is None
         choice = choice or _choose_precision(identity, resolved, resolve_device(extract.device, world), source, memo)
         if begins:
-            choice = keep_choice(cache_dir, identity, resolved, choice)
+            choice = replace(keep_choice(cache_dir, identity, resolved, choice), new=new)
     return Backbone(
         identity=identity,
         transform=resolved,
@@ -277,6 +366,7 @@ def resolve_backbone(
         world=world,
         compiled=extract.compile,
         choice=choice,
+        memo=memo,
     )
 
 
@@ -291,10 +381,12 @@ def make_decoder(transform: Transform, max_pixels: int, rule: str) -> Decoder:
     )
 
 
-def batch_size(wanted: int | Literal["auto"], device: torch.device, crop: int) -> int:
-    """The number asked for; by rule 8 on a CPU, where larger ones gain little, and on a GPU what fits, up to 256.
+def batch_size(wanted: int | Literal["auto"], device: torch.device, crop: int, precision: str = "float32") -> int:
+    """The number asked for; by rule 8 on a CPU, where larger ones gain little, and on a GPU up to 1024.
 
-    The GPU rule allows 4 kB a pixel and image, generous for every torchvision classifier.
+    The GPU rule asks the size of its memory, never how much of that is free: features, a run's record of their shape
+    and what `predict` repeats must be of one shape on one machine. It allows 2 kB a pixel and image in float32, half
+    of that in 16 bits: on 80 GB batches of 512 and 1024 images of 224 pixels.
     """
     if wanted != "auto":
         return wanted
@@ -302,9 +394,11 @@ def batch_size(wanted: int | Literal["auto"], device: torch.device, crop: int) -
         return CPU_BATCH
     import torch
 
-    free, _ = torch.cuda.mem_get_info(device)
-    fitting = max(free // (crop**2 * 4096), 8)
-    return int(min(2 ** (int(fitting).bit_length() - 1), 256))
+    from .prepare import REDUCED
+
+    total = torch.cuda.get_device_properties(device).total_memory
+    image = crop**2 * GPU_BYTES_A_PIXEL // (2 if precision in REDUCED else 1)
+    return int(min(2 ** (int(max(total // image, 8)).bit_length() - 1), GPU_BATCH))
 
 
 def _choose_precision(
@@ -314,13 +408,16 @@ def _choose_precision(
     source: Callable[[], BuiltNetwork],
     memo: WeightsMemo,
 ) -> PrecisionChoice:
-    """The reduced precision that the device is fast in, where this backbone bears it; the verdict is remembered."""
-    reduced, began = reduced_precision_of(device), f"begun on {kind_of_device(device)}"
-    if reduced is None:
-        return PrecisionChoice("float32", began)
-    key = verdict_key(identity, transform.crop, device=device, precision=reduced)
-    verdict = Verdict.from_dict(memo.get(key))
-    if verdict is None:
-        verdict = accept_precision(source(), device=device, precision=reduced)
-        memo.put(key, verdict.as_dict())
-    return PrecisionChoice(reduced if verdict.accepted else "float32", f"{began}: {verdict}")
+    """The first of the device's fast precisions that this backbone bears; verdicts are remembered."""
+    began, verdicts = f"begun on {kind_of_device(device)}", list[Verdict]()
+    for reduced in reduced_precisions_of(device):
+        key = verdict_key(identity, transform.crop, device=device, precision=reduced)
+        verdict = Verdict.from_dict(memo.get(key))
+        if verdict is None:
+            verdict = accept_precision(source(), device=device, precision=reduced)
+            memo.put(key, verdict.as_dict())
+        verdicts.append(verdict)
+        if verdict.accepted:
+            break
+    precision = verdicts[-1].precision if verdicts and verdicts[-1].accepted else "float32"
+    return PrecisionChoice(precision, ": ".join([began, *([", ".join(map(str, verdicts))] if verdicts else [])]))

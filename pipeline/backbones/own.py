@@ -78,7 +78,7 @@ class OwnZoo:
         pool = pool_for(name, "the network", output, pooling)
         words = "its own" if pool is None else POOLINGS.get(pooling, POOLINGS["avg"])
         shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-        return FeatureNetwork(model, pool, pooling=words, input_size=transform.crop, shapes=shapes)
+        return FeatureNetwork(model, pool, pooling=words, input_size=transform.crop, shapes=shapes, trunk_key="own")
 
     def make_classifier(
         self, name: str, *, tensors: Tensors | None = None, initialise: bool = False

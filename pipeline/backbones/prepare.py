@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from ..runtime.device import tf32
 from .build import BuiltNetwork
 from .onednn import EXACT_BIAS, can_fuse, fuse_convolutions
+from .zoo import FeatureNetwork, MapPool, TokenPool
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+REDUCED = ("bfloat16", "float16")  # what `auto` may stand for beside float32: of 16 bits
+
+_POOLINGS = frozenset({nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, torch.mean, "mean"})
+_RESHAPES = frozenset({nn.Flatten, nn.Identity, nn.Dropout, torch.flatten, "flatten", "squeeze", "reshape", "view"})
 
 
 class PreparedBackbone(nn.Module):
@@ -28,14 +36,15 @@ class PreparedBackbone(nn.Module):
 
     Attributes:
         folded: how many BatchNorm layers were folded away.
+        tf32: float32 products of a GPU are of factors rounded to TF32; elsewhere it means nothing.
     """
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype, *, folded: int) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype, *, folded: int, tf32: bool = False) -> None:
         super().__init__()
-        self.network, self.dtype, self.folded = network, dtype, folded
+        self.network, self.dtype, self.folded, self.tf32 = network, dtype, folded, tf32
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), tf32() if self.tf32 and images.is_cuda else nullcontext():
             images = images.to(self.dtype, memory_format=torch.channels_last)
             features: Tensor = self.network(images).float()
         return features
@@ -47,7 +56,7 @@ def prepare_for_inference(
     """A copy of the backbone's network on ``device``, ready to run; the backbone is left as it is.
 
     Args:
-        precision: ``float32``, ``bfloat16`` or ``float16``.
+        precision: ``float32``, ``tf32``, ``bfloat16`` or ``float16``.
         fuse: on a CPU, also let oneDNN run convolutions together with what follows them. Leave it out for a
             network that is then compiled.
     """
@@ -58,7 +67,52 @@ def prepare_for_inference(
     network = network.to(device=device, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_(False)
     if fuse and folded and device.type == "cpu" and can_fuse(dtype):  # measured: without BatchNorm it is no gain
         network = _fused(network, backbone.transform.crop, dtype)
-    return PreparedBackbone(network, dtype, folded=folded)
+    if device.type == "cuda" and precision in REDUCED:
+        pool_in_float32(network)
+    return PreparedBackbone(network, dtype, folded=folded, tf32=precision == "tf32")
+
+
+def pool_in_float32(network: nn.Module) -> bool:
+    """Let the pooling that a network ends with read float32, so that features are not rounded to 16 bits again.
+
+    Returns:
+        Whether one was found: it is not where a forward pass cannot be traced or parameters follow the pooling.
+    """
+    if isinstance(network, FeatureNetwork):
+        bare = isinstance(network.pool, (MapPool, TokenPool)) and not any(True for _ in network.pool.parameters())
+        network.pool = nn.Sequential(_ToFloat32(), network.pool) if bare else network.pool
+        return bare
+    pooling = _last_pooling(network) if isinstance(network, fx.GraphModule) else None
+    if pooling is None or not isinstance(network, fx.GraphModule):
+        return False
+    read = pooling.args[0]
+    assert isinstance(read, fx.Node)
+    with network.graph.inserting_before(pooling):
+        pooling.replace_input_with(read, network.graph.call_method("float", (read,)))
+    network.recompile()
+    return True
+
+
+class _ToFloat32(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+def _last_pooling(traced: fx.GraphModule) -> fx.Node | None:
+    """The pooling after which nothing is computed any more."""
+    modules = dict(traced.named_modules())
+    node: Any = next(node for node in reversed(traced.graph.nodes) if node.op == "output").args[0]
+    while isinstance(node, fx.Node) and node.op.startswith("call_"):
+        if _is_one_of(node, modules, _POOLINGS):
+            return node
+        if not _is_one_of(node, modules, _RESHAPES):
+            return None
+        node = node.args[0]
+    return None
+
+
+def _is_one_of(node: fx.Node, modules: dict[str, nn.Module], kinds: frozenset[Any]) -> bool:
+    return (type(modules[str(node.target)]) if node.op == "call_module" else node.target) in kinds
 
 
 def diffuse_rounding(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -176,9 +176,8 @@ class TimmNetwork(FeatureNetwork):
         prefixed: bool = False,
         **facts: Any,
     ) -> None:
-        super().__init__(model, pool, blocks=timm_blocks(model), **facts)
+        super().__init__(model, pool, blocks=timm_blocks(model), trunk_key=("timm", intermediate), **facts)
         self.headed, self.intermediate, self.prefixed = headed, intermediate, prefixed
-        self.trunk_key = ("timm", intermediate)
 
     def trunk(self, images: Tensor) -> Any:
         """What timm's own head is given, or the intermediate."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, Forward
 from .build import FrozenBackbone
-from .prepare import prepare_for_inference
+from .prepare import REDUCED, prepare_for_inference
 from .zoo import FeatureNetwork
 
 
@@ -57,5 +57,5 @@ def forward_together(backbones: Sequence[Backbone]) -> Forward:
         return torch.compile(prepared) if first.compiled else prepared  # type: ignore[return-value]
 
     shape = (first.transform.normalise, first.device, first.batch_size)
-    exact = None if first.precision == "float32" else Forward(lambda: load("float32"), *shape)
-    return Forward(lambda: load(first.precision), *shape, exact=exact)
+    exact = Forward(lambda: load("float32"), *shape) if first.precision in REDUCED else None
+    return Forward(lambda: load(first.precision), *shape, exact=exact, halved=first.remember_fit)

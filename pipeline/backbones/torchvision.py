@@ -179,7 +179,9 @@ def cut_model(name: str, model: nn.Module, *, layer: str | None, pooling: str) -
     else:
         cut, pool = _pooled_maps(name, model, pooling)
         default = "its fully connected layers" if _model_of(name).startswith(_NEEDS_POSITIONS) else default
-    return FeatureNetwork(cut, pool, pooling=POOLINGS.get(pooling, default), **facts)
+    # Where the pooling stands inside the model, what comes before it is not told apart from it.
+    trunk = None if layer is None else ("torchvision", layer)
+    return FeatureNetwork(cut, pool, pooling=POOLINGS.get(pooling, default), trunk_key=trunk, **facts)
 
 
 def classifier_path(model: nn.Module) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..data.decode import BadImage, Reason
+from ..data.framing import RESAMPLING, Framing
 from ..errors import BackboneError, WeightsError
 from ..params import TransformParams
 
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 RESIZE_MODES = ("shortest", "squash")
-# A resize keeps the aspect ratio, so a strip of 1 x 100 000 pixels would become 256 x 25 600 000.
-MAX_RESIZED_PIXELS = 178_956_970
 _MAX_SIDE = 16_384
 
 
@@ -48,26 +46,29 @@ class Transform:
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """The pixels (3, crop, crop) of an RGB image: those of torchvision's `ImageClassification` before scaling.
 
+        Their memory is in the order of the image: height, width, channel. They cannot be written to.
+
         Raises:
             BadImage: the resized image would have too many pixels.
         """
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as F
+        return self.framing.pixels(image)
 
-        self.check_size(image)
-        if self.resize is not None:
-            size = [self.resize] * (2 if self.resize_mode == "squash" else 1)
-            image = F.resize(image, size, interpolation=InterpolationMode(self.interpolation), antialias=True)
-        image = F.center_crop(image, [self.crop])
-        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+    @property
+    def framing(self) -> Framing:
+        """The part that makes pixels of an image, which needs no torch."""
+        return Framing(self.resize, self.crop, self.interpolation, squash=self.resize_mode == "squash")
 
     def normalise(self, batch: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """uint8 pixels (n, 3, h, w) to normalised ``dtype`` (float32), on the batch's device, computed in float32."""
         import torch
 
-        mean = torch.tensor(self.mean, device=batch.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=batch.device).view(3, 1, 1)
-        return (batch.to(torch.float32) / 255).sub_(mean).div_(std).to(dtype or torch.float32)
+        dtype = dtype or torch.float32
+        if batch.device.type == "cuda":  # one pass over the images, whose memory is what takes the time
+            scale = tuple(1 / (255 * std) for std in self.std)
+            shift = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
+            return torch.addcmul(_constant(shift, batch.device), batch, _constant(scale, batch.device)).to(dtype)
+        mean, std = (_constant(values, batch.device) for values in (self.mean, self.std))
+        return (batch.to(torch.float32) / 255).sub_(mean).div_(std).to(dtype)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back. The usual resize mode is left out: keys from before hold."""
@@ -94,21 +95,14 @@ class Transform:
         }
         return cls(**fields)
 
-    def check_size(self, image: Image.Image) -> None:
-        """Refuse a strip that would be resized to more pixels than any image is allowed.
 
-        Raises:
-            BadImage: the resized image would have too many pixels.
-        """
-        if self.resize is None or self.resize_mode == "squash":
-            return
-        short, long = sorted(image.size)
-        pixels = self.resize * (self.resize * long // max(short, 1))
-        if pixels > MAX_RESIZED_PIXELS:
-            raise BadImage(
-                Reason.TOO_MANY_PIXELS,
-                f"{image.width} x {image.height} pixels, resized to a shorter side of {self.resize}, are {pixels}",
-            )
+@cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Float32 (3, 1, 1) on the device, made once: to copy to a GPU is to wait for all that it has been told to do."""
+    import torch
+
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def adjust_transform(preset: Transform, params: TransformParams) -> Transform:
@@ -152,7 +146,7 @@ def _is_valid(key: str, value: Any) -> bool:
     if key == "exif":
         return isinstance(value, bool)
     if key in ("interpolation", "resize_mode"):
-        return value in (INTERPOLATIONS if key == "interpolation" else RESIZE_MODES)
+        return value in (tuple(RESAMPLING) if key == "interpolation" else RESIZE_MODES)
     if key in ("resize", "crop"):
         return (key == "resize" and value is None) or (_is_number(value, whole=True) and 1 <= value <= _MAX_SIDE)
     if not isinstance(value, (list, tuple)) or len(value) != 3:

@@ -174,9 +174,10 @@ class FeatureNetwork(nn.Module):
         classifier: str | None = None,
         shapes: Mapping[str, torch.Size] | None = None,
         blocks: Sequence[Sequence[str]] | None = None,
+        trunk_key: Hashable | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.trunk_key = model, trunk_key
         self.pool = pool if pool is not None else nn.Identity()
         self.pooling, self.input_size, self.only_size = pooling, input_size, only_size
         self.classifier, self.shapes = classifier, dict(shapes or {})
@@ -186,8 +187,6 @@ class FeatureNetwork(nn.Module):
     def classifier_shape(self) -> torch.Size | None:
         """Of the classifier's weight: (classes, features) or (classes, features, 1, 1); ``None`` without one."""
         return self.shapes.get(f"{self.classifier}.weight")
-
-    trunk_key: Hashable | None = None
 
     def trunk(self, images: Tensor) -> Any:
         """All that comes before the pooling."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..params import Params
-from .options import DEFAULT_FILE, Reporter, experiment_options
+from .options import DEFAULT_FILE, Reporter, experiment_options, require_paths
 
 if TYPE_CHECKING:
     from ..evaluate.advice import Domain
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @experiment_options
 def advise(params: Params, domain: Domain | None, reporter: Reporter) -> None:
     """Say from the images of data.root what pays (probe, fine-tune, train from scratch), why, and what to run."""
+    require_paths(params)
     from ..evaluate.advice import TypedOptions
     from ..stages.advise import advise_on
 

@@ -10,14 +10,14 @@ import click
 
 from ..files import human_bytes
 from ..params import Params
-from .options import Reporter, experiment_options
+from .options import Reporter, experiment_options, require_paths
 
 COLUMNS = ("backbone", "key", "weights", "precision", "dtype", "view", "rows", "size", "last used", "damaged")
 
 
 @click.group()
 def cache() -> None:
-    """Look after the cached features: list, verify, explain, clean up, export."""
+    """Look after the cached features: list, verify, explain, clean up, export, import."""
 
 
 @cache.command("ls")
@@ -53,6 +53,7 @@ def verify(params: Params, sample: int, seed: int, reporter: Reporter) -> None:
 @experiment_options
 def why(params: Params, reporter: Reporter) -> None:
     """Say which images lack a feature and which field of the params made another key."""
+    require_paths(params)
     from ..stages.cache import explain_cache
 
     reporter.finish(explain_cache(params, reporter.say))
@@ -85,22 +86,34 @@ def gc(params: Params, yes: bool, days: float, reporter: Reporter) -> None:
 @experiment_options
 def export(params: Params, target: Path, reporter: Reporter) -> None:
     """Write the features of data.root with labels, paths, class_names and split to one HDF5 FILE."""
+    require_paths(params)
     from ..stages.cache import export_features
 
     reporter.finish(export_features(params, target, reporter.say))
 
 
+@cache.command("import")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@experiment_options
+def import_(params: Params, files: tuple[Path, ...], reporter: Reporter) -> None:
+    """Take the features of Parquet files, or folders of them, that an Embedder's rows were written to.
+
+    A file of which a bit has changed is refused whole.
+    """
+    from ..stages.cache import import_features
+
+    reporter.finish(import_features(params, files, reporter.say))
+
+
 def _print_keys(keys: list[Mapping[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from .tables import screen_for
 
     table = Table(*COLUMNS, box=None, header_style="bold")
     for key in keys:
         table.add_row(*_cells(key))
-    console = Console(highlight=False, markup=False)
-    # As wide as it needs: a terminal folds long lines better than a table folds its cells, and a pipe has no width.
-    console.width = max(console.width, console.measure(table, options=console.options.update_width(10_000)).maximum)
-    console.print(table)
+    screen_for(table).print(table)
 
 
 def _cells(key: Mapping[str, Any]) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import click
 
 from ..params import Params
-from .options import DEFAULT_FILE, Reporter, lazy_options
+from .options import Reporter, lazy_options, require_paths
 
 PLACES = click.Path(path_type=str)
 
@@ -22,6 +21,8 @@ def inspect(
     run: str | None, unlabelled: str | None, count: int, load: Callable[[], Params], reporter: Reporter
 ) -> None:
     """Look at data.root, or at the images of RUN: near-duplicates, leaks, doubted labels, outliers; with pictures."""
+    if run is None:
+        require_paths(load())
     from ..artifacts import resolve_run
     from ..stages.inspect import inspect as stage
     from ..stages.run import load_run
@@ -29,7 +30,6 @@ def inspect(
     typed = click.get_current_context().params
     loaded = None
     if run is not None:
-        runs_dir = load().runs.dir if typed["file"] or DEFAULT_FILE.exists() else Path("runs")
-        loaded = load_run(resolve_run(runs_dir, run), typed["overrides"])
+        loaded = load_run(resolve_run(load().runs.dir, run), typed["overrides"])
     params = load() if loaded is None else loaded.params
     reporter.finish(stage(params, reporter.say, run=loaded, unlabelled=unlabelled, count=count, quiet=reporter.quiet))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import click
 
 from ..errors import PipelineError
-from .options import Reporter
+from .options import Reporter, hang_up
 
-GENERAL_FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+USAGE, INTERRUPTED = 2, 130
 
 
 class _LazyGroup(click.Group):
@@ -45,19 +44,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str], reporter: Reporter) -> int:
     try:
-        cli.main(args=arguments, prog_name="pipeline", standalone_mode=False)
+        code = cli.main(args=arguments, prog_name="pipeline", standalone_mode=False)
+        return code if isinstance(code, int) else 0  # a verb's own, by `click.exceptions.Exit`
     except PipelineError as error:
         return _fail(reporter, error.as_dict(), str(error), error.exit_code)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _fail(reporter, {"type": "Interrupted", "what": "Interrupted."}, "Interrupted.", INTERRUPTED)
     except click.ClickException as error:
         return _fail(reporter, {"type": "UsageError", "what": error.format_message()}, _usage(error), USAGE)
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`); there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return GENERAL_FAILURE
+    except (BrokenPipeError, SystemExit):  # click and rich exit where the reader of our output has gone
+        hang_up(1)  # it has seen enough of it (`| head`), which is no error
     except Exception as error:  # noqa: BLE001 - the last line of defence: a message, and a traceback with -v
         remedy = "run again with -v for the traceback, and report it: this is a fault of the program"
         what = f"Unexpected {type(error).__name__}: {error}"

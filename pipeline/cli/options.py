@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..params import Params, load_params
+from ..errors import ParamsError, Problem
+from ..params import Params, is_url, load_params
+from ..params.load import WEIGHTS_SUFFIXES
 from ..runtime.distributed import world_from_environment
+from ..runtime.progress import print_above
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,35 @@ class Reporter:
     def say(self, line: str) -> None:
         """Print a line for people."""
         if self.is_main and not self.quiet:
-            click.echo(line.encode("utf-8", "backslashreplace").decode(), err=self.as_json)
+            _echo(line, err=self.as_json)
 
     def warn(self, line: str) -> None:
         """Print a line for people where it mixes with no result: on standard error."""
         if self.is_main and not self.quiet:
-            click.echo(line.encode("utf-8", "backslashreplace").decode(), err=True)
+            _echo(line, err=True)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Print the one JSON object of ``--json``."""
         if self.is_main and self.as_json:
             click.echo(json.dumps(summary))
+
+
+def _echo(line: str, *, err: bool) -> None:
+    """Print a line that any terminal takes; where its reader has gone (``| head``), work goes on without a word."""
+    text = line.encode("utf-8", "backslashreplace").decode()
+    if os.isatty(2 if err else 1) and print_above(text):
+        return
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:
+        hang_up(2 if err else 1)
+
+
+def hang_up(stream: int) -> None:
+    """Write to nowhere instead of to file descriptor ``stream``, whose reader has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 class Count(click.ParamType):  # type: ignore[type-arg]
@@ -85,9 +107,40 @@ def experiment_options(verb: Verb) -> Verb:
     @reporting_options
     @functools.wraps(verb)
     def wrapped(file: Path | None, overrides: tuple[str, ...], **arguments: Any) -> None:
-        verb(params=load_params(file or DEFAULT_FILE, overrides), **arguments)
+        verb(params=params_of(file, overrides), **arguments)
 
     return wrapped
+
+
+def params_of(file: Path | None, overrides: Sequence[str]) -> Params:
+    """The params of ``-p`` and ``-s``; without ``-p`` those of params.yaml, or every default where it is not there."""
+    return load_params(file or (DEFAULT_FILE if DEFAULT_FILE.exists() else None), overrides, check_names=True)
+
+
+def require_paths(params: Params) -> None:
+    """Refuse params that name what is not there, before anything slow is imported.
+
+    Raises:
+        ParamsError: files and folders that do not exist, all of them at once.
+        DataError: data.root is not there.
+    """
+    from ..data.images import require_place
+
+    weights = params.backbone.weights
+    named: dict[str, Path | str | None] = {
+        "data.images": params.data.images,
+        "data.corrections": params.data.corrections,
+        "backbone.weights": weights if os.sep in weights or weights.endswith(WEIGHTS_SUFFIXES) else None,
+        "head.prompts": params.head.prompts,
+    }
+    missing = [
+        Problem(key, "must be the path of something that is there", str(place))
+        for key, place in named.items()
+        if place is not None and not is_url(place) and not Path(place).exists()
+    ]
+    if missing:
+        raise ParamsError("the params, with what is given by -s", missing)
+    require_place(params.data, params.cache.dir)
 
 
 def lazy_options(verb: Verb) -> Verb:
@@ -99,7 +152,7 @@ def lazy_options(verb: Verb) -> Verb:
     @functools.wraps(verb)
     def wrapped(file: Path | None, overrides: tuple[str, ...], **arguments: Any) -> None:
         def load(*more: str) -> Params:
-            return load_params(file or DEFAULT_FILE, (*overrides, *more))
+            return params_of(file, (*overrides, *more))
 
         verb(load=load, **arguments)
 
@@ -109,8 +162,7 @@ def lazy_options(verb: Verb) -> Verb:
 def run_options(verb: Verb) -> Verb:
     """As `experiment_options`, for verbs on a finished run, which brings params of its own: ``-p`` says where runs are.
 
-    The verb gets ``runs_dir``, the ``overrides`` of the run's params, and a ``reporter``. Without ``-p`` the file
-    need not exist.
+    The verb gets ``runs_dir``, the ``overrides`` of the run's params, and a ``reporter``.
     """
 
     @_params_options
@@ -119,9 +171,7 @@ def run_options(verb: Verb) -> Verb:
     @functools.wraps(verb)
     def wrapped(file: Path | None, overrides: tuple[str, ...], backbone: str | None, **arguments: Any) -> None:
         overrides += (f"backbone.name={backbone}",) if backbone else ()
-        there = file is not None or DEFAULT_FILE.exists()
-        runs_dir = load_params(file or DEFAULT_FILE, overrides).runs.dir if there else Path("runs")
-        verb(runs_dir=runs_dir, overrides=overrides, **arguments)
+        verb(runs_dir=params_of(file, overrides).runs.dir, overrides=overrides, **arguments)
 
     return wrapped
 

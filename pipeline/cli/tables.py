@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,20 @@ def write_predictions_csv(predictions: Sequence[Prediction], top: int, file: Pat
         sys.stdout.buffer.flush()
 
 
+def print_predictions(predictions: Sequence[Prediction], top: int) -> None:
+    """One line an image on a terminal, with the ``top`` classes; those that could not be classified are left out."""
+    table = Table("image", *["class", "probability"] * top, box=None, header_style="bold")
+    for prediction in predictions:
+        if prediction.error is None:
+            pairs = ((label, "-" if value is None else f"{100 * value:.1f} %") for label, value in prediction.top[:top])
+            path = os.path.relpath(prediction.path) if os.path.isabs(prediction.path) else prediction.path
+            table.add_row(min(path, prediction.path, key=len), *(cell for pair in pairs for cell in pair))
+    for column in table.columns[2::2]:
+        column.justify = "right"
+    if table.row_count:
+        screen_for(table).print(table)
+
+
 def print_backbones(rows: Sequence[BackboneRow], *, more: bool = False, sizes: Mapping[str, int] | None = None) -> None:
     """One line a backbone on standard output, or the card of the only one.
 
@@ -59,7 +74,7 @@ def print_backbones(rows: Sequence[BackboneRow], *, more: bool = False, sizes: M
         numbers = (str(row.feature_dim), f"{row.parameters:,}", str(row.input_size))
         others = [tag for tag in row.weights if not row.name.endswith(f".{tag}")]
         table.add_row(row.name, *numbers, row.licence or "-", " ".join(others))
-    console = _console_for(table)
+    console = screen_for(table)
     console.print(table)
     if not rows:
         console.print("No backbone fits.")
@@ -96,12 +111,12 @@ def print_ranking(summary: dict[str, Any]) -> None:
         accuracy, interval = f"{100 * row['accuracy']:.1f} %", f"{low:.1f} to {high:.1f}"
         numbers = (f"{row['parameters']:,}", str(row["feature_dim"]), f"{row['milliseconds']:.1f}")
         table.add_row(row["label"], accuracy, interval, *numbers)
-    console = _console_for(table)
+    console = screen_for(table)
     console.print(table)
     console.print(f"Recommended: {summary['reason']}")
 
 
-def _console_for(table: Table) -> Console:
+def screen_for(table: Table) -> Console:
     """Standard output, as wide as the table needs, so that names and paths stay whole."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.width = max(console.width, console.measure(table, options=console.options.update_width(10_000)).maximum)

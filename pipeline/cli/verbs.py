@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,9 +15,9 @@ from .advise import advise
 from .cache import cache
 from .compare import compare
 from .inspect import inspect
-from .options import Count, Reporter, experiment_options, lazy_options, reporting_options, run_options
+from .options import Count, Reporter, experiment_options, lazy_options, reporting_options, require_paths, run_options
 from .sweep import sweep
-from .tables import print_backbones, print_ranking, write_predictions_csv
+from .tables import print_backbones, print_predictions, print_ranking, write_predictions_csv
 
 if TYPE_CHECKING:
     from ..stages.export import ExportedRun
@@ -33,6 +34,7 @@ PLACES = click.Path(path_type=str)  # which may be URLs
 @experiment_options
 def extract(params: Params, retry: bool, reporter: Reporter) -> None:
     """Embed the images of data.root that the cache does not hold yet."""
+    require_paths(params)
     from ..stages.extract import extract as stage
 
     reporter.finish(stage(params, reporter.say, retry=retry, quiet=reporter.quiet))
@@ -43,6 +45,7 @@ def extract(params: Params, retry: bool, reporter: Reporter) -> None:
 @experiment_options
 def train_head(params: Params, curve: bool, reporter: Reporter) -> None:
     """Train a head on the cached features, score it and publish a run."""
+    require_paths(params)
     from ..stages.train_head import train_head as stage
 
     reporter.finish(stage(params, reporter.say, curve=curve))
@@ -50,11 +53,16 @@ def train_head(params: Params, curve: bool, reporter: Reporter) -> None:
 
 @click.command()
 @click.option("--from", "from_run", metavar="RUN", help="Stage-two run to start from (default: the latest).")
-@click.option("--resume", metavar="RUN", help="Go on with a training that was stopped or killed (or `latest`).")
+@click.option(
+    "--resume", is_flag=False, flag_value="latest", metavar="[RUN]",
+    help="Go on with a training that was stopped or killed, the latest or RUN.",
+)  # fmt: skip
 @click.option("--find-lr", "find", is_flag=True, help="Only draw loss against learning rate and suggest both rates.")
 @experiment_options
 def finetune(params: Params, from_run: str | None, resume: str | None, find: bool, reporter: Reporter) -> None:
     """Train backbone and head together, starting from the probe."""
+    if resume is None:
+        require_paths(params)
     from ..stages.finetune import find_lr
     from ..stages.finetune import finetune as stage
 
@@ -76,11 +84,13 @@ def finetune(params: Params, from_run: str | None, resume: str | None, find: boo
 def evaluate(runs_dir: Path, overrides: tuple[str, ...], run: str, root: str | None, reporter: Reporter) -> None:
     """Score RUN (a path, a name or `latest`) again, or on another folder."""
     from ..artifacts import resolve_run
+
+    folder = resolve_run(runs_dir, run)
     from ..evaluate import metric_lines
     from ..stages.evaluate import evaluate_run
     from ..stages.run import load_run
 
-    loaded = load_run(resolve_run(runs_dir, run), overrides)
+    loaded = load_run(folder, overrides)
     metrics = evaluate_run(loaded, root, quiet=reporter.quiet)
     for line in metric_lines(metrics):
         reporter.say(line)
@@ -91,7 +101,7 @@ def evaluate(runs_dir: Path, overrides: tuple[str, ...], run: str, root: str | N
 @click.argument("run")
 @click.argument("paths", nargs=-1, required=True, type=PLACES)
 @click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="Classes to list for each image.")
-@click.option("-o", "--output", type=PATHS, help="Write the CSV to this file instead of the terminal.")
+@click.option("-o", "--output", type=PATHS, help="Write CSV to this file.")
 @run_options
 def predict(
     runs_dir: Path,
@@ -150,10 +160,12 @@ def export(
     The file takes an RGB image, uint8 (height, width, 3), of any size: all preprocessing is inside.
     """
     from ..artifacts import resolve_run
+
+    folder = resolve_run(runs_dir, run)
     from ..stages.export import export_run
     from ..stages.run import load_run
 
-    loaded = load_run(resolve_run(runs_dir, run), overrides)
+    loaded = load_run(folder, overrides)
     reporter.finish(
         export_run(
             loaded,
@@ -171,7 +183,7 @@ def export(
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=PLACES)
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to list for each image.")
-@click.option("-o", "--output", type=PATHS, help="Write the CSV to this file instead of the terminal.")
+@click.option("-o", "--output", type=PATHS, help="Write CSV to this file.")
 @experiment_options
 def classify(
     params: Params,
@@ -190,16 +202,24 @@ def classify(
 def _finish_predictions(
     predictions: Sequence[Prediction], top: int, output: Path | None, reporter: Reporter, run: str | None
 ) -> None:
+    bad = [prediction for prediction in predictions if prediction.error is not None]
+    good = len(predictions) - len(bad)
+    counts = f"{good:,} {'image' if good == 1 else 'images'} classified" + (f", {len(bad):,} not" if bad else "")
     if output:
         write_predictions_csv(predictions, top, output)
-        reporter.say(f"{len(predictions)} predictions: {output.resolve()}")
+        reporter.say(f"{counts}: {output.resolve()}")
+    elif not reporter.as_json and sys.stdout.isatty():
+        print_predictions(predictions, top)
     elif not reporter.as_json:
         write_predictions_csv(predictions, top, None)
-    bad = [prediction for prediction in predictions if prediction.error is not None]
     for prediction in bad:
         click.echo(f"not classified: {prediction.path!r}: {prediction.error}", err=True)
+    if bad and not output:
+        reporter.warn(counts)
     rows = [prediction.as_dict() for prediction in predictions]
     reporter.finish({"run": run, "n": len(predictions), "errors": len(bad), "predictions": rows})
+    if len(bad) == len(predictions):
+        raise click.exceptions.Exit(1)
 
 
 @click.command()
@@ -224,11 +244,13 @@ def backbones(
 ) -> None:
     """List backbones with their sizes (NAME: a part of names, or a pattern with *), or rank some on your images."""
     if rank:
-        from ..stages.rank import rank_backbones
-
         if not names:
             raise click.UsageError("--rank needs the names of backbones: backbones --rank NAME NAME")
-        summary = rank_backbones(load(), names, reporter.say, size=images, quiet=reporter.quiet)
+        params = load()
+        require_paths(params)
+        from ..stages.rank import rank_backbones
+
+        summary = rank_backbones(params, names, reporter.say, size=images, quiet=reporter.quiet)
         if not reporter.as_json:
             print_ranking(summary)
         reporter.finish(summary)

@@ -26,25 +26,40 @@ class DigestTable:
     """Digests (n, 16), sorted once to be found any number of times."""
 
     def __init__(self, digests: Digests) -> None:
-        self.digests, self._words = digests, _words(digests)
-        self._order = np.lexsort((self._words[:, 1], self._words[:, 0]))
-        self._sorted = self._words[self._order, 0]
+        self.digests = digests
+        words = _words(digests)
+        # By the first half alone: rows that agree in it stay in their order, and `locate` walks over them.
+        self._order = np.argsort(np.ascontiguousarray(words[:, 0]), kind="stable")
+        self._sorted = words[self._order]
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def extended(self, digests: Digests) -> DigestTable:
+        """The table with more rows behind its own, at the price of a copy."""
+        more, larger = DigestTable(digests), DigestTable(empty_digests())
+        place = np.searchsorted(self._sorted[:, 0], more._sorted[:, 0], side="right")
+        larger.digests = np.concatenate([self.digests, digests])
+        larger._order = np.insert(self._order, place, more._order + len(self))
+        larger._sorted = np.insert(self._sorted, place, more._sorted, axis=0)
+        return larger
 
     def locate(self, query: Digests) -> NDArray[np.int64]:
         """The row that equals each row of ``query`` (m, 16), the first of equals; -1 for none."""
         found = np.full(len(query), -1, np.int64)
-        wanted = _words(query)
-        position = np.searchsorted(self._sorted, wanted[:, 0])
-        open_ = np.arange(len(query))
+        # In their order, so that the search goes through memory once instead of jumping about in it.
+        open_ = np.argsort(np.ascontiguousarray(_words(query)[:, 0]))
+        wanted = _words(query)[open_]
+        position = np.searchsorted(self._sorted[:, 0], wanted[:, 0])
         # A second turn happens only where the first 64 bits agree and the rest does not.
         while len(open_):
-            open_ = open_[position[open_] < len(self._order)]
-            row = self._order[position[open_]]
-            equal = (self._words[row] == wanted[open_]).all(axis=1)
-            found[open_[equal]] = row[equal]
-            collides = ~equal & (self._words[row, 0] == wanted[open_, 0])
-            open_ = open_[collides]
-            position[open_] += 1
+            inside = position < len(self)
+            open_, wanted, position = open_[inside], wanted[inside], position[inside]
+            candidates = self._sorted[position]
+            equal = (candidates == wanted).all(axis=1)
+            found[open_[equal]] = self._order[position[equal]]
+            collides = ~equal & (candidates[:, 0] == wanted[:, 0])
+            open_, wanted, position = open_[collides], wanted[collides], position[collides] + 1
         return found
 
 

@@ -1,14 +1,17 @@
 """From a folder of images to paths, targets and splits, in an order that does not depend on the file system.
 
-Two layouts: ``root/CLASS/...`` and ``root/{train,val|valid|validation,test}/CLASS/...``. As in torchvision's
-ImageFolder, every folder below a class belongs to it and symbolic links are followed.
+Two layouts: ``root/CLASS/...`` and ``root/{train,val,test}/CLASS/...``, with the other usual names of splits. As in
+torchvision's ImageFolder, every folder below a class belongs to it and symbolic links are followed. What people
+download besides is recognised: a folder around everything, train alone, and a val or test without labels, which is
+left for ``predict``. What may mean two things is refused; ``data.layout`` or ``data.root`` then decide.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,11 +21,12 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from ..params import DataParams, Place
+from .labels import SPLIT_NAMES
 from .source import SPLITS, UNLABELLED, Samples, Stamp
 from .walk import Extensions, Identity, ListedTree, Listing, Walker, join_listings, read_file, shown
 
-SPLIT_OF_FOLDER = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
 NAMES_SHOWN = 5
+FEW = 4  # folders, of which some may be splits in other words, as seg_train; among more they are classes
 # What may hold images or their labels, too; see table.py, archive.py and parquet.py.
 OTHER_SOURCES = (".csv", ".tsv", ".jsonl", ".parquet", ".tar", ".tar.gz", ".tgz", ".zip")
 Layout = Literal["auto", "flat", "split"]
@@ -41,14 +45,29 @@ class FolderSource:
         return cls(Path(data.root), data.layout, data.extensions)
 
     def list_samples(self) -> Samples:
-        """As `scan_folder`; tables and archives that lie there are no part of it, and are told of."""
+        """As `scan_folder`; tables and archives that lie there are no part of it, and are told of.
+
+        Raises:
+            DataError: as there; or the labels seem to be in such a table, since fewer than two folders are classes.
+        """
         samples = scan_folder(self._root, layout=self._layout, extensions=self._extensions)
-        beside = sorted(name for name in os.listdir(self._root) if name.lower().endswith(OTHER_SOURCES))
-        return replace(samples, warnings=(*samples.warnings, *(_beside(self._root, beside) if beside else ())))
+        beside = _beside(self._root)
+        if beside and len(samples.class_names) < 2 and self._layout == "auto":
+            raise DataError(
+                "The labels seem not to be in the folders.",
+                where=shown(self._root),
+                why=f"{len(samples.class_names) or 'no'} class folder was found, and beside the images {_some(beside)}",
+                remedy=f"set data.root={shown(self._root / beside[0])}, or data.layout=flat to read the folders alone",
+            )
+        if beside:
+            remedy = f"to use it, set data.root={shown(self._root / beside[0])}"
+            told = f"{_some(beside)} beside the images: not read; {remedy}."
+            samples = replace(samples, warnings=(*samples.warnings, told))
+        return samples
 
     def read(self, path: str) -> tuple[bytes, Stamp]:
         """As `read_file`."""
-        return read_file(self._root / path)
+        return read_file(os.path.join(self._root, path))
 
 
 @dataclass(frozen=True)
@@ -76,10 +95,27 @@ def scan_folder(root: Path, *, layout: Layout = "auto", extensions: Extensions) 
     Raises:
         DataError: there is nothing to scan, a folder cannot be read, or the folders contradict each other.
     """
-    if not root.is_dir():
-        why = "it is a file" if root.exists() else "there is no such folder"
-        raise DataError("The data folder cannot be scanned.", where=shown(root), why=why, remedy="correct data.root")
+    require_folder(root)
     return scan_tree(Walker(root, extensions), Walker(root, extensions), root, layout)
+
+
+def require_folder(root: Path) -> None:
+    """Refuse a data folder that is not there.
+
+    Raises:
+        DataError: with the names beside it that are near.
+    """
+    if root.is_dir():
+        return
+    beside = os.listdir(root.parent) if root.parent.is_dir() else []
+    near = difflib.get_close_matches(root.name, beside, 3, 0.5)
+    raise DataError(
+        "The data folder cannot be scanned.",
+        where=shown(root),
+        why=("it is a file" if root.exists() else "there is no such folder")
+        + (f"; beside it there is {_some(near)}" if near and not root.exists() else ""),
+        remedy="set data.root to the folder of your images (`pipeline demo-data FOLDER` writes some to try)",
+    )
 
 
 def scan_tree(walker: Walker | ListedTree, probe: Walker | ListedTree, root: Place, layout: Layout) -> Samples:
@@ -88,56 +124,132 @@ def scan_tree(walker: Walker | ListedTree, probe: Walker | ListedTree, root: Pla
     Args:
         probe: the same tree, so that what is only looked at is not counted as ignored.
     """
-    top = walker.list_folder("")
-    tops = {name: probe.list_folder(f"{name}/") for name in top.folders if name in SPLIT_OF_FOLDER}
-    split = layout == "split" or (layout == "auto" and _looks_split(tops))
-    tree = _scan_split(walker, root, top, tops) if split else _scan_flat(walker, root, top)
+    top, around = walker.list_folder(""), list[Identity]()
+    while layout == "auto" and (inner := _wrapped(probe, top)):
+        around.append(top.identity)
+        top = walker.list_folder(inner.prefix)
+    tops = {name: probe.list_folder(f"{top.prefix}{name}/") for name in top.folders if name.lower() in SPLIT_NAMES}
+    if layout == "auto":
+        _refuse_two_meanings(root, top, tops)
+    split = layout == "split" or (layout == "auto" and 0 in _with_classes(tops))
+    if split:
+        _refuse_odd_splits(root, tops, layout)
+    tree = (_scan_split if split else _scan_flat)(walker, probe, root, top, tops, tuple(around))
     if not tree.paths:
         raise no_images(tree)
+    if around:
+        note = f"The folder {top.prefix[:-1]!r} is the only one, and is read as if it were the data folder."
+        tree = replace(tree, warnings=(note, *tree.warnings))
     return tree
 
 
-def _looks_split(tops: dict[str, Listing]) -> bool:
-    with_classes = {SPLIT_OF_FOLDER[name] for name, listing in tops.items() if listing.folders}
-    return 0 in with_classes and len(with_classes) > 1
+def _wrapped(probe: Walker | ListedTree, top: Listing) -> Listing | None:
+    """The one folder that holds everything, with folders alone in it, as archives unpack: ``insects/{ants,bees}``."""
+    if top.names or len(top.folders) != 1 or top.folders[0].lower() in SPLIT_NAMES:
+        return None
+    inner = probe.list_folder(f"{top.prefix}{top.folders[0]}/")
+    return inner if inner.folders and not inner.names else None
 
 
-def _scan_flat(walker: Walker | ListedTree, root: Place, top: Listing) -> Samples:
+def _with_classes(tops: dict[str, Listing]) -> set[int]:
+    return {SPLIT_NAMES[name.lower()] for name, listing in tops.items() if listing.folders}
+
+
+def _refuse_two_meanings(root: Place, top: Listing, tops: dict[str, Listing]) -> None:
+    """Folders that may be splits, or classes that are called so."""
+    classes, others = _with_classes(tops), [name for name in top.folders if name not in tops]
+    place = shown(os.path.join(root, top.prefix))
+    flat = "if they are classes, set data.layout=flat"
+    if others and classes == {0} and len(tops) == 1:
+        why = f"'train' holds folders, so that it may be a split, and beside it are {_some(others)}"
+        remedy = f"set data.root={os.path.join(place, next(iter(tops)))} to use it alone; {flat}"
+    elif not others and len(tops) > 1 and not classes:
+        why = f"{_some(tops)} hold images, but no class folders"
+        remedy = f"give each class a folder in them, or set data.root to a table of the labels (.csv); {flat}"
+    elif not others and classes and 0 not in classes:
+        why = f"{_some(tops)} hold class folders, and there is no train with any"
+        remedy = f"name train; to score a run on them, evaluate --data {os.path.join(place, next(iter(tops)))}; {flat}"
+    elif 0 in (like := _like_splits(others)) and len(like) > 1 and len(others) <= FEW:
+        why = f"{_some(others)} are called like splits"
+        remedy = f"rename them to train, val and test (a folder of links will do, too); {flat}"
+    else:
+        return
+    raise DataError("The folders may be splits or classes.", where=place, why=why, remedy=remedy)
+
+
+def _like_splits(names: list[str]) -> set[int]:
+    words = {word for name in names for word in re.split(r"[^a-z]+", name.lower())}
+    return {SPLIT_NAMES[word] for word in words & SPLIT_NAMES.keys()}
+
+
+def _scan_flat(
+    walker: Walker | ListedTree,
+    _probe: Walker | ListedTree,
+    root: Place,
+    top: Listing,
+    _tops: dict[str, Listing],
+    around: tuple[Identity, ...],
+) -> Samples:
     warnings = [
-        f"The folder {name!r} is read as a class: a layout with splits has train and at least one of val and test, "
-        "with class folders in them."
+        f"The folder {name!r} is read as a class: a layout with splits has train with class folders in it."
         for name in top.folders
-        if name in SPLIT_OF_FOLDER
+        if name.lower() in SPLIT_NAMES
     ]
-    return _assemble(walker, root, [(0, top)], (), warnings, split=False)
+    return _assemble(walker, root, [(0, top)], around, warnings, split=False)
 
 
-def _scan_split(walker: Walker | ListedTree, root: Place, top: Listing, tops: dict[str, Listing]) -> Samples:
-    _refuse_odd_splits(root, tops)
-    other = [name for name in top.folders if name not in tops]
+def _scan_split(
+    walker: Walker | ListedTree,
+    probe: Walker | ListedTree,
+    root: Place,
+    top: Listing,
+    tops: dict[str, Listing],
+    around: tuple[Identity, ...],
+) -> Samples:
+    unlabelled = _unlabelled(tops)
+    tops = {name: listing for name, listing in tops.items() if name not in unlabelled}
+    other = [name for name in top.folders if name not in tops and name not in unlabelled]
     warnings = [f"Folders beside the splits are left out: {_some(other)}."] if other else []
+    for name, listing in unlabelled.items():
+        count = sum(len(below.names) for below in probe.gather(listing.prefix))
+        place = shown(os.path.join(root, listing.prefix[:-1]))
+        left = f"{_images(count)} in {name!r} without class folders, left out; `pipeline predict latest {place}`"
+        warnings += [f"{left} classifies them."] if count else []
     if top.names:
         warnings.append(f"{_images(len(top.names))} directly in the data folder, outside of the splits, left out.")
-    parts = [(SPLIT_OF_FOLDER[name], walker.list_folder(listing.prefix)) for name, listing in tops.items()]
-    return _assemble(walker, root, parts, (top.identity,), warnings, split=True)
+    parts = [(SPLIT_NAMES[name.lower()], walker.list_folder(listing.prefix)) for name, listing in tops.items()]
+    return _assemble(walker, root, parts, (*around, top.identity), warnings, split=len(parts) > 1)
 
 
-def _refuse_odd_splits(root: Place, tops: dict[str, Listing]) -> None:
-    validation = [name for name in tops if SPLIT_OF_FOLDER[name] == 1]
-    if len(validation) > 1:
-        raise DataError(
-            f"The data folder has {len(validation)} validation splits.",
-            where=shown(root),
-            why=f"it holds {_some(validation)}, which mean the same",
-            remedy="keep one of them; merge or move the other",
-        )
-    if "train" not in tops or len(tops) < 2:
-        raise DataError(
-            "The data folder has no splits.",
-            where=shown(root),
-            why=f"data.layout is split, which needs train and at least one of val and test; found: {_some(tops)}",
-            remedy="add the missing folders, or set data.layout to auto or flat and let the program split",
-        )
+def _unlabelled(tops: dict[str, Listing]) -> dict[str, Listing]:
+    """The splits beside train whose images have no labels: no folders, or one that is called like no class."""
+    known = {folder for name, listing in tops.items() if SPLIT_NAMES[name.lower()] == 0 for folder in listing.folders}
+
+    def has_labels(folders: list[str]) -> bool:
+        alone = len(folders) == 1 and len(known) > 1
+        return bool(folders) and not (alone and not difflib.get_close_matches(folders[0], known, 1, 0.5))
+
+    beside = [name for name in tops if known and SPLIT_NAMES[name.lower()] != 0]
+    return {name: tops[name] for name in beside if not has_labels(tops[name].folders)}
+
+
+def _refuse_odd_splits(root: Place, tops: dict[str, Listing], layout: Layout) -> None:
+    for number, split in enumerate(("train", "validation", "test")):
+        same = [name for name in tops if SPLIT_NAMES[name.lower()] == number]
+        if len(same) > 1:
+            raise DataError(
+                f"The data folder has {len(same)} {split} splits.",
+                where=shown(root),
+                why=f"it holds {_some(same)}, which mean the same",
+                remedy="keep one of them; merge or move the other",
+            )
+        if (not same and number == 0) or (layout == "split" and len(tops) < 2):
+            raise DataError(
+                "The data folder has no splits.",
+                where=shown(root),
+                why=f"data.layout is split, which needs train and at least one of val and test; found: {_some(tops)}",
+                remedy="add the missing folders, or set data.layout to auto or flat and let the program split",
+            )
 
 
 def _assemble(
@@ -238,8 +350,10 @@ def no_images(tree: Samples, where: str | None = None) -> DataError:
     )
 
 
-def _beside(root: Path, names: list[str]) -> Iterator[str]:
-    yield f"{_some(names)} beside the images is not read; to use it, set data.root={shown(root / names[0])}."
+def _beside(root: Path) -> list[str]:
+    """Tables and archives in the folder, those first that are called like the labels of train."""
+    names = [name for name in os.listdir(root) if name.lower().endswith(OTHER_SOURCES) and not name.startswith(".")]
+    return sorted(names, key=lambda name: (not any(word in name.lower() for word in ("train", "label")), name))
 
 
 def _images(count: int) -> str:

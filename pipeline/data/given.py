@@ -1,9 +1,10 @@
-"""Images given one by one, unlabelled, for prediction: paths of files and folders, bytes, arrays, PIL images."""
+"""Images given one by one, unlabelled: paths of files and folders, bytes, arrays, PIL images; rows of a table."""
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from PIL import Image
 
 from ..errors import DataError
 from ..files import digest_bytes
-from ..params import as_place, is_url
+from ..params import Place, as_place, is_url
 from .decode import PixelBytes
 from .folder import OTHER_SOURCES, no_images
 from .source import UNLABELLED, Samples, Source, Stamp
-from .stores import join, name_of
+from .stores import READS_AT_ONCE, Objects, join, name_of
 from .walk import Extensions, Walker, join_listings, read_file, shown, stamp_of, unreadable
 
 SECRETS_GO = "leave it out: the store's own settings are for who may read it"
+BYTES = bytes | bytearray | memoryview
 Given = str | os.PathLike[str] | bytes | NDArray[np.uint8] | Image.Image
 
 
@@ -104,6 +106,74 @@ class GivenSource:
         return samples
 
 
+class BatchSource:
+    """One image a row, in order and none left out: what cannot be had is an error when it is read, not before.
+
+    Args:
+        contents: the bytes of each image; what is no bytes is to be read at its path.
+        paths: the file or URL of each image, relative to ``root``; of an image with bytes only its name.
+    """
+
+    name = None
+
+    def __init__(self, contents: Sequence[Any], paths: Sequence[Any], root: Place) -> None:
+        self._stores: dict[str, Objects] = {}
+        self._contents: dict[str, Any] = {}
+        self._names: list[str] = []
+        for number, (data, path) in enumerate(zip(contents, paths, strict=True)):
+            name = _place_of(path, root)
+            if name is None or isinstance(data, BYTES):
+                # No other row, nor a file, is called so.
+                name = f"image {number}" + (f" ({name})" if name else "")
+                self._contents[name] = data
+            self._names.append(name)
+
+    def list_samples(self) -> Samples:
+        """All rows; nothing is looked at."""
+        return Samples(
+            root=Path(),
+            class_names=(),
+            paths=self._names,
+            targets=np.full(len(self._names), UNLABELLED, np.int32),
+            splits=None,
+            stamps=np.zeros((len(self._names), 4), np.int64),
+            reads_at_once=READS_AT_ONCE if any(map(is_url, set(self._names) - set(self._contents))) else 0,
+        )
+
+    def read(self, path: str) -> tuple[bytes, Stamp]:
+        """The bytes that were given, or those of the file or the object at the path."""
+        if path in self._contents:
+            data = self._contents[path]
+            if not isinstance(data, BYTES):
+                raise OSError(errno.EINVAL, "the row holds neither bytes nor a path that may be read")
+            return bytes(data), np.zeros(4, np.int64)
+        try:
+            return self._store(path).read(path) if is_url(path) else read_file(path)
+        except ValueError as error:  # no path of this machine
+            raise OSError(errno.EINVAL, str(error)) from error
+
+    def _store(self, url: str) -> Objects:
+        server = url[: url.find("/", url.find("://") + 3)]
+        try:
+            return self._stores.setdefault(server, self._stores.get(server) or Objects(url))
+        except DataError as error:
+            if isinstance(error.__cause__, ImportError):
+                raise
+            raise OSError(errno.EINVAL, error.why) from error
+
+
+def _place_of(path: Any, root: Place) -> str | None:
+    """The whole path or the URL of a row, None for none or one with a password, which is not repeated anywhere."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        return None
+    if not is_url(path):
+        return join(root, os.fspath(path))
+    try:
+        return str(as_place(path))
+    except ValueError:
+        return None
+
+
 def _is_place(name: str) -> bool:
     """Whether a name is that of more than a file or a folder of this machine."""
     return is_url(name) or (name.lower().endswith(OTHER_SOURCES) and not os.path.isdir(name))
@@ -133,7 +203,7 @@ def _content(item: Any) -> tuple[bytes, Stamp]:
 
 
 def _bytes_of(item: Any) -> bytes:
-    if isinstance(item, bytes | bytearray | memoryview):
+    if isinstance(item, BYTES):
         return bytes(item)
     if isinstance(item, Image.Image):
         return PixelBytes.of(item)

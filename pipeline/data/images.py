@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +22,9 @@ from ..runtime.progress import ProgressBar
 from .archive import ArchiveSource
 from .corrections import Corrections, read_corrections
 from .digests import Digests
-from .folder import FolderSource
-from .given import Given, GivenSource
-from .index import DigestIndex, index_file
+from .folder import FolderSource, require_folder
+from .given import BatchSource, Given, GivenSource
+from .index import MOST_BLOCKS, DigestIndex, index_file
 from .objects import ObjectSource
 from .parquet import open_parquet
 from .source import Samples, Source, Stamp
@@ -63,6 +64,7 @@ class Images:
         self.index_file = None if source.name is None else index_file(cache_dir, source.name)
         index = DigestIndex.load(self.index_file) if self.index_file else DigestIndex()
         self.digests, self.known = index.lookup(self.paths, self.samples.stamps)
+        self._remembered, self._index = self.known.copy(), (index.first, len(index) - index.first, index.blocks)
         self.failures: dict[int, str] = {}
         self.warnings = [*self.samples.warnings, *([index.warning] if index.warning else [])]
         self._stamps = self.samples.stamps.copy()
@@ -143,8 +145,11 @@ class Images:
             self.failures[position] = f"{type(error).__name__}: {error.strerror or error}"
             self.known[position] = False
             return None
-        self._stamps[position], self._read_ns[position] = stamp, started
-        self.digests[position] = np.frombuffer(digest_bytes(data), np.uint8)
+        digest = np.frombuffer(digest_bytes(data), np.uint8)
+        self._remembered[position] &= bool(
+            (self._stamps[position] == stamp).all() and (self.digests[position] == digest).all()
+        )
+        self._stamps[position], self._read_ns[position], self.digests[position] = stamp, started, digest
         self.known[position] = True
         return data
 
@@ -191,28 +196,51 @@ class Images:
                     bar.advance()
         self.remember()
 
-    def learn(self, digests: Digests, known: NDArray[np.bool_], failures: dict[int, str]) -> None:
-        """Take over what another process has read: digests (n, 16) where ``known`` (n,), and its failures."""
-        self.digests[known] = digests[known]
-        self.known |= known
+    @property
+    def read_here(self) -> Rows:
+        """The positions of the images that this process has read."""
+        return np.flatnonzero(self.known & (self._read_ns > 0))
+
+    def learn(self, positions: Rows, digests: Digests, failures: dict[int, str]) -> None:
+        """Take over what another process has read: ``positions`` (m,) with digests (m, 16), and its failures."""
+        self.digests[positions] = digests
+        self.known[positions] = True
         self.failures |= failures
 
     def remember(self) -> None:
-        """Keep the digests learned since the listing, beside what other processes have kept meanwhile.
+        """Keep the digests that this process has learned since it did so last, beside what others keep.
 
         An index only saves time, so that one which cannot be written is worth a warning, not an end.
         """
-        if self.index_file is None:
+        new = self.read_here
+        new = new[~self._remembered[new]]
+        if self.index_file is None or not len(new):
             return
         try:
-            index = DigestIndex.load(self.index_file)
-            index.updated(self.paths, self._stamps, self.digests, self.known, read_ns=self._read_ns).save(
-                self.index_file
-            )
+            self._append(self.index_file, new)
         except OSError as error:
             self.warnings.append(
                 f"The next run reads every image again: {self.index_file} cannot be written ({error})."
             )
+
+    def _append(self, file: Path, new: Rows) -> None:
+        """Add the rows ``new`` to the index; make one block of it where it has doubled, or is of very many."""
+        self._remembered[new] = True
+        learnt = DigestIndex().updated(
+            [self.paths[row] for row in new.tolist()],
+            self._stamps[new],
+            self.digests[new],
+            self.known[new],
+            read_ns=self._read_ns[new],
+        )
+        if not len(learnt):
+            return
+        learnt.append(file)
+        first, more, blocks = self._index
+        first, more, blocks = first or len(learnt), more + len(learnt) if first else 0, blocks + 1
+        if (more > first or blocks > MOST_BLOCKS) and DigestIndex.compact(file, self.paths, self._stamps):
+            first, more, blocks = first + more, 0, 1
+        self._index = (first, more, blocks)
 
     # -- splits and groups ------------------------------------------------------------------------------------------
 
@@ -280,6 +308,17 @@ def open_images(data: DataParams, cache_dir: Path) -> Images:
     return images
 
 
+def require_place(data: DataParams, cache_dir: Path) -> None:
+    """Refuse a ``data.root`` that is not there; nothing is listed yet.
+
+    Raises:
+        DataError: see its message.
+    """
+    source = _open_source(data, cache_dir)
+    if isinstance(source, FolderSource):
+        require_folder(Path(data.root))
+
+
 def _open_source(data: DataParams, cache_dir: Path) -> Source:
     return next(source for opens in SOURCES if (source := opens(data, cache_dir)) is not None)
 
@@ -300,4 +339,19 @@ def open_given(given: Given | Iterable[Given], data: DataParams, cache_dir: Path
     return Images(GivenSource(given, data.extensions, open_place), data, cache_dir)
 
 
-__all__ = ["SOURCES", "Given", "Images", "Samples", "Source", "open_given", "open_images"]
+def open_batch(contents: Sequence[Any], paths: Sequence[Any], data: DataParams, cache_dir: Path) -> Images:
+    """The rows of a table as images, as `BatchSource` takes them; relative paths are relative to ``data.root``."""
+    return Images(BatchSource(contents, paths, data.root), data, cache_dir)
+
+
+__all__ = [
+    "SOURCES",
+    "Given",
+    "Images",
+    "Samples",
+    "Source",
+    "open_batch",
+    "open_given",
+    "open_images",
+    "require_place",
+]

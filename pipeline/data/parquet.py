@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -206,7 +206,11 @@ def _file(shards: Shards, name: str) -> Any:
 
 
 def _open(shards: Shards, path: str) -> Any:
-    """A Parquet file, of which the footer is read.
+    return parquet_file(lambda: shards.store.open(path), path)
+
+
+def parquet_file(opens: Callable[[], BinaryIO], path: str) -> Any:
+    """A `pyarrow.parquet.ParquetFile`, of which the footer is read.
 
     Raises:
         DataError: pyarrow is not installed, or it is no Parquet file.
@@ -222,7 +226,7 @@ def _open(shards: Shards, path: str) -> Any:
             remedy='pip install "image-transfer-pipeline[parquet]"',
         ) from error
     try:
-        return pq.ParquetFile(shards.store.open(path), buffer_size=1 << 20)
+        return pq.ParquetFile(opens(), buffer_size=1 << 20)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             "A Parquet file cannot be read.", where=described(path), why=str(error), remedy="fetch or write it again"

@@ -257,7 +257,7 @@ def store_at(place: Place) -> Store:
 
 def join(folder: Place, path: str) -> str:
     """``folder/path``; the path alone where it is absolute or the folder is nothing."""
-    return path if folder == Path() else os.path.join(folder, path)
+    return path if str(folder) == "." else os.path.join(folder, path)
 
 
 def parent_of(place: Place) -> Place:

@@ -1,7 +1,8 @@
 """List image files below a folder, with their stamps, at little more than the price of the system calls; read one.
 
 A tree of 100 000 files is walked on every run, so the loop over a folder's entries does as little Python work a
-file as it can: one look-up of the suffix and one ``stat``; everything else is done in NumPy or once a folder.
+file as it can: one look-up of the suffix and one ``stat``; everything else is done in NumPy or once a folder. Where a
+``stat`` has to wait, as on a network disk, many wait at once.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import errno
 import itertools
 import os
 import stat
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -27,7 +30,10 @@ Identity = tuple[int, int]
 Extensions = Sequence[str] | Literal["all"]
 
 STAT_FIELDS = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+RESOURCE_FORKS = "__MACOSX"  # what macOS packs beside the files of an archive
 KIND_BITS = 0o170000  # of a mode: what kind of file it is
+# The first files of a folder tell what a stat takes; on a local disk it is a few microseconds, and threads cost more.
+TRIED, SLOW_SECONDS, THREADS = 64, 5e-5, 32
 _fields_and_mode = attrgetter(*STAT_FIELDS, "st_mode")
 
 
@@ -88,33 +94,47 @@ class Walker:
         return listings
 
     def _list(self, prefix: str, descriptor: int) -> Listing:
-        names: list[str] = []
-        values: list[int] = []
+        wanted: list[os.DirEntry[str]] = []
         folders: list[str] = []
         spellings = self._spellings
         with os.scandir(descriptor) as entries:
             for entry in entries:
                 name = entry.name
-                if name[0] == ".":
+                if name[0] == "." or name == RESOURCE_FORKS:
                     continue
                 suffix = name[name.rfind(".") :]
                 if suffix in spellings or self._spells(suffix):
-                    try:
-                        values += _fields_and_mode(entry.stat())
-                    except OSError as error:
-                        self._without_stat(prefix, entry, error)
-                    else:
-                        names.append(name)
+                    wanted.append(entry)
                 elif self._is_folder(prefix, entry):
                     folders.append(name)
                 else:
                     self.ignored[os.path.splitext(name)[1].lower()] += 1
-        rows = as_int64(values).reshape(len(names), len(STAT_FIELDS) + 1)
-        names, rows = self._only_files(names, rows, folders)
+        names, rows = self._only_files(*self._with_stats(prefix, wanted), folders)
         order = sorting_order(names)
         status = os.fstat(descriptor)
         stamps = np.ascontiguousarray(rows[order, :-1])
         return Listing(prefix, take(names, order), stamps, sorted(folders), (status.st_dev, status.st_ino))
+
+    def _with_stats(self, prefix: str, entries: list[os.DirEntry[str]]) -> tuple[list[str], NDArray[np.int64]]:
+        """The names of the entries that have a stat, and its fields (n, 5)."""
+        started = time.perf_counter()
+        found = list(map(_try_stat, entries[:TRIED]))
+        if time.perf_counter() - started > SLOW_SECONDS * len(found) and len(entries) > TRIED:
+            with ThreadPoolExecutor(THREADS, thread_name_prefix="stat") as pool:
+                blocks = [entries[start : start + TRIED] for start in range(TRIED, len(entries), TRIED)]
+                for block in pool.map(lambda block: list(map(_try_stat, block)), blocks):
+                    found += block
+        else:
+            found += map(_try_stat, entries[TRIED:])
+        names: list[str] = []
+        values: list[int] = []
+        for entry, fields in zip(entries, found, strict=True):
+            if isinstance(fields, OSError):
+                self._without_stat(prefix, entry, fields)
+            else:
+                names.append(entry.name)
+                values += fields
+        return names, as_int64(values).reshape(len(names), len(STAT_FIELDS) + 1)
 
     def _spells(self, suffix: str) -> bool:
         """Whether ``suffix`` is a wanted extension in another case; remembered, so that it is asked once."""
@@ -153,6 +173,14 @@ class Walker:
         return take(names, np.flatnonzero(regular)), rows[regular]
 
 
+def _try_stat(entry: os.DirEntry[str]) -> tuple[int, ...] | OSError:
+    try:
+        fields: tuple[int, ...] = _fields_and_mode(entry.stat())
+    except OSError as error:
+        return error
+    return fields
+
+
 class ListedTree:
     """A tree whose files have been listed elsewhere: what a `Walker` gives, without a file system.
 
@@ -173,7 +201,7 @@ class ListedTree:
         for path in files:
             folder, _, name = path.rpartition("/")
             parts = path.split("/")
-            if any(part.startswith(".") and part != ".." for part in parts) or "__MACOSX" in parts[:-1]:
+            if any(part.startswith(".") and part != ".." for part in parts) or RESOURCE_FORKS in parts[:-1]:
                 continue
             self._names.setdefault(f"{folder}/" if folder else "", []).append(name)
             for depth in range(len(parts) - 1):
@@ -263,10 +291,9 @@ def read_file(path: Path | str) -> tuple[bytes, Stamp]:
             raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
         data = file.read()
         after = os.fstat(descriptor)
-    row = stamp_of(after)
-    if len(data) != after.st_size or (row != stamp_of(before)).any():
+    if len(data) != after.st_size or _fields_and_mode(after) != _fields_and_mode(before):
         raise FileChanged(errno.EAGAIN, "the file changed while it was read", os.fspath(path))
-    return data, row
+    return data, stamp_of(after)
 
 
 def unreadable(folder: str, error: OSError) -> DataError:

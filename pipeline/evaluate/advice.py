@@ -242,8 +242,6 @@ def advice_lines(summary: Row) -> Iterator[str]:
             yield from _wrapped(reason["text"] + source, "  - ", "    ")
         own = [step for step in answer["steps"] if step not in shared]
         yield from _step_lines(own, len(shared) + 1) if own else [_say("nothing")]
-    if any("pipeline finetune" in step["shell"] for answer in answers for step in answer["steps"]):
-        yield from ("", *_wrapped(_say("mirrored")))
 
 
 def _step_lines(steps: Sequence[Row], first: int) -> Iterator[str]:

@@ -3,11 +3,14 @@ images, backbone and store meet."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,19 +22,21 @@ from ..data.images import Images
 from ..data.source import SPLITS, TEST, TRAIN, VAL
 from ..data.trial import find_killers
 from ..data.walk import read_file
-from ..errors import CacheError, DataError, Interrupted, MissingFeaturesError
+from ..errors import DataError, Interrupted, MissingFeaturesError, NotFiniteError
 from ..files import digest_bytes
 from ..params import CacheParams, ExtractParams, Place
 from ..runtime.cores import worker_count
 from ..runtime.distributed import World, gather
 from ..runtime.interrupt import stop_after_batch
-from ..runtime.progress import ProgressBar
+from ..runtime.progress import ProgressBar, quiet_libraries
+from .decoding import Decoding, decoding_beside
 from .drift import PixelRecord
 from .extractor import Clock, extract_features
 from .journal import Journal, journal, suspects_left_behind
-from .prepare import Preparation
+from .prepare import Decode, Preparation
 from .quarantine import BadContent, Quarantine, decoding_rule
 from .rounding import Features
+from .rows import take_rows
 from .spec import FeatureSpec
 from .store import FeatureStore, PartWriter
 from .verify import Recomputed, recompute
@@ -46,7 +51,7 @@ class FeatureTable:
     """Features as an experiment uses them, in the order of the images; unreadable images are absent.
 
     Attributes:
-        features: float32 (n, d).
+        features: float32 (n, d); `Rows`, which are looked up in a file, where they are too large for memory.
         targets: int (n,), index into ``class_names``; -1 where the image has no label, or is left out.
         paths: relative to ``root``.
         splits: int (n,), index into `SPLITS` (train, val, test).
@@ -86,7 +91,7 @@ class FeatureTable:
 
     def training_rows(self) -> tuple[Features, NDArray[np.int64], NDArray[np.int64]]:
         """Features (n, d), targets and groups (n,) of train; with views features (1 + views, n, d), the plain first."""
-        features = self.features[self.train]
+        features = take_rows(self.features, self.train)
         features = np.stack([features, *self.views]) if self.views else features
         return features, self.targets[self.train], self.groups[self.train]
 
@@ -162,6 +167,12 @@ class FeatureCache:
         rule = decoding_rule(backbone.decoder, transform.resize, transform.crop)
         self.quarantine = Quarantine(cache.dir, rule)
 
+    def of(self, images: Images) -> FeatureCache:
+        """The same features of other images; what is known of the store, and a loaded backbone, are known still."""
+        other = copy(self)
+        other.images = images
+        return other
+
     def views(self) -> Iterator[FeatureCache]:
         """The caches of the augmented views that the params ask for, of the same images."""
         for number in range(1, self._extract.views + 1):
@@ -236,8 +247,11 @@ class FeatureCache:
         """
         return self.store.read(digests)
 
-    def table(self) -> FeatureTable:
+    def table(self, memory: int | None = None) -> FeatureTable:
         """All images that are not unreadable, with their augmented views; nothing is computed.
+
+        Args:
+            memory: bytes of features, without views, above which they stay in a file; None for no limit.
 
         Raises:
             MissingFeaturesError: an image has no feature, and is not known to be unreadable.
@@ -247,15 +261,18 @@ class FeatureCache:
         missing = np.flatnonzero(~present & ~self.quarantined)
         if len(missing):
             raise self._missing(missing)
-        table = self.table_of(np.flatnonzero(present))
+        rows = np.flatnonzero(present)
+        size = 4 * len(rows) * self.store.feature_dim
+        table = self.table_of(rows, flat=memory is not None and size > memory and not self._extract.views)
         self.store.touch()
         return replace(table, views=tuple(view._view_of(table) for view in self.views()))
 
-    def table_of(self, rows: NDArray[np.int64]) -> FeatureTable:
-        """The images at ``rows``, each with a feature."""
+    def table_of(self, rows: NDArray[np.int64], *, flat: bool = False) -> FeatureTable:
+        """The images at ``rows``, each with a feature; ``flat``: their features stay in a file."""
         images, digests = self.images, self.images.digests[rows]
-        features = self.store.read(digests)
-        finite = np.isfinite(features).all(axis=1)
+        features: Any = self.store.flat(digests) if flat else self.store.read(digests)
+        blocks = features.blocks() if flat else [slice(None)]
+        finite = np.concatenate([np.isfinite(features[block]).all(axis=1) for block in blocks])
         if not finite.all():  # from before such features were refused
             raise self._not_finite(digests[~finite], f"can be used: move {self.store.folder} away and extract again")
         return FeatureTable(
@@ -366,16 +383,18 @@ class FeatureCache:
         started = time.perf_counter()
         with (
             stop_after_batch() as interruption,
+            quiet_libraries(),
             ProgressBar("embedding", len(positions), quiet=self._quiet) as bar,
             self.images.reading_ahead(positions.tolist()),
         ):
             try:
-                with ExitStack() as writing:
+                with ExitStack() as open_now:
+                    decode = open_now.enter_context(self._decoding_beside(len(positions)))
                     for writer in writers:
-                        writing.enter_context(writer)
+                        open_now.enter_context(writer)
                     clock = extract_features(
                         positions.tolist(),
-                        self._preparation(opened, caches),
+                        self._preparation(decode, opened, caches),
                         forward_together([cache.backbone for cache in caches]),
                         sink,
                         workers=self._workers,
@@ -393,23 +412,30 @@ class FeatureCache:
             raise self._not_finite(lost, "was put into the cache; those of the other images were")
         return Filled(np.concatenate([empty_digests(), *computed]), clock, seconds)
 
-    def _not_finite(self, digests: Digests, put: str) -> CacheError:
+    def _not_finite(self, digests: Digests, put: str) -> NotFiniteError:
         rows = np.flatnonzero(self.images.known & (locate(digests, self.images.digests) >= 0))
         examples = ", ".join(repr(self.images.paths[row]) for row in rows[:EXAMPLES])
-        return CacheError(
+        return NotFiniteError(
             f"The features of {len(digests)} images hold NaN or infinity; none of them {put}.",
             where=f"{self.images.root}: {examples}{' ...' if len(rows) > EXAMPLES else ''}",
             why="the network overflows on them, in float32 too",
             remedy="check transform.mean and transform.std, and the weights file",
         )
 
-    def _preparation(self, opened: Journal, caches: Sequence[FeatureCache]) -> Preparation:
+    @property
+    def _decoding(self) -> Decoding:
+        return Decoding(self.backbone.decoder, self.view, self.backbone.transform.framing)
+
+    def _decoding_beside(self, images: int) -> AbstractContextManager[Decode]:
+        on_cpu = self.backbone.device.type == "cpu"
+        return decoding_beside(self._decoding, images=images, workers=self._workers, on_cpu=on_cpu)
+
+    def _preparation(self, decode: Decode, opened: Journal, caches: Sequence[FeatureCache]) -> Preparation:
         return Preparation(
             self.images,
-            set.intersection(*({row.tobytes() for row in cache.store.digests} for cache in caches)),
+            lambda digest: all(cache.store.contains(stack_digests([digest]))[0] for cache in caches),
             self.quarantine,
-            decode=self.backbone.decoder,
-            crop=lambda image, digest: self.view.pixels(image, digest, self.backbone.transform),
+            decode=decode,
             in_hand=opened.in_hand,
         )
 
@@ -427,15 +453,14 @@ class FeatureCache:
         return after
 
     def _together(self, filled: Filled) -> Filled:
-        """What all processes did, each learning what the others have read."""
-        images = self.images
-        mine = (images.digests, images.known, images.failures, filled)
-        shares = gather(mine, self._world)
+        """What all processes did, each learning what the others have read now."""
+        images, new = self.images, self.images.read_here
+        shares = gather((new, images.digests[new], images.failures, filled), self._world)
         if len(shares) == 1:
             return filled
         clock = Clock()
-        for digests, known, failures, share in shares:
-            images.learn(digests, known, failures)
+        for positions, digests, failures, share in shares:
+            images.learn(positions, digests, failures)
             clock.add(share.clock)
         computed = np.concatenate([share.computed for *_, share in shares])
         return Filled(computed, clock, max(share.seconds for *_, share in shares))
@@ -449,6 +474,9 @@ class FeatureCache:
                 reason = Reason.KILLS_DECODER
                 self.quarantine.add(digest, BadContent(paths[digest], reason.value, end, reason.remedy))
             self.quarantine.save()
+            # What was in a batch of another process, or in a store, is found again by whoever is given it next.
+            known = {*contents, *self.quarantine.digests}
+            suspects[:] = [each for each in suspects if each.digest in known or os.path.isabs(each.path)]
 
     def _suspect(self, digest: bytes, path: str) -> bytes | None:
         """The bytes of a suspect, if it still is what it was and is not known to be bad."""
@@ -470,7 +498,7 @@ class FeatureCache:
         record.confirm(decoder_versions(), self._pixels_of, self._bytes_of)
 
     def _pixels_of(self, data: bytes) -> Pixels:
-        return self.view.pixels(self.backbone.decoder(data), digest_bytes(data), self.backbone.transform)
+        return self._decoding(data, digest_bytes(data))
 
     def _bytes_of(self, digest: bytes) -> bytes | None:
         """An image with this content; those whose content is not known are read to find it."""

@@ -2,7 +2,7 @@
 
 On a CPU every core runs whole tasks - decode a few images, or one forward pass on a single torch thread - so that
 no core waits for another inside a layer, and a feature does not depend on the number of cores. On a GPU the
-cores decode and two streams feed the device.
+cores decode, and a few threads wait for the batches that it has in hand.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from itertools import islice
 from typing import Protocol
 
 from ..backbones import Features, Forward, Pixels
+from ..backbones.backbone import SLOTS
 from ..data.digests import Digests, stack_digests
 from ..runtime.interrupt import Interruption
 from ..runtime.memory import reuse_freed_memory
@@ -99,9 +100,11 @@ def extract_features(
         Whatever ``prepare``, ``forward`` or ``sink`` raise; rows handed to the sink before stay there.
     """
     on_cpu = forward.device.type == "cpu"
+    reuse_freed_memory()
     with single_threaded_torch(on_cpu), ThreadPoolExecutor(workers) as pool, _forward_pool(pool, on_cpu) as forwards:
         flow = _Flow(prepare, forward, sink, pool, forwards, seen)
-        ahead = max(2 * workers, (workers + 1) * forward.batch_size // CHUNK)
+        # A batch that grows, and one for each that can be forwarded as soon as it is whole.
+        ahead = max(2 * workers, (workers + 1 if on_cpu else 2) * forward.batch_size // CHUNK)
         try:
             flow.run(positions, ahead=ahead, interruption=interruption)
         except BaseException:
@@ -130,8 +133,7 @@ def _forward_pool(pool: Executor, on_cpu: bool) -> Iterator[Executor]:
     if on_cpu:
         yield pool
         return
-    # Two calls in flight keep the device busy while the host copies.
-    with ThreadPoolExecutor(2) as forwards:
+    with ThreadPoolExecutor(SLOTS) as forwards:
         yield forwards
 
 
@@ -164,7 +166,7 @@ class _Flow:
             self._take_prepared()
             while len(self.waiting) >= self.forward.batch_size:
                 self._submit(self.forward.batch_size)
-            self._drain(keep=3)
+            self._drain(keep=SLOTS)
         if self.waiting:
             self._submit(len(self.waiting))
         self._drain(keep=0)

@@ -20,9 +20,11 @@ import h5py
 
 from ..data.index import INDEX_FOLDER
 from ..errors import CacheError
-from ..files import TEMPORARY_PREFIX, file_lock, human_bytes, temporary_name
+from ..files import TEMPORARY_PREFIX, digest_file, file_lock, human_bytes, temporary_name
 from .parts import DAMAGED_PREFIX, HDF5_ERRORS, DamagedPart, Part, Proofs, check_part, part_names, part_of, set_aside
 from .quarantine import FOLDER as QUARANTINE_FOLDER
+from .rows import PREFIX as ROWS_PREFIX
+from .rows import SUFFIX as ROWS_SUFFIX
 from .spec import FeatureSpec
 from .store import LOCK_FILE, SPEC_FILE, USED_FILE, read_spec
 
@@ -145,7 +147,7 @@ class KeyProof:
 def verify_key(folder: Path) -> KeyProof:
     """Read every byte of a key: parts against the digests in their names, the spec against the folder's name.
 
-    Damaged parts are set aside; their rows are computed again by the next extract.
+    Damaged parts are set aside; their rows are computed again by the next extract. So are copies in row order.
     """
     problems = [] if read_spec(folder / SPEC_FILE) else [f"{folder / SPEC_FILE} is missing or damaged."]
     whole: list[Part] = []
@@ -164,6 +166,10 @@ def verify_key(folder: Path) -> KeyProof:
             problems.append(set_aside(folder / name, problem))
         else:
             whole.append(part_of(folder / name, data))
+    for file in _flat_rows(folder):
+        size += size_of(file)
+        if digest_file(file).hex() not in file.name:
+            problems.append(set_aside(file, "its bytes do not match the digest in its name"))
     return KeyProof(len(whole), sum(len(part.digests) for part in whole), size, tuple(problems))
 
 
@@ -246,7 +252,7 @@ def _spec_of(folder: Path, parts: list[Part]) -> FeatureSpec | None:
 
 @dataclass(frozen=True)
 class Garbage:
-    """A file or folder that can go: its kind (key, index, quarantine, damaged, leftover), its bytes, and why."""
+    """A file or folder that can go: its kind (key, index, quarantine, rows, damaged, leftover), its bytes, and why."""
 
     path: Path
     kind: str
@@ -274,10 +280,11 @@ def find_garbage(
         *_unused_keys(cache_dir, days, named_keys, now),
         *_old_indexes(cache_dir, days, now),
         *_old_notes(cache_dir, days, now),
+        *_old_rows(cache_dir, days, now),
     ]
     gone = {item.path for item in garbage}
     small = [*_damaged(cache_dir), *_leftovers(cache_dir, now)]
-    return [*garbage, *(item for item in small if item.path.parent not in gone)]
+    return [item for item in [*garbage, *small] if item.path.parent not in gone]
 
 
 def remove_garbage(
@@ -354,6 +361,18 @@ def _old_notes(cache_dir: Path, days: float, now: float) -> Iterator[Garbage]:
         idle = (now - max(modified(path) for path in (folder, *folder.iterdir()))) / DAY
         if idle >= days:
             yield Garbage(folder, "quarantine", size_of(folder), f"notes of unreadable images, {idle:.0f} days old")
+
+
+def _flat_rows(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{ROWS_PREFIX}*{ROWS_SUFFIX}"))
+
+
+def _old_rows(cache_dir: Path, days: float, now: float) -> Iterator[Garbage]:
+    """Copies of features in the order of a data set: made again from the parts when they are needed."""
+    for file in (file for folder in key_folders(cache_dir) for file in _flat_rows(folder)):
+        idle = (now - modified(file)) / DAY
+        if idle >= days:
+            yield Garbage(file, "rows", size_of(file), f"features in row order, not used for {idle:.0f} days")
 
 
 def _damaged(cache_dir: Path) -> Iterator[Garbage]:

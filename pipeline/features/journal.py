@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,7 +21,9 @@ from .store import cannot_write
 
 FOLDER, SUFFIX = "journal", ".slots"
 # A slot: the length of the path, 0 while nothing is in hand; the content's digest; the path.
-SLOT = 4096 + DIGEST_BYTES + 2
+PATH_BYTES = 4096
+SLOT = PATH_BYTES + DIGEST_BYTES + 2
+LEFT_SECONDS = 86_400.0
 EMPTY = b"\0\0"
 
 
@@ -81,7 +84,7 @@ class Journal:
             CacheError: the cache folder cannot be written.
         """
         slot = self._free.pop()
-        name = os.fsencode(path)
+        name = os.fsencode(path)[:PATH_BYTES]
         self._write(len(name).to_bytes(2, "little") + digest + name, slot)
         try:
             yield
@@ -101,21 +104,23 @@ class Journal:
 def suspects_left_behind(cache_dir: Path) -> Iterator[list[Suspect]]:
     """What processes that have ended without closing their journal had in hand; forgotten when the block ends well.
 
-    A journal that another process looks through at the moment is left to it.
+    A journal that another process looks through at the moment is left to it. A suspect that the block takes out of the
+    list is left to processes that have its content, for a day.
     """
     descriptors: list[int] = []
-    files: list[Path] = []
-    suspects: list[Suspect] = []
+    found: dict[Path, list[Suspect]] = {}
     try:
         for file in sorted((cache_dir / FOLDER).glob(f"*{SUFFIX}")):
             with suppress(OSError):  # in use, or gone, or not ours to read
                 descriptors.append(os.open(file, os.O_RDWR | os.O_CLOEXEC))
                 if lock_file(descriptors[-1], shared=False, blocking=False):
-                    suspects += _read_slots(file.read_bytes())
-                    files.append(file)
+                    found[file] = list(_read_slots(file.read_bytes()))
+        suspects = [suspect for file in found.values() for suspect in file]
         yield suspects
-        for file in files:
-            file.unlink(missing_ok=True)
+        for file, its in found.items():
+            with suppress(FileNotFoundError):
+                if set(its) <= set(suspects) or time.time() - file.stat().st_mtime > LEFT_SECONDS:
+                    file.unlink()
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

@@ -17,10 +17,10 @@ from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from ..data.digests import Digests
 from ..files import canonical_json, digest_bytes, publish_file, seal_json, unseal_json
-from .rounding import Features
 from .spec import FeatureSpec
 
 VERIFIED_FILE = "verified.json"
@@ -30,6 +30,8 @@ DAMAGED_PREFIX = "damaged-"
 SAFE_NS = 2_000_000_000
 # So many rows are published at the latest; more parts cost little, and a kill loses less.
 PART_ROWS = 4096
+# Where no more than one row in so many is wanted, the others are not read.
+FEW = 16
 HDF5_ERRORS = (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError)
 
 Stat = tuple[int, int, int, int]
@@ -48,10 +50,19 @@ class Part:
     width: int
     dtype: str
 
-    def read(self) -> Features:
-        """Features (n, d) in float32, in the part's own order."""
+    def read(self, rows: NDArray[np.int64] | None = None) -> np.ndarray:
+        """Features (m, d) of ``rows`` (m,), or all in the part's own order, of the type in which they are stored."""
         with h5py.File(self.path, "r") as file:
-            return np.asarray(file["features"][:], np.float32)
+            features = file["features"]
+            if rows is None or len(rows) * FEW > len(self.digests):
+                return np.asarray(features[:] if rows is None else features[:][rows])
+            chosen, place = np.unique(rows, return_inverse=True)
+            return np.asarray(features[chosen][place])
+
+    @property
+    def size(self) -> int:
+        """Bytes of the rows."""
+        return len(self.digests) * self.width * np.dtype(self.dtype).itemsize + self.digests.nbytes
 
 
 class Proofs:

@@ -6,16 +6,13 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from PIL import Image
-
 from ..backbones import Pixels
 from ..data.decode import BadImage
 from ..data.images import Images
 from .extractor import Clock, Prepared
 from .quarantine import BadContent, Quarantine
 
-Decode = Callable[[bytes], Image.Image]
-Crop = Callable[[Image.Image, bytes], Pixels]
+Decode = Callable[[bytes, bytes], Pixels]
 InHand = Callable[[str, bytes], AbstractContextManager[None]]
 
 
@@ -27,23 +24,23 @@ class Preparation:
     """The ``prepare`` of an extraction: each content that has no feature yet is decoded once, whatever its paths.
 
     Args:
-        have: contents that need no forward pass.
-        crop: image and digest to uint8 pixels (3, h, w); the digest seeds augmented views.
+        have: whether a content (its digest) needs no forward pass.
+        decode: bytes and digest to uint8 pixels (3, h, w); the digest seeds augmented views.
         in_hand: guards the decoding of a path with a digest, so that a crash can be traced to it.
     """
 
     def __init__(
         self,
         images: Images,
-        have: set[bytes],
+        have: Callable[[bytes], bool],
         quarantine: Quarantine,
         *,
         decode: Decode,
-        crop: Crop,
         in_hand: InHand = _unguarded,
     ) -> None:
         self.images, self.quarantine = images, quarantine
-        self._claimed, self._decode, self._crop, self._in_hand = have, decode, crop, in_hand
+        self._have, self._decode, self._in_hand = have, decode, in_hand
+        self._claimed: set[bytes] = set()
         self._lock = threading.Lock()
 
     def __call__(self, position: int, clock: Clock) -> Prepared:
@@ -60,7 +57,7 @@ class Preparation:
 
     def _claim(self, digest: bytes) -> bool:
         with self._lock:
-            if digest in self._claimed or self.quarantine.get(digest):
+            if digest in self._claimed or self.quarantine.get(digest) or self._have(digest):
                 return False
             self._claimed.add(digest)
             return True
@@ -69,7 +66,7 @@ class Preparation:
         path = self.images.path(position)
         try:
             with self._in_hand(path, digest):
-                return self._crop(self._decode(data), digest)
+                return self._decode(data, digest)
         except BadImage as bad:
             self.quarantine.add(digest, BadContent(path, bad.reason.value, bad.detail, bad.reason.remedy))
             return None

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from ..data.digests import Digests, DigestTable, empty_digests, first_occurrences
 from ..errors import CacheError, MissingFeaturesError
-from ..files import file_lock, publish_file
+from ..files import digest_bytes, digest_file, file_lock, publish_file, publish_written, temporary_name
+from .merge import merge_parts, parts_to_merge
 from .parts import (
     HDF5_ERRORS,
     PART_ROWS,
@@ -30,20 +31,19 @@ from .parts import (
     Part,
     Proofs,
     build_part,
-    check_part,
     part_name,
     part_names,
     set_aside,
-    stored_rows,
 )
 from .rounding import Features, survives_float16
+from .rows import PREFIX as ROWS_PREFIX
+from .rows import SUFFIX as ROWS_SUFFIX
+from .rows import Rows
 from .spec import FeatureSpec
 
 SPEC_FILE = "spec.json"
 USED_FILE = "used"
 LOCK_FILE = ".lock"
-# So many small parts become one.
-MERGE_AT = 16
 READ_AGAIN = 3
 
 
@@ -109,8 +109,20 @@ class FeatureStore:
 
     def refresh(self) -> None:
         """See what other processes have published or removed since; damaged parts are set aside and named."""
+        names, proofs = self._names(), Proofs(self.folder)
+        for _ in range(READ_AGAIN):
+            opened = {name: self._parts.get(name) or self._open_part(self.folder / name, proofs) for name in names}
+            # Parts that were merged meanwhile may have been listed neither before nor after.
+            if names == (names := self._names()):
+                break
+        parts = {name: part for name, part in opened.items() if part}
+        if parts.keys() != self._parts.keys():
+            self._parts, self._sorted = parts, None
+        proofs.save(set(self._parts))
+
+    def _names(self) -> list[str]:
         try:
-            names = sorted(part_names(self.folder))
+            return sorted(part_names(self.folder))
         except OSError as error:
             raise CacheError(
                 "A folder of the feature cache cannot be read.",
@@ -118,11 +130,6 @@ class FeatureStore:
                 why=str(error),
                 remedy="give permission to read it, or set cache.dir to another folder",
             ) from error
-        proofs = Proofs(self.folder)
-        opened = {name: self._parts.get(name) or self._open_part(self.folder / name, proofs) for name in names}
-        self._parts = {name: part for name, part in opened.items() if part}
-        self._sorted = None
-        proofs.save(set(self._parts))
 
     def _open_part(self, path: Path, proofs: Proofs) -> Part | None:
         try:
@@ -137,8 +144,8 @@ class FeatureStore:
 
     @property
     def parts(self) -> list[Part]:
-        """All whole parts, by name."""
-        return [self._parts[name] for name in sorted(self._parts)]
+        """All whole parts, those published since the last look behind the others."""
+        return list(self._parts.values())
 
     @property
     def _table(self) -> DigestTable:
@@ -169,25 +176,72 @@ class FeatureStore:
         return self._read(digests)
 
     def _read(self, digests: Digests) -> Features:
+        features = np.empty((len(digests), self.feature_dim), np.float32)
+        for part, mine, rows in self._places(digests):
+            features[mine] = self._rows(part, rows)
+        return features
+
+    def _places(self, digests: Digests) -> list[tuple[Part, NDArray[np.int64], NDArray[np.int64]]]:
+        """Each part that holds some of the contents: which of ``digests`` these are, and in which rows of the part."""
         row = self._table.locate(digests)
         if (row < 0).any():
             missing = np.flatnonzero(row < 0)
             raise MissingFeaturesError(f"{len(missing)} of {len(digests)} images have no feature.", where=self.folder)
-        features = np.empty((len(digests), self.feature_dim), np.float32)
         ends = np.cumsum([len(part.digests) for part in self.parts])
         owner = np.searchsorted(ends, row, side="right")
         order = np.argsort(owner, kind="stable")
-        for number, mine in zip(*_runs(owner[order], order), strict=True):
-            part = self.parts[number]
-            features[mine] = self._rows(part)[row[mine] - (ends[number] - len(part.digests))]
-        return features
+        parts, runs = self.parts, zip(*_runs(owner[order], order), strict=True)
+        return [(parts[i], mine, row[mine] - (ends[i] - len(parts[i].digests))) for i, mine in runs]
 
-    def _rows(self, part: Part) -> Features:
+    def flat(self, digests: Digests) -> Rows:
+        """As `read`, without holding all in memory: a file in the order of ``digests``, made when there is none.
+
+        Float16 unless one of the rows is stored in float32.
+
+        Raises:
+            MissingFeaturesError: some have none.
+            CacheError: the file cannot be written.
+        """
+        name = f"{ROWS_PREFIX}{digest_bytes(digests.tobytes()).hex()[:16]}-"
+        for file in self.folder.glob(f"{name}*{ROWS_SUFFIX}"):
+            with suppress(OSError, ValueError):
+                rows = Rows(file)
+                if rows.shape == (len(digests), self.feature_dim):
+                    os.utime(file)
+                    return rows
         try:
-            return part.read()
+            for _ in range(READ_AGAIN):
+                with suppress(FileNotFoundError):
+                    return self._make_flat(name, digests)
+                self.refresh()  # a part was merged into another
+            return self._make_flat(name, digests)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+
+    def _make_flat(self, name: str, digests: Digests) -> Rows:
+        places = self._places(digests)
+        dtype = np.result_type(np.float16, *(np.dtype(part.dtype) for part, *_ in places))
+        temporary = temporary_name(self.folder / f"{name}{ROWS_SUFFIX}")
+        try:
+            np.lib.format.open_memmap(temporary, "w+", dtype, (len(digests), self.feature_dim)).flush()
+            for part, mine, rows in places:
+                # A map for each part: what was written need not stay in memory.
+                np.load(temporary, mmap_mode="r+")[mine] = self._rows(part, rows)
+            file = self.folder / f"{name}{digest_file(temporary).hex()}{ROWS_SUFFIX}"
+            publish_written(temporary, file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return Rows(file)
+
+    def _rows(self, part: Part, rows: NDArray[np.int64]) -> np.ndarray:
+        try:
+            return part.read(rows)
         except FileNotFoundError:
             raise
         except HDF5_ERRORS as error:
+            if not part.path.exists():  # it went while libhdf5 opened it
+                raise FileNotFoundError(part.path) from error
             raise CacheError(
                 "A part of the feature cache can no longer be read.",
                 where=part.path,
@@ -220,35 +274,17 @@ class FeatureStore:
         data = build_part(features, digests, self.spec)
         path = self.folder / part_name(data)
         _publish(path, data)
-        self._parts[path.name] = Part(path, digests, self.feature_dim, features.dtype.name)
-        self._sorted = None
+        if path.name not in self._parts:
+            self._parts[path.name] = Part(path, digests, self.feature_dim, features.dtype.name)
+            self._sorted = None if self._sorted is None else self._sorted.extended(digests)
         return path
 
     def _merge_small_parts(self) -> None:
-        """Make one part of many, as log-structured stores do: of `MERGE_AT` of a size class, each class eight times the
-        last. Its rows keep their bytes, and its sources go when it is there; whoever misses one looks again."""
+        """Keep the key quick to open. It only saves time: what cannot be merged now stays as it is."""
         self.refresh()
-        classes: dict[tuple[str, int], list[Part]] = {}
-        for part in self.parts:
-            if 0 < len(part.digests) <= PART_ROWS // MERGE_AT:
-                classes.setdefault((part.dtype, (len(part.digests).bit_length() - 1) // 3), []).append(part)
-        for parts in classes.values():
-            if len(parts) >= MERGE_AT:
-                # It only saves time: what cannot be merged now stays as it is.
-                with suppress(OSError, CacheError):
-                    self._merge(parts)
-
-    def _merge(self, parts: list[Part]) -> None:
-        contents = [part.path.read_bytes() for part in parts]
-        for part, data in zip(parts, contents, strict=True):
-            if check_part(part.path.name, data, self.spec.key, self.feature_dim):
-                return  # damaged since it was opened: the next opening sets it aside
-        digests = np.concatenate([part.digests for part in parts])
-        once = first_occurrences(digests)
-        data = build_part(np.concatenate([stored_rows(data) for data in contents])[once], digests[once], self.spec)
-        publish_file(self.folder / part_name(data), data)
-        for part in parts:
-            part.path.unlink(missing_ok=True)
+        for parts in list(parts_to_merge(self.parts)):
+            with suppress(OSError):
+                merge_parts(parts, self.spec)
         self.refresh()
 
 

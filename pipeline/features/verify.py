@@ -37,6 +37,7 @@ class Tolerance:
 # and libraries (convolutions in TF32, another order of sums), and are far below the distance of two images.
 TOLERANCES = {
     "float32": Tolerance(0.9999, 0.01, 1e-3),
+    "tf32": Tolerance(0.999, 0.05, 3e-3),
     "float16": Tolerance(0.999, 0.05, 3e-3),
     "bfloat16": Tolerance(0.98, 0.25, 5e-3),
 }
@@ -170,7 +171,7 @@ def _choose(images: Images, backbone: Backbone, view: View, store: FeatureStore,
         if digest not in have or digest in chosen.digests:
             continue
         try:
-            pixels = view.pixels(backbone.decoder(data), digest, backbone.transform)
+            pixels = view.pixels(backbone.decoder(data), digest, backbone.transform.framing)
         except BadImage as bad:
             chosen.problems.append(f"{path!r} has a feature but no longer decodes: {bad}.")
             continue

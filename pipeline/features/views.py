@@ -6,24 +6,20 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from ..backbones import Pixels, Transform
+from ..data.framing import RESAMPLING, Framing
 from ..runtime.seeds import make_generator
 from .spec import PLAIN_VIEW
 
 RULE = "crop-flip-1"
 SCALE, RATIO, TRIES = (0.35, 1.0), (3 / 4, 4 / 3), 10
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
 
 
 @dataclass(frozen=True)
 class View:
-    """What of an image the backbone is shown: number 0 what the transform says, others a random part of it."""
+    """What of an image the backbone is shown: number 0 what its framing says, others a random part of it."""
 
     number: int = 0
     seed: int = 0
@@ -33,20 +29,20 @@ class View:
         """How a feature spec names it."""
         return f"{RULE}/{self.seed}/{self.number}" if self.number else PLAIN_VIEW
 
-    def pixels(self, image: Image.Image, digest: bytes, transform: Transform) -> Pixels:
+    def pixels(self, image: Image.Image, digest: bytes, framing: Framing) -> NDArray[np.uint8]:
         """Pixels (3, crop, crop) of an RGB image; those of a random part are mirrored every other time.
 
         Seed, number and the image's content determine the part. It is drawn as in torchvision's RandomResizedCrop
         (Szegedy et al. 2015), with 35 to 100 % of the area.
         """
         if not self.number:
-            return transform.pixels(image)
+            return framing.pixels(image)
         generator = make_generator(RULE, self.seed, self.number, digest)
         box = _random_box(image.size, generator)
-        part = image.resize((transform.crop, transform.crop), RESAMPLING[transform.interpolation], box=box)
+        part = image.resize((framing.crop, framing.crop), RESAMPLING[framing.interpolation], box=box)
         if generator.random() < 0.5:
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.ascontiguousarray(np.asarray(part, np.uint8).transpose(2, 0, 1))
+        return np.asarray(part, np.uint8).transpose(2, 0, 1)
 
 
 PLAIN = View()

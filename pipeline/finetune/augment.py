@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from ..params.sections import AugmentParams
+from ..runtime.device import to_device
 from ..runtime.seeds import make_generator
 
 RATIO = (3 / 4, 4 / 3)  # aspect ratios of random crops
@@ -216,7 +217,7 @@ def mix_images(
     share = float(random.beta(cutmix, cutmix) if cut else random.beta(mixup, mixup))
     box = _mix_box(random, images.shape[-2], images.shape[-1], share)
     order = make_generator("partners", *place, rank).permutation(len(images))
-    partners = torch.from_numpy(order).to(images.device)
+    partners = to_device(order, images.device)
     if not cut:
         return Mix(torch.lerp(images[partners], images, share), partners, share)
     top, bottom, left, right = box

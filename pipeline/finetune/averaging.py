@@ -95,25 +95,30 @@ def interpolate(
     *,
     by: Criterion,
     images: Callable[[], Iterable[Tensor]],
+    judges: int,
 ) -> tuple[float, StateDict]:
     """The best point of the line between two states by ``score`` (WiSE-FT, Wortsman et al. 2022).
 
-    The line often holds a classifier better than either end, above all away from the training data.
+    The line often holds a classifier better than either end, above all away from the training data. It is left at its
+    start where what another point gains may as well be chance.
 
     Args:
+        judges: images that ``score`` looks at.
         images: normalised batches of train (n, 3, h, w); where BatchNorm statistics moved, those of a mix are
             estimated anew from them, since the mean of two statistics describes neither network.
 
     Returns:
         the share (0 is ``start``, 1 ``tuned``) and its state, which ``classifier`` ends up holding.
     """
-    best: tuple[float, StateDict, SelectionScore] | None = None
-    for share in SHARES:
+    first, *others = SHARES
+    best = at_start = first, take_mix(classifier, start, tuned, first, images=images), score(classifier)
+    for share in others:
         state = take_mix(classifier, start, tuned, share, images=images)
         reached = score(classifier)
-        if best is None or reached.beats(best[2], by):
+        if reached.beats(best[2], by):
             best = share, state, reached
-    assert best is not None
+    if not best[2].gains_on(at_start[2], by, images=judges):
+        best = at_start
     classifier.load_state_dict(best[1])
     return best[:2]
 

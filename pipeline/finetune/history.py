@@ -14,6 +14,9 @@ from ..errors import FinetuneError
 
 Criterion = Literal["log_loss", "accuracy"]
 
+# Log likelihood that a choice has to gain: one for each number chosen, the epoch and the share (Akaike 1974).
+NATS = 2.0
+
 
 @dataclass(frozen=True)
 class SelectionScore:
@@ -37,6 +40,12 @@ class SelectionScore:
     def beats(self, other: SelectionScore, by: Criterion) -> bool:
         """Whether this is strictly the better one."""
         return self.key(by) > other.key(by)
+
+    def gains_on(self, start: SelectionScore, by: Criterion, *, images: int) -> bool:
+        """Whether ``images`` show that leaving the ``start`` pays: by more than `NATS`, where loss counts."""
+        if by == "accuracy":
+            return self.beats(start, by)
+        return images * (self.key(by)[0] - start.key(by)[0]) > NATS
 
 
 @dataclass(frozen=True, kw_only=True)

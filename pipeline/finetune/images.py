@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..params.sections import FinetuneParams
-from ..runtime.cores import usable_cores
+from ..runtime.cores import worker_count
+from ..runtime.device import on_device
 from ..runtime.distributed import World
 from ..runtime.seeds import make_generator
 
@@ -25,6 +26,7 @@ CACHE_LIMIT = 4 << 30  # bytes that `auto` never exceeds
 MEMORY_SHARE = 0.25  # of the memory that is free when training starts
 AHEAD = 3  # batches prepared before they are needed
 WORKERS_LIMIT = 16
+CPU = torch.device("cpu")
 PixelsOf = Callable[[int], NDArray[np.uint8]]
 
 
@@ -180,27 +182,35 @@ def plan_epoch(count: int, params: FinetuneParams, *, epoch: int, world: World |
     return batches
 
 
-def resolve_workers(workers: int | Literal["auto"], device: torch.device) -> int:
-    """Threads that prepare images: beside a GPU all cores, on the CPU about half, whose other half computes."""
+def resolve_workers(workers: int | Literal["auto"], device: torch.device, world: World | None = None) -> int:
+    """Threads that prepare images: beside a GPU all of this process's share of the cores, on the CPU half of it."""
     if workers != "auto":
         return workers
-    cores = usable_cores()
+    cores = worker_count("auto", world)
     return min(cores, WORKERS_LIMIT) if device.type == "cuda" else max(1, min(cores // 2, WORKERS_LIMIT))
 
 
 def prepare_batches(
-    rows: Sequence[NDArray[np.int64]], pixels_of: PixelsOf, *, size: int, workers: int, pin: bool = False
+    rows: Sequence[NDArray[np.int64]],
+    pixels_of: PixelsOf,
+    *,
+    size: int,
+    workers: int,
+    device: torch.device = CPU,
 ) -> Iterator[Tensor]:
     """Pixels of each entry of ``rows`` in turn: uint8 (n, 3, size, size) in channels-last memory.
 
     Pillow lets go of the interpreter's lock while it decodes and resizes, so threads suffice. An error of one image
     is raised where its batch is asked for.
+
+    Args:
+        device: where they go: on the way to a GPU their memory is pinned.
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
     waiting: deque[tuple[Tensor, list[Future[None]]]] = deque()
     try:
         for batch in rows:
-            waiting.append(_submit(pool, batch, pixels_of, size=size, workers=workers, pin=pin))
+            waiting.append(_submit(pool, batch, pixels_of, size=size, workers=workers, device=device))
             if len(waiting) > AHEAD:
                 yield _finished(waiting.popleft())
         while waiting:
@@ -210,9 +220,16 @@ def prepare_batches(
 
 
 def _submit(
-    pool: ThreadPoolExecutor, rows: NDArray[np.int64], pixels_of: PixelsOf, *, size: int, workers: int, pin: bool
+    pool: ThreadPoolExecutor,
+    rows: NDArray[np.int64],
+    pixels_of: PixelsOf,
+    *,
+    size: int,
+    workers: int,
+    device: torch.device,
 ) -> tuple[Tensor, list[Future[None]]]:
-    batch = torch.empty((len(rows), size, size, 3), dtype=torch.uint8, pin_memory=pin)
+    with on_device(device):
+        batch = torch.empty((len(rows), size, size, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = batch.numpy()
 
     def fill(positions: range) -> None:

@@ -114,7 +114,7 @@ class SelectionSet:
         self.images, self.transform, self.setup, self.augment = images, transform, setup, augment
         self.cools = params.calibrate == "temperature"
         self.seed, self.size = params.seed, transform.crop if augment is None else augment.size
-        self.workers = resolve_workers(params.workers, setup.device)
+        self.workers = resolve_workers(params.workers, setup.device, setup.world)
         rows, size = np.arange(setup.world.rank, len(images), setup.world.size), params.batch_size
         self._batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         self._keeps = len(rows) * 3 * self.size**2 <= cache_budget(params.image_cache_mb)

@@ -15,7 +15,7 @@ from torch import nn
 from ..artifacts import BackboneRecord, RunModel, list_runs, read_model, resolve_run
 from ..errors import FinetuneError, RunError
 from ..features.cache import FeatureTable
-from ..heads import kinds_of_layers, make_head, standardisation
+from ..heads import head_device, kinds_of_layers, make_head, standardisation
 from ..heads.common import Features, Floats
 from ..params import FinetuneParams, HeadParams
 from ..runtime.cores import usable_cores
@@ -72,7 +72,13 @@ def probe_start(
     X = table.features[rows]
     mean, scale = _moments(X, section.standardize)
     changed = {"kind": kind, "calibrate": "none", "standardize": False}
-    head = make_head(kind, section.model_copy(update=changed), class_names=table.class_names, jobs=usable_cores())
+    head = make_head(
+        kind,
+        section.model_copy(update=changed),
+        class_names=table.class_names,
+        jobs=usable_cores(),
+        device=head_device(setup.device),
+    )
     head.fit(_scaled(X, mean, scale), table.targets[rows], table.groups[rows])
     layers = head.as_layers()
     assert layers is not None and len(head.classes_) == len(table.class_names)

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import DeviceError, FinetuneError
 from ..params import FinetuneParams
 from ..params.sections import Precision
+from ..runtime.device import to_device
 from ..runtime.distributed import World
 from ..runtime.seeds import derive_seed
 from .augment import Augment, Mix, mix_images
@@ -162,7 +163,8 @@ class TrainableClassifier:
 
     def __init__(self, classifier: Classifier, params: FinetuneParams, setup: Setup) -> None:
         self.params, self.setup = params, setup
-        if params.sync_batchnorm and setup.world.size > 1 and setup.device.type == "cuda":
+        moves = setup.batchnorm == "train"  # fixed statistics have nothing to tell one another
+        if params.sync_batchnorm and moves and setup.world.size > 1 and setup.device.type == "cuda":
             classifier = nn.SyncBatchNorm.convert_sync_batchnorm(classifier)  # type: ignore[no-untyped-call]
         self.classifier = classifier.to(setup.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.pairs = find_pairs(self.classifier.backbone)
@@ -197,10 +199,15 @@ class TrainableClassifier:
                 norm.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits; a single image passes with BatchNorm's running statistics, since it has none of its own."""
+        """Logits; a single image passes with BatchNorm's running statistics, since it has none of its own.
+
+        Where processes compute the statistics together they are those of all their images, and the others would wait
+        for ever for one that took no part.
+        """
         if len(images) > 1:
             return cast(Tensor, self._forward(images))
-        moving = [norm for norm in batchnorm_modules(self.classifier) if norm.training]
+        alone = [norm for norm in batchnorm_modules(self.classifier) if not isinstance(norm, nn.SyncBatchNorm)]
+        moving = [norm for norm in alone if norm.training]
         for norm in moving:
             norm.eval()
         logits = cast(Tensor, self._forward(images))
@@ -288,7 +295,7 @@ class Stepper:
         self.augment = Augment(
             params.augment, size=transform.crop, interpolation=transform.interpolation, fill=transform.mean
         )
-        self.workers = resolve_workers(params.workers, setup.device)
+        self.workers = resolve_workers(params.workers, setup.device, setup.world)
         self.objective = Objective(params.label_smoothing, setup.class_weights, setup.device)
         self.scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.dtype == torch.float16)
         self.sum_dtype = torch.float32 if setup.device.type == "mps" else torch.float64
@@ -305,8 +312,8 @@ class Stepper:
             return self.augment.pixels(self.source.image(row), seed=self.params.seed, epoch=epoch, digest=digest)
 
         rows = [batch.rows for batch in batches]
-        pin = self.setup.device.type == "cuda"
-        return prepare_batches(rows, pixels_of, size=self.augment.size, workers=self.workers, pin=pin)
+        device = self.setup.device
+        return prepare_batches(rows, pixels_of, size=self.augment.size, workers=self.workers, device=device)
 
     def add_gradients(self, batch: Batch, pixels: Tensor, epoch: int) -> Tensor:
         """Forward and backward; the batch's sums of (loss, weights, correct, images), on the device.
@@ -316,7 +323,7 @@ class Stepper:
         device = self.setup.device
         torch.manual_seed(derive_seed(self.params.seed, "batch", epoch, batch.index, self.setup.world.rank))
         images = self.transform.normalise(pixels.to(device, non_blocking=True), torch.float32)
-        targets = torch.from_numpy(self.targets[batch.rows]).to(device, non_blocking=True)
+        targets = to_device(self.targets[batch.rows], device)
         mix = self._mix(images, batch, epoch)
         images = images if mix is None else mix.images
         with self.model.gradient_sync(batch.closes):
@@ -324,10 +331,11 @@ class Stepper:
                 logits = self.model.forward(images.contiguous(memory_format=torch.channels_last))
             loss = self.objective.loss_sum(logits.float(), targets, mix)
             self.scaler.scale(loss * self._share(batch)).backward()  # type: ignore[no-untyped-call]
-        weight = self.objective.weight_sum(self.targets[batch.rows])
-        sums = (loss.detach(), weight, correct_sum(logits, targets, mix), len(batch.rows))
-        total = torch.stack([torch.as_tensor(value, device=device).to(self.sum_dtype) for value in sums])
-        return total * float(batch.counts)
+        # Filled in on the device: a copy to a GPU would wait for all that it has been told to do.
+        weight = torch.full((), self.objective.weight_sum(self.targets[batch.rows]), device=device)
+        count = torch.full((), len(batch.rows), device=device)
+        sums = (loss.detach(), weight, correct_sum(logits, targets, mix), count)
+        return torch.stack([value.to(self.sum_dtype) for value in sums]) * float(batch.counts)
 
     def step(self, factor: float) -> None:
         """Move the weights at ``factor`` times each group's rate, and forget the gradients."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import Interrupted
 from ..params import FinetuneParams
-from ..runtime.distributed import World
+from ..runtime.distributed import WAIT, World
 from ..runtime.interrupt import Interruption
 from ..runtime.memory import reuse_freed_memory
 from .averaging import MovingAverage, StateDict, interpolate, take_mix
@@ -89,7 +89,7 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
     try:
         yield
     finally:
@@ -167,7 +167,10 @@ def choose(
     if params.interpolate and params.start == "probe":
         images = _normalised(train, transform, params, setup)
         start, tuned = result.start, result.tuned
-        share, weights = interpolate(classifier, start, tuned, scorer.score, by=params.select, images=images)
+        judges = len(selection.targets)
+        share, weights = interpolate(
+            classifier, start, tuned, scorer.score, by=params.select, images=images, judges=judges
+        )
     classifier.load_state_dict(weights)
     temperature = selection_temperature(scorer.logits(classifier), selection.targets) if calibrate else 1.0
     return Choice(result.tuned_epoch if share else 0, share, temperature, weights)
@@ -233,6 +236,20 @@ def seconds_per_image(
     return seconds[0] / setup.world.size
 
 
+class Wishes:
+    """How many processes wish to stop, on its way from the GPU to the host."""
+
+    def __init__(self, count: Tensor) -> None:
+        self._count = count.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrived.record()
+
+    def any(self) -> bool:
+        """Whether any does; waits until that is known."""
+        self._arrived.synchronize()
+        return bool(self._count > 0)
+
+
 class _Training:
     def __init__(
         self,
@@ -250,6 +267,7 @@ class _Training:
         self.average = MovingAverage(model.classifier, self.params.ema) if self.params.ema else None
         self.state, self.history = TrainingState(), list[EpochRow]()
         self.last_saved = time.monotonic()
+        self._wishes: Wishes | None = None
 
     # -- epochs ------------------------------------------------------------------------------------------------------
 
@@ -292,7 +310,7 @@ class _Training:
                 self.stepper.step(self.schedule(state.step))
                 if self.average:
                     self.average.update()
-                stop = self._share(step_sums)
+                stop = self._stops(self._share(step_sums))
                 sums += step_sums
                 step_sums.zero_()
                 state.batch, state.step = batch.index + 1, state.step + 1
@@ -340,15 +358,24 @@ class _Training:
             return True
         return False
 
-    def _share(self, sums: Tensor) -> bool:
-        """Add up the sums of all processes in place; whether any of them was asked to stop."""
-        stop = bool(self.callbacks.interruption)
+    def _share(self, sums: Tensor) -> Tensor | None:
+        """Add up the sums of all processes in place; how many were asked to stop, None for a single process."""
         if self.setup.world.size == 1:
-            return stop
-        message = torch.cat([sums, sums.new_tensor([float(stop)])])
+            return None
+        wish = torch.full((1,), float(bool(self.callbacks.interruption)), dtype=sums.dtype, device=sums.device)
+        message = torch.cat([sums, wish])
         torch.distributed.all_reduce(message)
         sums.copy_(message[:4])
-        return bool(message[4] > 0)
+        return message[4]
+
+    def _stops(self, wishes: Tensor | None) -> bool:
+        """Whether to stop after this step; between GPUs a wish is heard a step later, as none waits to read it."""
+        if wishes is None:
+            return bool(self.callbacks.interruption)
+        if wishes.device.type != "cuda":
+            return bool(wishes > 0)
+        earlier, self._wishes = self._wishes, Wishes(wishes)
+        return earlier is not None and earlier.any()
 
     def _averaged(self) -> AbstractContextManager[None]:
         return self.average.applied() if self.average else nullcontext()

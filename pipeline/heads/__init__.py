@@ -4,7 +4,7 @@ from .base import Head, Selection
 from .common import log_losses, standardisation
 from .crossval import OutOfFold, Score, hold_out, stratified_group_folds
 from .curve import curve_band, learning_curve
-from .kinds import KINDS, head_of_layers, kinds_of_layers, load_head, make_head
+from .kinds import KINDS, head_device, head_of_layers, kinds_of_layers, load_head, make_head
 from .layers import Layers, LayersHead
 from .select import Choice, Entry, choose_among, choose_head
 
@@ -21,6 +21,7 @@ __all__ = [
     "choose_among",
     "choose_head",
     "curve_band",
+    "head_device",
     "head_of_layers",
     "hold_out",
     "kinds_of_layers",

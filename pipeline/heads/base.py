@@ -16,8 +16,18 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from ..errors import HeadError, RunError
+from ..features.rows import Rows, take_rows
 from ..params import HeadParams
-from .common import Features, Floats, Ints, check_training_data, class_weights, softmax, weighted_accuracy
+from .common import (
+    Features,
+    Floats,
+    Ints,
+    check_training_data,
+    class_positions,
+    class_weights,
+    softmax,
+    weighted_accuracy,
+)
 from .crossval import (
     Fold,
     OutOfFold,
@@ -64,10 +74,12 @@ class Head(ABC):
         history: one row an epoch; empty where there are none.
         warnings: sentences for the user.
         temperature: what `predict_proba` divides logits by; 1 where a family folds it into its own state.
+        by_blocks: whether it learns from `Rows` without holding all of them in memory.
         out_of_fold: what cross-validation said of train, at that temperature, where fitting needed it anyway.
     """
 
     file: ClassVar[str]
+    by_blocks: ClassVar[bool] = False
 
     def __init__(
         self, kind: str, params: HeadParams, *, class_names: Sequence[str] = (), jobs: int = 1, device: str = "cpu"
@@ -171,6 +183,10 @@ class Head(ABC):
 
     def _take(self, X: Features, y: Ints, groups: Ints | None) -> tuple[Features, Ints, Ints | None]:
         """Take over classes and number of views; features, class positions and groups of all rows, view after view."""
+        if self.by_blocks and isinstance(X, Rows):
+            self.classes_, index = class_positions(y)
+            self._views = 1
+            return X, index, groups
         X, self.classes_, index = check_training_data(X, y)
         self._views = len(X)
         groups = None if groups is None else np.tile(groups, self._views)
@@ -265,9 +281,10 @@ class Head(ABC):
             return np.full(len(test), seen[0]), align(np.zeros((len(test), 1)), seen, len(self.classes_))
         head = self._configured({})
         head.classes_ = self.classes_[seen]
-        head.learn(X[train], own, None if groups is None else groups[train])
-        predicted = np.searchsorted(self.classes_, head.predict(X[test]))
-        return predicted, align(head.logits(X[test]), seen, len(self.classes_)) if head.has_probabilities else None
+        head.learn(take_rows(X, train), own, None if groups is None else groups[train])
+        held = take_rows(X, test)
+        predicted = np.searchsorted(self.classes_, head.predict(held))
+        return predicted, align(head.logits(held), seen, len(self.classes_)) if head.has_probabilities else None
 
     # -- predict ----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # scikit-learn brings it
 
 from ..errors import HeadError
+from ..features.rows import Rows
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -50,14 +51,23 @@ def check_training_data(X: NDArray[Any], y: NDArray[Any]) -> tuple[Features, Int
             where=f"first at row {rows[0]}",
             remedy="extract again with cache.dtype=float32 or extract.precision=float32",
         )
-    classes, index = np.unique(y.astype(np.int64), return_inverse=True)
+    return X, *class_positions(y)
+
+
+def class_positions(y: NDArray[Any]) -> tuple[Ints, Ints]:
+    """The sorted classes (c,) of targets (n,), and each one's position among them (n,).
+
+    Raises:
+        HeadError: fewer than two classes.
+    """
+    classes, index = np.unique(np.asarray(y).astype(np.int64), return_inverse=True)
     if len(classes) < 2:
         raise HeadError(
             "A head needs at least two classes.",
             why=f"all {len(y)} rows of train have the same class",
             remedy="check that the folder has one folder per class and that train holds several of them",
         )
-    return X, classes, index.astype(np.int64)
+    return classes, index.astype(np.int64)
 
 
 def standardisation(X: NDArray[np.float32], enabled: bool) -> tuple[Floats, Floats]:
@@ -71,13 +81,27 @@ def standardisation(X: NDArray[np.float32], enabled: bool) -> tuple[Floats, Floa
     When not ``enabled`` the scale of the other features is 1: centring alone does not change a model with an
     unpenalised intercept.
     """
-    mean = X.mean(axis=0, dtype=np.float64)
-    varies = X.min(axis=0) != X.max(axis=0)
+    mean, varies, scale = _moments(X, enabled)
     if not enabled:
         return mean, np.where(varies, 1.0, np.inf)
-    scale = X.std(axis=0, dtype=np.float64, mean=mean[None])
     least = np.median(scale[varies]) / len(X) ** 0.5 if varies.any() else 0.0
     return mean, np.where(varies, np.maximum(scale, least), np.inf)
+
+
+def _moments(X: NDArray[np.float32], deviation: bool) -> tuple[Floats, NDArray[np.bool_], Floats]:
+    """Mean, whether it varies and, if asked for, standard deviation of each feature (d,)."""
+    if not isinstance(X, Rows):
+        mean = X.mean(axis=0, dtype=np.float64)
+        varies = X.min(axis=0) != X.max(axis=0)
+        return mean, varies, X.std(axis=0, dtype=np.float64, mean=mean[None]) if deviation else np.ones_like(mean)
+    mean, squares = np.zeros((2, X.shape[1]))
+    low, high = np.full((2, X.shape[1]), [[np.inf], [-np.inf]])
+    for block in map(X.__getitem__, X.blocks()):
+        mean += block.sum(axis=0, dtype=np.float64) / len(X)
+        low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
+    for block in map(X.__getitem__, X.blocks() if deviation else ()):
+        squares += np.square(block - mean).sum(axis=0)
+    return mean, low != high, np.sqrt(squares / len(X))
 
 
 def class_weights(setting: ClassWeight, classes: Ints, index: Ints, class_names: Sequence[str]) -> Floats:

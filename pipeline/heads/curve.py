@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import HeadError
+from ..features.rows import take_rows
 from ..runtime.seeds import make_generator
 from .base import Head
 from .common import Features, Ints
@@ -48,7 +49,7 @@ def learning_curve(
             taken = np.sort(order[: max(1, round(fraction * len(order)))]) if fraction < 1 else np.arange(len(y))
             taken = _whole_groups(taken, groups)
             try:
-                head = make().fit(X[..., taken, :], y[taken], None if groups is None else groups[taken])
+                head = make().fit(take_rows(X, taken), y[taken], None if groups is None else groups[taken])
             except HeadError:
                 if fraction >= 1:
                     raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..params import HeadParams
 from .base import Head
@@ -14,6 +14,9 @@ from .logistic import LogisticHead
 from .network import NetworkHead
 from .prompts import PromptsHead
 from .sklearn_head import ALIASES, SklearnHead
+
+if TYPE_CHECKING:
+    import torch
 
 KINDS: dict[str, type[Head]] = {
     "logistic": LogisticHead,
@@ -33,6 +36,11 @@ def family_of(kind: str) -> type[Head]:
 def kinds_of_layers() -> tuple[str, ...]:
     """The kinds whose heads are linear layers (`Head.as_layers`), which fine-tuning can start from."""
     return tuple(kind for kind, family in KINDS.items() if family.as_layers is not Head.as_layers)
+
+
+def head_device(device: torch.device) -> str:
+    """Where heads are fitted beside a backbone on ``device``: MPS lacks float64, which the solver proves with."""
+    return str(device) if device.type == "cuda" else "cpu"
 
 
 def make_head(kind: str, params: HeadParams, *, class_names: Sequence[str], jobs: int = 1, device: str = "cpu") -> Head:

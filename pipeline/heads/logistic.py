@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import HeadError
+from ..features.rows import Rows
 from .base import Selection
 from .common import Features, Floats, Ints, few_threads, standardisation
 from .crossval import Fold, OutOfFold, missing_rows
@@ -30,11 +31,12 @@ class LogisticHead(LayersHead):
     The strength is the one of lowest mean log loss over all held-out rows of stratified, group-wise folds of train
     (smallest of equals), weighted by ``class_weight``. A held-out row whose class has no row in its fold's train part
     could not have been known: it counts the same at every strength, which is to say that it is left out. Features are
-    standardised once, on train; nothing but train is looked at.
+    standardised once, on train; nothing but train is looked at. `Rows` are read from their file, block by block.
 
     With ``choose_by: val_accuracy`` it is the strength of highest accuracy on val instead (`fit_with_val`).
     """
 
+    by_blocks = True
     _val_rows = 0
 
     def replace(self, values: Mapping[str, Any]) -> None:
@@ -63,7 +65,9 @@ class LogisticHead(LayersHead):
             )
         self._val_rows = len(y_val)
         try:
-            return self.fit(np.concatenate([X_val, X.reshape(-1, X.shape[-1])]), np.concatenate([y_val, y]))
+            return self.fit(
+                np.concatenate([np.asarray(X_val), np.asarray(X).reshape(-1, X.shape[-1])]), np.concatenate([y_val, y])
+            )
         finally:
             self._val_rows = 0
 
@@ -85,14 +89,10 @@ class LogisticHead(LayersHead):
     def _learn(self, X: Features, index: Ints, groups: Ints | None) -> None:
         import torch
 
-        from .solver import Design
-
         weights = self._class_weights(index)
         mean, scale = standardisation(X, self.params.standardize)
-        scaled = torch.from_numpy((X - mean) / scale).to(self.device)
         target = torch.from_numpy(index).to(self.device)
-        design = Design.build(scaled, target, len(self.classes_), rotate=self.params.logistic.path == "full")
-        del scaled
+        design = self._design(X, mean, scale, target)
         row_weight = torch.from_numpy(weights[index]).to(self.device)
         folds = self.folds(index, groups)
         strength, start = self._choose(design, row_weight, index, folds)
@@ -100,6 +100,16 @@ class LogisticHead(LayersHead):
         layer = linear_layer(design, solution.weights[0])
         self.layers = layer.fold_standardisation(mean, scale).fold_temperature(self.temperature)
         self.temperature = 1.0
+
+    def _design(self, X: Features, mean: Floats, scale: Floats, target: Tensor) -> Design:
+        from .solver import BlockDesign, Design
+
+        if isinstance(X, Rows):
+            return BlockDesign.open(X, mean, scale, target, len(self.classes_))
+        import torch
+
+        scaled = torch.from_numpy((X - mean) / scale).to(self.device)
+        return Design.build(scaled, target, len(self.classes_), rotate=self.params.logistic.path == "full")
 
     def _choose(self, design: Design, row_weight: Tensor, index: Ints, folds: list[Fold]) -> tuple[float, Tensor]:
         """The strength, and weights (1, k, r + 1) to start the refit from."""
@@ -111,7 +121,7 @@ class LogisticHead(LayersHead):
         strengths = np.geomspace(logistic.c_min, logistic.c_max, logistic.strengths)
         known = ~missing_rows(index, folds)
         self.warnings = self._data_warnings(np.bincount(self._plain(index, None)[0]), folds, known)
-        zero = torch.zeros(1, design.outputs, design.exact.shape[1], dtype=torch.float64, device=row_weight.device)
+        zero = torch.zeros(1, design.outputs, design.shape[1], dtype=torch.float64, device=row_weight.device)
         if not folds or not any(known[test].any() for _, test in folds):
             self.selected |= {"C": float(DEFAULT_STRENGTH if len(strengths) > 1 else strengths[0]), "folds": 0}
             return self.selected["C"], zero

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..features.rows import Rows
 from ..params import NetworkParams
 from ..runtime.seeds import derive_seed
 from .common import Features, Floats, Ints
@@ -39,7 +40,7 @@ class Trainer:
         self.network, self.device, self.moments = head.network, head.device, moments
         seed = derive_seed("network", head.kind, phase, head.params.seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.X, self.index = self.batch(X), self.positions(index)
+        self.X, self.index = self.features(X), self.positions(index)
         self.weights = torch.from_numpy(weights).float().to(self.device)
         sizes = [X.shape[1], *self.network.hidden, len(head.classes_)]
         self.linears = [self._linear(*pair) for pair in pairwise(sizes)]
@@ -47,10 +48,16 @@ class Trainer:
         self.optimizer = Optimizer(self.parameters, self.network)
         self.epochs = 0
 
-    def batch(self, X: Features) -> Tensor:
-        """Standardised float32 features on the device."""
+    def features(self, X: Features) -> Tensor | Rows:
+        """Standardised float32 features on the device; those in a file stay there."""
+        return X if isinstance(X, Rows) else self._standardised(X)
+
+    def _standardised(self, X: Features) -> Tensor:
         mean, scale = self.moments
         return torch.from_numpy(((X - mean) / scale).astype(np.float32)).to(self.device)
+
+    def _batch(self, X: Tensor | Rows, rows: Tensor) -> Tensor:
+        return self._standardised(X[rows.numpy()]) if isinstance(X, Rows) else X[rows.to(self.device)]
 
     def positions(self, index: Ints) -> Tensor:
         """Class positions on the device."""
@@ -68,11 +75,11 @@ class Trainer:
 
     def epoch(self) -> dict[str, float]:
         """One pass over all rows in random batches; the mean loss and accuracy while training."""
-        order = torch.randperm(len(self.X), generator=self.generator).to(self.device)
+        order = torch.randperm(len(self.X), generator=self.generator)
         loss_sum = weight_sum = hits = 0.0
         for rows in torch.split(order, self.network.batch_size):
-            target = self.index[rows]
-            logits = self._forward(self.X[rows], training=True)
+            target = self.index[rows.to(self.device)]
+            logits = self._forward(self._batch(self.X, rows), training=True)
             loss = nn.functional.cross_entropy(logits, target, self.weights)
             self.optimizer.clear()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -84,9 +91,10 @@ class Trainer:
         return {"epoch": self.epochs, "train_loss": loss_sum / weight_sum, "train_accuracy": hits / len(self.X)}
 
     @torch.no_grad()
-    def evaluate(self, X: Tensor, target: Tensor, prefix: str) -> dict[str, float]:
+    def evaluate(self, X: Tensor | Rows, target: Tensor, prefix: str) -> dict[str, float]:
         """Mean loss (weighted as in training) and accuracy, without dropout."""
-        logits = torch.cat([self._forward(rows, training=False) for rows in torch.split(X, BATCH_OF_EVALUATION)])
+        parts = torch.split(torch.arange(len(X)), BATCH_OF_EVALUATION)
+        logits = torch.cat([self._forward(self._batch(X, rows), training=False) for rows in parts])
         loss = float(nn.functional.cross_entropy(logits, target, self.weights))
         return {f"{prefix}_loss": loss, f"{prefix}_accuracy": float((logits.argmax(1) == target).float().mean())}
 

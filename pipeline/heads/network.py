@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import HeadError
+from ..features.rows import take_rows
 from ..params import NetworkParams
 from .common import Features, Floats, Ints, near, standardisation
 from .crossval import OutOfFold
@@ -19,8 +20,11 @@ class NetworkHead(LayersHead):
 
     The number of epochs is the one of lowest loss on the held-out part (stratified, groups kept together); the refit
     starts afresh and trains that many epochs on all rows. ``history`` holds both phases. All randomness comes from
-    ``seed`` through generators of the head's own: the same thread count gives the same numbers.
+    ``seed`` through generators of the head's own: the same thread count gives the same numbers. `Rows` are read from
+    their file a batch at a time: the same rows in the same order as in memory.
     """
+
+    by_blocks = True
 
     def configure(self) -> None:
         """The section ``head.linear`` or ``head.mlp``."""
@@ -54,7 +58,7 @@ class NetworkHead(LayersHead):
         if self._found:
             self.selected = {"params": self._found, **self.selected}
         inside, held = self.held_out(index, groups, self.network.val_fraction)
-        epochs = self._best_epoch(X[inside], index[inside], X[held], index[held], weights)
+        epochs = self._best_epoch(take_rows(X, inside), index[inside], take_rows(X, held), index[held], weights)
         mean, scale = standardisation(X, self.params.standardize)
         trainer = Trainer(self, X, index, weights, (mean, scale), "refit")
         for _ in range(epochs):
@@ -73,7 +77,7 @@ class NetworkHead(LayersHead):
 
         moments = standardisation(X, self.params.standardize)
         trainer = Trainer(self, X, index, weights, moments, "search")
-        val = trainer.batch(X_val), trainer.positions(index_val)
+        val = trainer.features(X_val), trainer.positions(index_val)
         best, best_loss = 1, float("inf")
         for epoch in range(1, self.network.epochs + 1):
             trained, judged = trainer.epoch(), trainer.evaluate(*val, "val")

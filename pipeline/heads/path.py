@@ -212,9 +212,9 @@ class StrengthPath:
         return max(1, round(1 / math.log10(self.strengths[1] / self.strengths[0])))
 
     def _strengths_per_batch(self, least: int = 0) -> int:
-        n, width = self.design.exact.shape
+        n, width = self.design.shape
         columns = len(self.row_weight) * self.design.outputs
-        kind = self.design.exact.device.type
+        kind = self.design.device.type
         wanted = max(least, BATCH_COLUMNS.get(kind, 16), BATCH_WORK.get(kind, 1.5e7) / (n * width))
         return max(1, math.floor(min(wanted / columns + 0.5, BATCH_CELLS / (columns * n))))
 
@@ -257,7 +257,7 @@ class StrengthPath:
             return self._interpolated(number, nodes)
         below = sorted(other for other in self.points if other < number)[-2:]
         if not below:
-            shape = (len(self.row_weight), self.design.outputs, self.design.exact.shape[1])
+            shape = (len(self.row_weight), self.design.outputs, self.design.shape[1])
             return torch.zeros(shape, dtype=torch.float64, device=self.row_weight.device)
         far = len(below) == 2 and number - below[1] > below[1] - below[0]
         return self._interpolated(number, below[-1:] if far else below)

@@ -13,7 +13,7 @@ from ..errors import HeadError
 from ..params import HeadParams
 from ..runtime.seeds import make_generator
 from .base import Head, Selection
-from .common import Features, Ints, check_training_data, few_threads, log_losses, standardisation
+from .common import Features, Ints, class_positions, few_threads, log_losses, standardisation
 from .crossval import Fold, Score, stratified_group_folds
 from .kinds import make_head
 from .logistic import LogisticHead
@@ -187,7 +187,8 @@ def _score(head: Head, X: Features, y: Ints) -> Score:
 
 def _baselines(head: Head, X: Features, y: Ints, groups: Ints | None, held_out: HeldOut | None) -> Iterator[Entry]:
     """Nearest centroid and nearest neighbours, on plain images, where they are not among the kinds asked for."""
-    (plain, *_), classes, index = check_training_data(X, y)
+    plain = X if X.ndim == 2 else X[0]
+    classes, index = class_positions(y)
     folds = stratified_group_folds(index, groups, head.params.folds, head.params.seed)
     other, y_other = held_out or (plain[:0], y[:0])
     for kind in BASELINES:
@@ -251,17 +252,17 @@ def baseline_answers(
     def scaled(rows: Features) -> Tensor:
         return torch.from_numpy(((rows - mean) / scale).astype(np.float32))
 
-    def answers(train: Ints, queries: Tensor) -> Ints:
+    def answers(train: Ints, queries: Features) -> Ints:
         train = _part(train, KNN_REFERENCES, generator)
-        return BASELINES[kind](queries, rows[train], target[train], int(index.max()) + 1).numpy()
+        return BASELINES[kind](scaled(queries), scaled(X[train]), target[train], int(index.max()) + 1).numpy()
 
-    rows, target = scaled(X), torch.from_numpy(index)
+    target = torch.from_numpy(index)
     asked, found = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     for train, test in folds:
         asked.append(_part(test, KNN_QUERIES // len(folds), generator))
-        found.append(answers(train, rows[asked[-1]]))
+        found.append(answers(train, X[asked[-1]]))
     picked = _part(np.arange(len(other)), KNN_QUERIES, generator)
-    on_other = answers(np.arange(len(X)), scaled(other[picked])) if len(picked) else picked
+    on_other = answers(np.arange(len(X)), other[picked]) if len(picked) else picked
     return (np.concatenate(asked), np.concatenate(found)), (picked, on_other)
 
 

@@ -19,11 +19,15 @@ Solutions whose bound is above the tolerance are polished in float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ..features.rows import Rows
 from .crossval import ABSENT
 
 RANK_TOLERANCE = 1e-13
@@ -93,6 +97,16 @@ class Design:
         leading = torch.cat([vectors.T, vectors.new_zeros(len(values), 1)], dim=1)
         return cls(exact, fast, curvature, None, leading, values / n, target, outputs)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns (n, r + 1)."""
+        return len(self.exact), self.exact.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features are, or are brought to."""
+        return self.exact.device
+
     def rows(self, dtype: torch.dtype) -> Tensor:
         """The features (n, r + 1) in float32 or float64."""
         return self.fast if dtype == torch.float32 else self.exact
@@ -127,6 +141,86 @@ class Design:
             along = (vector.flatten(0, 1) @ leading.T).view_as(correction)
             result.flatten(0, 1).addmm_((along * correction).flatten(0, 1), leading)
         return result
+
+
+@dataclass(frozen=True)
+class BlockDesign(Design):
+    """A `Design` whose features stay in a file, which each product reads once, by blocks, for all problems of a batch.
+
+    ``source`` (n, d) are the features; centred in each block, which is in the processor's cache by then, and scaled in
+    the weights. ``exact`` and ``fast`` are empty.
+    """
+
+    source: Rows
+    mean: Tensor
+    inverse_scale: Tensor
+
+    @classmethod
+    def open(
+        cls, source: Rows, mean: NDArray[np.float64], scale: NDArray[np.float64], target: Tensor, classes: int
+    ) -> BlockDesign:
+        """From features (n, d) and their standardisation (d,); the leading eigenvectors are found as in `Design`."""
+        (n, d), device = source.shape, target.device
+        none, centre = torch.zeros(0, d + 1, dtype=torch.float64, device=device), torch.from_numpy(mean).to(device)
+        inverse = torch.from_numpy(1 / scale).to(device)
+        outputs = 1 if classes == 2 else classes
+        plain = cls(none, none.float(), none[:, 0], None, none, none[:, 0], target, outputs, source, centre, inverse)
+        squares, values, vectors = plain._sketch()
+        values, vectors = values.double(), vectors.double()
+        rest = (squares - values.sum()).clamp_min(0) / max(d - len(values), 1)
+        curvature = torch.cat([(rest / n).expand(d), none.new_ones(1)])
+        leading = torch.cat([vectors.T, none.new_zeros(len(values), 1)], dim=1)
+        return replace(plain, curvature=curvature, leading=leading, leading_curvature=values / n)
+
+    def _sketch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of all squares, and as `_leading_eigenvectors`."""
+        generator, width = torch.Generator().manual_seed(0), self.source.shape[1]
+        sample = torch.randn(width, min(SKETCH_WIDTH + SKETCH_SPARE, width), generator=generator).to(self.device)
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        scaled = self.inverse_scale.float()[:, None]
+        for turn in range(2):
+            sums = torch.zeros_like(sample)
+            for _, block in self._blocks(torch.float32):
+                sums.addmm_(block.T, block @ (scaled * sample))
+                if turn == 0:
+                    squares += (block * scaled[:, 0]).square().sum(dtype=torch.float64)
+            sample = torch.linalg.qr(scaled * sums).Q
+        gram = torch.zeros(sample.shape[1], sample.shape[1], device=self.device)
+        for _, block in self._blocks(torch.float32):
+            image = block @ (scaled * sample)
+            gram.addmm_(image.T, image)
+        values, vectors = torch.linalg.eigh(gram)
+        return squares, values[-SKETCH_WIDTH:].clamp_min(0), sample @ vectors[:, -SKETCH_WIDTH:]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As in `Design`."""
+        return self.source.shape[0], self.source.shape[1] + 1
+
+    def _blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and their features (b, d) less the mean."""
+        mean = self.mean.to(dtype)
+        for rows in self.source.blocks():
+            yield rows, torch.from_numpy(self.source.stored(rows)).to(self.device).to(dtype).sub_(mean)
+
+    def logits(self, weights: Tensor) -> Tensor:
+        """As in `Design`."""
+        flat = weights.flatten(0, 1)
+        scaled = flat[:, :-1] * self.inverse_scale.to(flat.dtype)
+        product = flat.new_empty(len(flat), self.shape[0])
+        for rows, block in self._blocks(flat.dtype):
+            product[:, rows] = scaled @ block.T
+        return product.add_(flat[:, -1:]).view(*weights.shape[:2], -1)
+
+    def backward(self, residuals: Tensor) -> Tensor:
+        """As in `Design`."""
+        flat = residuals.flatten(0, 1)
+        sums = flat.new_zeros(len(flat), self.source.shape[1])
+        for rows, block in self._blocks(flat.dtype):
+            sums.addmm_(flat[:, rows], block)
+        return torch.cat([sums * self.inverse_scale.to(flat.dtype), flat.sum(1)[:, None]], dim=1).view(
+            *residuals.shape[:2], -1
+        )
 
 
 def _with_ones(columns: Tensor) -> Tensor:
@@ -455,8 +549,7 @@ def solve(
 
     Below `MAX_ITERATIONS`, ``limit`` ends the iterations in float32, and none follow in float64.
     """
-    search = Search(design, problems.to(torch.float32), start.float())
-    weights, iterations = search.run(0.8 * tolerance, limit)
+    weights, iterations = Search(design, problems.to(torch.float32), start.float()).run(0.8 * tolerance, limit)
     solutions = certify(design, problems, weights.double(), iterations)
     for _ in range(MAX_POLISHES if limit >= MAX_ITERATIONS else 0):
         open_ = torch.nonzero(~(solutions.gap <= tolerance)).squeeze(1)

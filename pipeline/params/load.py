@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from ..errors import ParamsError, Problem
+from .names import problems_of_names
 from .parse import NotYamlError, Repeated, dump_yaml, parse_yaml
 from .problems import problems_of, section_at, short
 from .sections import Params, is_url
@@ -24,21 +26,29 @@ PATH_KEYS = (
     "runs.dir",
 )
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt")
+OPTION = "-s"  # by which the command line gives overrides
 LARGEST = 1 << 24  # bytes of a params file
 Tree = dict[str, Any]
 
 
-def load_params(path: Path | str = "params.yaml", overrides: Sequence[str] = ()) -> Params:
+def load_params(
+    path: Path | str | None = "params.yaml", overrides: Sequence[str] = (), *, check_names: bool = False
+) -> Params:
     """Params from a file and ``key.path=value`` overrides, later ones winning.
 
     Relative paths of the file, and defaults, are relative to it; those of overrides to the working directory.
     A section that the file leaves empty, and a mapping that an override gives to a section, change nothing else in it.
 
+    Args:
+        path: None: every default, relative to the working directory.
+        check_names: look, too, whether there are such kinds of heads and such a backbone, as far as that can be known
+            at once; see `names`.
+
     Raises:
         ParamsError: unknown or repeated keys, wrong types and impossible values, all of them at once.
     """
-    file = Path(path)
-    tree, problems = _read_tree(file)
+    file = Path("params.yaml" if path is None else path)
+    tree, problems = _read_tree(file) if path is not None else ({}, [])
     _drop_empty_sections(tree)
     _anchor_paths(tree, Path(os.path.abspath(file.parent)))
     for override in overrides:
@@ -47,9 +57,20 @@ def load_params(path: Path | str = "params.yaml", overrides: Sequence[str] = ())
         params = Params.model_validate(tree)
     except ValidationError as error:
         problems.extend(problems_of(error))
+    if check_names:
+        problems += problems_of_names(tree)
     if problems:
-        raise ParamsError(file, problems)
+        problems = [_with_origin(problem, overrides) for problem in problems]
+        given = [problem.origin == OPTION or problem.key.startswith(f"{OPTION} ") for problem in problems]
+        raise ParamsError(OPTION if all(given) else f"{file} and {OPTION}" if any(given) else file, problems)
     return params
+
+
+def _with_origin(problem: Problem, overrides: Sequence[str]) -> Problem:
+    """The problem, marked where an override gave what is wrong: its key, one above it, or one below."""
+    keys = [override.partition("=")[0] for override in overrides]
+    given = any(f"{problem.key}.".startswith(f"{key}.") or key.startswith(f"{problem.key}.") for key in keys if key)
+    return replace(problem, origin=OPTION) if given else problem
 
 
 def dump_params(params: Params) -> str:
@@ -123,7 +144,7 @@ def _apply_override(tree: Tree, override: str, problems: list[Problem]) -> None:
     key, equals, text = override.partition("=")
     path = key.split(".")
     if not equals or not all(path):
-        problems.append(Problem(f"-s {override}", "must look like key.path=value", repr(override)))
+        problems.append(Problem(f"{OPTION} {override}", "must look like key.path=value", repr(override)))
         return
     try:
         value, repeated = parse_yaml(text)

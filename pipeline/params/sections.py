@@ -30,6 +30,7 @@ RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 FREE_FORM = frozenset({"head.sklearn.params", "head.search"})
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+ExtractPrecision = Literal[Precision, "tf32"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -187,7 +188,7 @@ class TransformParams(Section):
 
 class ExtractParams(Section):
     device: str = Field("auto", pattern=DEVICE_PATTERN)
-    precision: Precision = "auto"
+    precision: ExtractPrecision = "auto"
     batch_size: Count | Auto = "auto"
     workers: Count | Auto = "auto"
     views: Annotated[int, Field(ge=0)] = 0
@@ -261,6 +262,7 @@ class HeadParams(Section):
     standardize: bool = True
     class_weight: Literal["balanced"] | dict[str, Positive] | None = None
     calibrate: Literal["none", "temperature"] = "none"
+    memory_mb: Count | Auto = "auto"
     search: dict[str, list[Any]] = {}
     prompts: Folder | None = None
     logistic: LogisticParams = LogisticParams()

@@ -1,8 +1,13 @@
-"""Resolve a device to one that is there."""
+"""Resolve a device to one that is there, and what its use asks of the process."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import DeviceError
 from .distributed import World
@@ -10,9 +15,14 @@ from .distributed import World
 if TYPE_CHECKING:
     import torch
 
+# What CUDA, cuDNN (8 and 9), cuBLAS and MPS say when memory runs out; not all of it comes as torch's own error.
+OUT_OF_MEMORY = ("out of memory", "alloc_failed", "allocation_failed", "unable to find an engine")
+
 
 def resolve_device(name: str, world: World | None = None) -> torch.device:
     """``auto`` is CUDA where there is one, then MPS, else the CPU; under torchrun each local rank takes its own GPU.
+
+    On CUDA float32 is from then on IEEE's in the whole process, where torch would round convolutions to TF32.
 
     Raises:
         DeviceError: the device asked for by name is not on this machine.
@@ -34,4 +44,51 @@ def resolve_device(name: str, world: World | None = None) -> torch.device:
             why=f"torch {torch.__version__} sees {count} CUDA device(s)",
             remedy="use extract.device=auto or cpu, or install a torch build for your GPU",
         )
+    if device.type == "cuda":
+        _allow_tf32(False)
     return device
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Inside the block ``device`` is this thread's current one: pinned memory makes no context on another GPU."""
+    if device.type != "cuda":
+        return nullcontext()
+    import torch
+
+    return torch.cuda.device(device)
+
+
+def to_device(values: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """Integers on the device, by way of pinned memory to a GPU, so that the host need not wait for it."""
+    import torch
+
+    tensor = torch.from_numpy(values)
+    if device.type != "cuda":
+        return tensor.to(device)
+    with on_device(device):
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Inside the block CUDA may round the factors of float32 products to TF32, in all threads of the process."""
+    _allow_tf32(True)
+    try:
+        yield
+    finally:
+        _allow_tf32(False)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a device had too little memory for what was asked of it."""
+    import torch
+
+    text = str(error).lower()
+    told = isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or told

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,15 +48,38 @@ def world_from_environment() -> World:
 
 
 def gather(value: T, world: World) -> list[T]:
-    """``value`` of every process that torchrun started, by rank; a shard of a job array has only its own."""
-    if world.size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+    """``value`` of every process that torchrun started or that is in a group, by rank; a shard has only its own."""
+    if world.size == 1:
         return [value]
     import torch.distributed as dist  # only where it is needed: most of what asks for a world runs without torch
 
-    if not dist.is_initialized():
+    joined = dist.is_initialized()
+    if not joined and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return [value]
+    if not joined:
         # The others may be at work for days yet, and whoever waits must not give them up.
         dist.init_process_group("gloo", timeout=WAIT)
     values: list[T | None] = [None] * world.size
     dist.all_gather_object(values, value)
-    dist.destroy_process_group()
+    if not joined:
+        dist.destroy_process_group()
     return [each for each in values if each is not None]
+
+
+def from_main(make: Callable[[], T], world: World) -> T:
+    """What ``make`` gives in the first process of the group, told to the others; what it raises is raised in all."""
+    if world.size == 1:
+        return make()
+    import torch.distributed as dist  # as above
+
+    told: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            told[0] = make()
+        except Exception as error:  # noqa: BLE001 (raised below, once the others know that there is nothing to wait for)
+            told[1] = error
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    made: T = told[0]
+    return made

@@ -1,10 +1,14 @@
-"""Keep freed memory in the process instead of handing it back to the kernel after every layer."""
+"""How much memory there is, and freed memory kept in the process instead of handed back after every layer."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
+from typing import Literal
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -22,3 +26,13 @@ def reuse_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD) and libc.mallopt(M_TRIM_THRESHOLD, LARGEST_THRESHOLD))
+
+
+def memory_budget(megabytes: int | Literal["auto"]) -> int:
+    """Bytes; ``auto`` is half of the memory of this machine or container, however much of it is free."""
+    if megabytes != "auto":
+        return megabytes * 10**6
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # elsewhere than in a container, or without a limit, it says something else
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory // 2

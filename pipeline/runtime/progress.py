@@ -1,8 +1,15 @@
-"""A progress bar with rate and time left on a terminal; plain lines, now and then, when piped."""
+"""A progress bar with rate and time left on a terminal; plain lines, now and then, when piped.
+
+On a terminal a bar is gone when its step ends, and lines that are told meanwhile stand above it.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -11,6 +18,45 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 LINE_SECONDS = 10.0
+STDERR = 2
+
+
+_shown: list[Progress] = []  # the bars that are on the screen, the last on top
+
+
+def print_above(line: str) -> bool:
+    """Print a line above the bar on the screen; False where there is none, and the line is still to be printed."""
+    if not _shown:
+        return False
+    _shown[-1].console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return True
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep what C libraries (libtiff, libpng) write about single files off the screen, which Python's own words keep.
+
+    Nothing is done where standard error is not the process's own, as in a notebook, or not a terminal.
+    """
+    try:
+        redirects = sys.stderr.fileno() == STDERR and os.isatty(STDERR)
+    except (OSError, ValueError, AttributeError):
+        redirects = False
+    if not redirects:
+        yield
+        return
+    own, before = os.dup(STDERR), sys.stderr
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    before.flush()
+    with open(own, "w", encoding=before.encoding, errors=before.errors, buffering=1) as screen:
+        os.dup2(nowhere, STDERR)
+        sys.stderr = screen
+        try:
+            yield
+        finally:
+            sys.stderr = before
+            os.dup2(own, STDERR)
+            os.close(nowhere)
 
 
 class _Rate(ProgressColumn):
@@ -20,32 +66,35 @@ class _Rate(ProgressColumn):
 
 
 class ProgressBar:
-    """Counts ``total`` items of a step on standard error.
+    """Counts ``total`` items of a step on standard error; None: it is only shown that the step goes on.
 
     ``with ProgressBar("embedding", 397, quiet=False) as bar: bar.advance(32)``
     """
 
-    def __init__(self, label: str, total: int, *, quiet: bool = False) -> None:
+    def __init__(self, label: str, total: int | None = None, *, quiet: bool = False) -> None:
         self._label, self._total, self._done = label, total, 0
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
         self._bar = None if quiet or not self._console.is_terminal else self._make_bar()
         self._started = self._last_line = time.monotonic()
 
     def _make_bar(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-        bar = Progress(*columns, console=self._console)
+        counts = (MofNCompleteColumn(), _Rate(), TimeRemainingColumn()) if self._total is not None else ()
+        columns = (TextColumn("{task.description}"), BarColumn(), *counts)
+        bar = Progress(*columns, console=self._console, transient=True, redirect_stdout=False, redirect_stderr=False)
         bar.add_task(self._label, total=self._total)
         return bar
 
     def __enter__(self) -> Self:
         if self._bar:
             self._bar.start()
+            _shown.append(self._bar)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar:
+            _shown.remove(self._bar)
             self._bar.stop()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -60,6 +109,7 @@ class ProgressBar:
     def _print_line(self, note: str) -> None:
         seconds = max(time.monotonic() - self._started, 1e-9)
         rate = self._done / seconds
-        left = (self._total - self._done) / rate if rate else float("inf")
+        total = self._done if self._total is None else self._total
+        left = (total - self._done) / rate if rate else float("inf")
         label = f"{self._label} {note}".rstrip()
-        self._console.print(f"{label}: {self._done}/{self._total}, {rate:.1f}/s, {left:.0f} s left", soft_wrap=True)
+        self._console.print(f"{label}: {self._done}/{total}, {rate:.1f}/s, {left:.0f} s left", soft_wrap=True)

@@ -1,9 +1,10 @@
 """Look after the feature cache: what it holds, whether it is sound, why features are missing, what of it can go, its
-features as one file. Needs no torch to list."""
+features as one file, rows that come from elsewhere. Needs no torch to list."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..data.digests import Digests, first_occurrences
-from ..errors import CacheError, PipelineError, VerifyError
+from ..errors import CacheError, DataError, PipelineError, VerifyError
 from ..features.inventory import (
     Garbage,
     KeyEntry,
@@ -24,6 +25,7 @@ from ..features.inventory import (
     temporaries,
     verify_key,
 )
+from ..features.sealed import read_sealed
 from ..features.spec import FeatureSpec, differences
 from ..features.store import FeatureStore
 from ..files import canonical_json, human_bytes
@@ -293,3 +295,62 @@ def export_features(params: Params, file: Path, say: Say) -> dict[str, Any]:
         "classes": len(table.class_names),
         "bytes": size,
     }
+
+
+def import_features(params: Params, files: Sequence[Path], say: Say) -> dict[str, Any]:
+    """Take rows that an `Embedder` gave elsewhere into ``cache.dir``; ``rows = imported + present + unreadable``.
+
+    All are held against their checksums before the first is written, so that of damaged files nothing is taken.
+
+    Args:
+        files: Parquet, or folders of it.
+
+    Raises:
+        CacheError: a row is damaged, belongs to a key that neither lies here nor follows from these params, or cannot
+            be written.
+        DataError: a file is no Parquet, there is none, or pyarrow is not installed.
+    """
+    found = [each for file in files for each in (sorted(file.rglob("*.parquet")) if file.is_dir() else [file])]
+    if not found:
+        raise DataError("There is no Parquet file.", where=", ".join(map(str, files)), remedy="check the path")
+    widths: dict[tuple[str, int], None] = {}
+    counts = dict.fromkeys(("rows", "imported", "present", "unreadable"), 0)
+    for file in found:
+        for rows in read_sealed(file):
+            counts["unreadable"] += rows.unreadable
+            counts["rows"] += rows.unreadable + len(rows.keys)
+            widths |= dict.fromkeys((key, rows.features.shape[1]) for key in set(rows.keys.tolist()))
+    stores = {key: _store_of(params, key, width) for key, width in widths}
+    with ExitStack() as writing:
+        for store in stores.values():
+            writing.enter_context(store.writing())
+        for file in found:
+            for rows in read_sealed(file):
+                for key, store in stores.items():
+                    new = (rows.keys == key) & ~store.contains(rows.digests) & first_occurrences(rows.digests)
+                    if new.any():
+                        store.publish(rows.features[new], rows.digests[new])
+                        counts["imported"] += int(new.sum())
+    counts["present"] = counts["rows"] - counts["imported"] - counts["unreadable"]
+    say("{rows} rows = {imported} imported + {present} there already + {unreadable} unreadable".format(**counts))
+    return {"cache": str(params.cache.dir.absolute()), "files": len(found), "keys": sorted(stores), **counts}
+
+
+def _store_of(params: Params, key: str, width: int) -> FeatureStore:
+    """The features of a key that lies in ``cache.dir``, or is that of these params."""
+    for entry in list_keys(params.cache.dir):
+        if entry.key == key and entry.spec and entry.feature_dim == width:
+            return FeatureStore(params.cache.dir, entry.spec, width)
+    from ..data.images import open_batch
+    from .open import open_cache
+
+    store = open_cache(params, open_batch([], [], params.data, params.cache.dir), begins=True).store
+    if (store.spec.key, store.feature_dim) == (key, width):
+        return store
+    raise CacheError(
+        f"Features of the key {key} ({width} values) are not imported; nothing of these files is.",
+        where=params.cache.dir.absolute(),
+        why=f"what determines them is not known here; these params give {store.spec.folder_name}"
+        f" ({store.feature_dim} values)",
+        remedy="give the params that the job had, extract.precision too",
+    )

@@ -12,9 +12,11 @@ from ..backbones.backbone import CPU_BATCH, DECODER_RULES
 from ..data.digests import Digests
 from ..data.images import open_given
 from ..evaluate import ClassifierOutput
+from ..features.decoding import Decoding
 from ..features.extractor import extract_features
 from ..features.prepare import Preparation
 from ..features.quarantine import Quarantine, decoding_rule
+from ..features.views import PLAIN
 from ..heads.common import softmax
 from ..params import Params
 from ..runtime.cores import worker_count
@@ -41,9 +43,8 @@ def classify(params: Params, paths: Sequence[Path | str], *, top: int = 5, quiet
     def sink(features: Features, digests: Digests) -> None:
         logits.update(zip(map(bytes, digests), features, strict=True))
 
-    preparation = Preparation(
-        images, set(), quarantine, decode=decoder, crop=lambda image, _digest: transform.pixels(image)
-    )
+    decoding = Decoding(decoder, PLAIN, transform.framing)
+    preparation = Preparation(images, lambda _digest: False, quarantine, decode=decoding)
     with stop_after_batch() as interruption, ProgressBar("classifying", len(images), quiet=quiet) as bar:
         extract_features(
             range(len(images)),

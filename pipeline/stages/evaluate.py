@@ -15,6 +15,7 @@ from ..errors import DataError
 from ..evaluate import Provenance, score
 from ..features.cache import FeatureTable
 from ..params import Place, as_place
+from ..runtime.memory import memory_budget
 from .run import Run
 
 Say = Callable[[str], None]
@@ -34,7 +35,7 @@ def evaluate_run(run: Run, root: Place | None = None, *, quiet: bool = False) ->
     images = open_images(data, run.params.cache.dir)
     cache = run.cache(images, quiet=quiet)
     cache.fill()
-    table = in_run_order(cache.table(), run.class_names)
+    table = in_run_order(cache.table(memory_budget(run.params.head.memory_mb)), run.class_names)
     split, chosen = _reported(table, run, whole=root is not None and images.samples.splits is None)
     return _score(run, table, split, chosen)
 

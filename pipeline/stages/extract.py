@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.images import Images
+from ..data.source import SPLITS
 from ..errors import BadImagesError
 from ..features.cache import FeatureCache, Filled
 from ..features.extractor import Clock
@@ -19,6 +21,7 @@ from .open import fill_together, open_caches
 
 Say = Callable[[str], None]
 EXAMPLES = 5
+CLASSES = 8  # shown by name
 ADVICE = {
     "read": "Reading files takes longest: a faster or local disk would help.",
     "decode": "Decoding takes longest: more cores (extract.workers), or smaller image files, would help.",
@@ -84,20 +87,46 @@ def _plan(caches: Sequence[FeatureCache]) -> Iterator[str]:
     if ignored := sorted(images.samples.ignored.items()):
         counts = ", ".join(f"{count} {extension or '(no extension)'}" for extension, count in ignored)
         yield f"Ignored files: {counts}."
-    if backbone.choice:
+    if backbone.choice and backbone.choice.new:
         yield f"Precision auto: {backbone.choice}"
     yield f"{len(images)} images in {len(images.samples.class_names)} classes under {images.root}"
+    yield from _class_lines(images)
     new = int((~images.known[missing]).sum())
     stores = [each.store for each in caches]
     size = len(missing) * sum(store.feature_dim * (2 if store.spec.dtype == "float16" else 4) + 16 for store in stores)
-    for store in stores[:-1]:
-        yield f"{store.spec.folder_name} ({store.spec.pooling}): {len(store.digests)} features cached"
+    for each in caches[:-1]:
+        yield f"{each.store.spec.folder_name} ({each.store.spec.pooling}): {_cached(each)}"
     named = f" ({stores[-1].spec.pooling})" if len(stores) > 1 else ""
-    where = f", on {backbone.device} in {backbone.precision}" if len(missing) else ""
-    yield (
-        f"{stores[-1].spec.folder_name}{named}: {len(stores[-1].digests)} features cached; to do: {len(missing)} images"
-        f" ({new} not read before), at most {human_bytes(size)} to write{where}"
-    )
+    unread = f" ({new:,} not read before; those known under another name cost nothing)" if new else ""
+    yield f"{stores[-1].spec.folder_name}{named}: {_cached(caches[-1])}; to do: {len(missing):,}{unread}"
+    if len(missing):  # only then has anybody asked torch which device there is
+        yield f"At most {human_bytes(size)} to write, on {backbone.device} in {backbone.precision}"
+
+
+def _cached(cache: FeatureCache) -> str:
+    return f"{int(cache.present.sum()):,} of these images cached"
+
+
+def _class_lines(images: Images) -> Iterator[str]:
+    """Which classes there are and how many images each has, a line a split where the source has splits."""
+    samples = images.samples
+    for number, split in enumerate(SPLITS):
+        among = images.targets if samples.splits is None else images.targets[samples.splits == number]
+        counts = np.bincount(among[among >= 0], minlength=len(samples.class_names)).tolist()
+        named = sorted(zip(counts, samples.class_names, strict=True), key=lambda pair: (-pair[0], pair[1]))
+        parts = [f"{name} {count:,}" for count, name in named[:CLASSES]]
+        if len(named) > CLASSES:
+            parts.append(f"and {len(named) - CLASSES} more of {named[-1][0]:,} to {named[CLASSES][0]:,}")
+        if without := int((among < 0).sum()):
+            parts.append(f"{without:,} without a label")
+        if len(among):
+            yield f"  {split + ': ' if samples.splits is not None else ''}{', '.join(parts)}"
+        if samples.splits is None:
+            break
+    if not images.class_names:
+        yield "Warning: no image has a label; to train on them, give each class a folder, or a table as data.root."
+    elif len(images.class_names) == 1:
+        yield "Warning: there is one class only, and a classifier needs two."
 
 
 def _summary(caches: Sequence[FeatureCache], plain: Filled, views: list[tuple[FeatureCache, Filled]]) -> dict[str, Any]:

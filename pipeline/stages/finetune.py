@@ -11,7 +11,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from PIL import Image
 from ..artifacts import PARAMS_FILE, ParameterCounts, check_run_name, default_run_name
 from ..backbones import Backbone, FeatureNetwork, backbone_bytes, is_own_code
 from ..data.source import SPLITS
-from ..errors import FinetuneError
+from ..errors import FinetuneError, Interrupted
 from ..evaluate import Provenance, mcnemar_exact, metric_lines, score
 from ..features.cache import FeatureCache, FeatureTable
 from ..files import publish_file
@@ -65,7 +66,7 @@ from ..finetune import (
 from ..heads import Head, Selection, head_of_layers
 from ..params import FinetuneParams, Params, dump_params, load_params
 from ..runtime.device import resolve_device
-from ..runtime.distributed import World, world_from_environment
+from ..runtime.distributed import World, from_main, world_from_environment
 from ..runtime.interrupt import Interruption, stop_after_batch
 from ..runtime.progress import ProgressBar
 from .open import open_cache
@@ -105,14 +106,14 @@ def finetune(
     started = time.perf_counter()
     world = world_from_environment()
     if resume is None:
-        folder = params.runs.dir / TRAINING_FOLDER / _run_name(params)
+        folder, earlier = params.runs.dir / TRAINING_FOLDER / _run_name(params), 0.0
     else:
-        folder, params, from_run = _unfinished(params, resume)
-    name = folder.name
+        folder, params, from_run, earlier = _unfinished(params, resume)
+    name, clock = folder.name, _Clock(folder, started - earlier)
     device = resolve_device(params.finetune.device, world)
     tell: Say = say if world.is_main else lambda _line: None
 
-    with process_group(world, device):
+    with process_group(world, device), _resumable(clock):
         # The images with their cached features, and which of them train, choose and are reported.
         cache = open_cache(params)
         table, backbone = cache.table(), cache.backbone
@@ -139,10 +140,13 @@ def finetune(
         # Training, epoch by epoch; a killed one goes on from its folder.
         if world.is_main:
             _remember(folder, params, probe)
+            clock.note()
         log = TensorboardLog(params.runs.dir / "tensorboard" / name) if section.tensorboard and world.is_main else None
 
         def on_epoch(row: EpochRow) -> None:
             tell(row.as_text())
+            if world.is_main:
+                clock.note()
             if log:
                 log.write(row)
             if row.epoch == 0 and probe is not None and start.expected is not None:
@@ -169,7 +173,10 @@ def finetune(
             # What is best on the images that choose: the probe, an epoch, or a mix of both; then that on all of train.
             calibrates = "temperature" in (section.calibrate, params.head.calibrate)
             transform = backbone.transform
-            choice = choose(result, classifier, train, selection, transform, section, setup, calibrate=calibrates)
+            with ProgressBar(
+                "choosing among the probe, the epochs and mixes of both", quiet=quiet or not world.is_main
+            ):
+                choice = choose(result, classifier, train, selection, transform, section, setup, calibrate=calibrates)
             tell(_choice_line(choice, probe))
             every = np.flatnonzero(table.train)
             refits, warnings = section.refit and bool(choice.epoch) and len(every) > len(holdout.train), list[str]()
@@ -179,15 +186,16 @@ def finetune(
                     warnings.append("training on all of train diverged: the weights are those of the part")
                     refits = False
                 classifier = end or classifier
+
+        # The score of the best weights, through the one predict path; the probe itself where nothing beat it. All
+        # processes compute features with them.
+        weights = _backbone_bytes(classifier, backbone)
+        from_main(lambda: publish_file(folder / BACKBONE_FILE, weights), world)
+        tuned_params = _with_weights(params, folder / BACKBONE_FILE) if choice.epoch else params
+        tuned = open_cache(tuned_params, cache.images, begins=True, world=world, quiet=not world.is_main)
+        tuned.fill()
         if not world.is_main:
             return {}
-
-        # The score of the best weights, through the one predict path; the probe itself where nothing beat it.
-        weights = _backbone_bytes(classifier, backbone)
-        publish_file(folder / BACKBONE_FILE, weights)
-        tuned_params = _with_weights(params, folder / BACKBONE_FILE) if choice.epoch else params
-        tuned = open_cache(tuned_params, cache.images, begins=True)
-        tuned.fill()
         features = tuned.read(table.digests)
         kept = not choice.epoch and probe is not None
         head = probe.head if kept and probe is not None else _head(classifier, start, table, choice.temperature)
@@ -210,8 +218,6 @@ def finetune(
         provenance = _provenance(table, fitted, head, result, selected, selections, [*cache.warnings, *warnings])
         split = SPLITS[reported]
         metrics, predictions = score(head, replace(table, features=features), rows, provenance, split=split)
-        for line in [*_verdict_lines(selected, split, metrics.metrics["accuracy"], probe), *metric_lines(metrics)]:
-            tell(line)
 
         # The run.
         model = run_model(tuned, table, head).model_copy(
@@ -219,7 +225,7 @@ def finetune(
                 "verb": "finetune",
                 "parent": None if probe is None else probe.folder.name,
                 "feature_keys": list(dict.fromkeys([tuned.key, cache.key])),
-                "seconds": time.perf_counter() - started,
+                "seconds": clock.seconds,
                 "parameters": ParameterCounts(trainable=max(row.trainable for row in result.history), total=total),
             }
         )
@@ -230,9 +236,19 @@ def finetune(
             (run_folder / "history.svg").write_bytes(history_plot(result.history))
 
         gallery = make_gallery(cache, replace(table, features=features), split, predictions)
-        path = publish_run(
-            params, name, head=head, model=model, metrics=metrics, predictions=predictions, gallery=gallery, fill=fill
-        )
+        with ProgressBar("publishing the run and its report", quiet=quiet):
+            path = publish_run(
+                params,
+                name,
+                head=head,
+                model=model,
+                metrics=metrics,
+                predictions=predictions,
+                gallery=gallery,
+                fill=fill,
+            )
+        for line in [*_verdict_lines(selected, split, metrics.metrics["accuracy"], probe), *metric_lines(metrics)]:
+            tell(line)
         tell(f"Run: {path} (backbone.weights={path / BACKBONE_FILE} extracts with it)")
     shutil.rmtree(folder, ignore_errors=True)
     return metrics.summary(str(path))
@@ -278,8 +294,38 @@ def _remember(folder: Path, params: Params, probe: Run | None) -> None:
     publish_file(folder / START_FILE, json.dumps({"from": None if probe is None else str(probe.folder)}).encode())
 
 
-def _unfinished(given: Params, wanted: str) -> tuple[Path, Params, str | None]:
-    """The folder, the params and the starting run of a training that did not end."""
+@dataclass(frozen=True)
+class _Clock:
+    """How long a training takes, all its sessions together; what they took is noted in its folder now and then."""
+
+    folder: Path
+    started: float
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def note(self) -> None:
+        file = self.folder / START_FILE
+        publish_file(file, json.dumps({**json.loads(file.read_text()), "seconds": self.seconds}).encode())
+
+
+@contextmanager
+def _resumable(clock: _Clock) -> Iterator[None]:
+    """Whenever it is interrupted, before, while or after it trains, say how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as error:
+        if not (clock.folder / START_FILE).exists():
+            raise
+        clock.note()
+        what = error.what if isinstance(error, Interrupted) else "Fine-tuning was interrupted; what is trained is kept."
+        remedy = f"`pipeline finetune --resume` goes on (with several begun: --resume {clock.folder.name})"
+        raise Interrupted(what, where=clock.folder, remedy=remedy) from error
+
+
+def _unfinished(given: Params, wanted: str) -> tuple[Path, Params, str | None, float]:
+    """The folder, the params and the starting run of a training that did not end, and the seconds that it took."""
     parent = given.runs.dir / TRAINING_FOLDER
     names = sorted((file.parent for file in parent.glob(f"*/{START_FILE}")), key=_age)
     folder = names[-1] if wanted == "latest" and names else parent / Path(wanted).name
@@ -299,7 +345,8 @@ def _unfinished(given: Params, wanted: str) -> tuple[Path, Params, str | None]:
             why="nothing that a folder under runs names is imported",
             remedy=f"if you trust that module, name it yourself: -s backbone.name={params.backbone.name}",
         )
-    return folder, params, json.loads((folder / START_FILE).read_text())["from"]
+    start = json.loads((folder / START_FILE).read_text())
+    return folder, params, start["from"], start.get("seconds", 0.0)
 
 
 def _age(folder: Path) -> float:
@@ -351,12 +398,13 @@ class _Job:
         )
 
     def start(self, rows: NDArray[np.int64], selection: NDArray[np.int64], setup: Setup) -> Start:
-        """The head that training on the images at ``rows`` begins with."""
+        """The head that training on the images at ``rows`` begins with; the first process fits it for all."""
         section = self.params.finetune
         if self.probe is None:
             return random_start(self.table, section)
         head, kind = self.probe.params.head, self.probe.model.head.kind
-        return probe_start(self.table, rows, selection, head, kind, setup, dropout=section.dropout)
+        fit = partial(probe_start, self.table, rows, selection, head, kind, setup, dropout=section.dropout)
+        return from_main(fit, self.world)
 
     def fingerprint(self, rows: NDArray[np.int64], selection: NDArray[np.int64], start: Start) -> str:
         """Of all that the result depends on."""

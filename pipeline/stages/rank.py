@@ -17,7 +17,7 @@ from ..data.source import TRAIN
 from ..errors import DataError, UsageError
 from ..evaluate.intervals import share_interval
 from ..features.cache import FeatureCache, Filled
-from ..heads import make_head
+from ..heads import head_device, make_head
 from ..params import BackboneParams, HeadParams, Params
 from ..runtime.cores import usable_cores
 from ..runtime.seeds import make_generator
@@ -130,7 +130,8 @@ def _probe(label: str, cache: FeatureCache, filled: Filled, rows: Rows, own: Hea
         raise DataError("Backbones cannot be ranked on this folder.", where=table.root, why="train has one class")
     started = time.perf_counter()
     plain = HeadParams(folds=own.folds, seed=own.seed, standardize=own.standardize, class_weight=own.class_weight)
-    head = make_head("logistic", plain, class_names=table.class_names, jobs=usable_cores())
+    device = head_device(backbone.device)
+    head = make_head("logistic", plain, class_names=table.class_names, jobs=usable_cores(), device=device)
     # Before it is fitted, so that each fold chooses a strength of its own, on other images than it is judged by.
     right = head.cross_validate(table.features, table.targets, table.groups).right
     return Ranked(

@@ -31,7 +31,7 @@ from ..artifacts import (
     read_model,
     write_predictions,
 )
-from ..backbones import Backbone, BackboneIdentity, Transform, make_decoder
+from ..backbones import Backbone, BackboneIdentity, Transform, kind_of_device, make_decoder
 from ..backbones.backbone import DECODER_RULES
 from ..data.images import Given, Images, open_given
 from ..data.source import SPLITS
@@ -109,6 +109,7 @@ class Run:
             place=params.extract.device,
             precision=self.model.precision,
             batch=self.model.forward_shape[0],
+            made_on=self.model.device,
             source=self._build_network,
             compiled=params.extract.compile,
         )
@@ -262,6 +263,7 @@ def run_model(cache: FeatureCache, table: FeatureTable, head: Head) -> RunModel:
         storage_dtype=cache.store.spec.dtype,
         feature_dim=backbone.feature_dim,
         forward_shape=[backbone.batch_size, 3, crop, crop],
+        device=kind_of_device(backbone.device),
         feature_key=cache.key,
         feature_keys=[cache.key, *(view.key for view in cache.views())],
         head=HeadRecord(kind=head.kind),

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..artifacts import CurvePoint, ParameterCounts, Predictions, RunMetrics, check_run_name, default_run_name
 from ..backbones import Backbone
 from ..data.source import SPLITS, TEST, VAL
+from ..errors import HeadError
 from ..evaluate import Provenance, metric_lines, score
 from ..features.cache import FeatureCache, FeatureTable
-from ..heads import Choice, Score, choose_among, choose_head, curve_band, learning_curve, make_head
+from ..features.rows import Rows, take_rows
+from ..files import human_bytes
+from ..heads import Choice, Score, choose_among, choose_head, curve_band, head_device, learning_curve, make_head
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
+from ..runtime.memory import memory_budget
 from .open import open_caches, with_pooling
 from .prompts import with_texts
 from .run import make_gallery, publish_run, run_model
 
+if TYPE_CHECKING:
+    import torch
+
 Say = Callable[[str], None]
+# What a head holds at most beside features in float32, as many times their size: in float64, scaled, and so on.
+COPIES = 7
+# As much as a classifier of scikit-learn, or a torch head, holds of them: themselves, and scaled.
+COPIES_OF_OTHERS = 3
 
 
 def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict[str, Any]:
@@ -41,7 +52,10 @@ def train_head(params: Params, say: Say = print, *, curve: bool = False) -> dict
     if params.runs.name:
         check_run_name(params.runs.dir, params.runs.name)
     caches = open_caches(params)
-    return train_on([(cache, cache.table()) for cache in caches], params, say, curve=curve, started=started)
+    for kind in params.head.kinds:  # refuses, before anything is paid for, what it cannot be configured with
+        make_head(kind, params.head, class_names=caches[0].images.class_names)
+    most = memory_budget(params.head.memory_mb) // COPIES
+    return train_on([(cache, cache.table(most)) for cache in caches], params, say, curve=curve, started=started)
 
 
 def train_on(
@@ -66,6 +80,8 @@ def train_on(
     reported = table.reported_split()
     for each in tables.values():
         say(_data_line(each))
+    for line in _memory_lines(params.head, table, memory_budget(params.head.memory_mb)):
+        say(line)
     backbone = caches[params.backbone.poolings[0]].backbone
     section = with_texts(params, backbone, table.class_names)
     choose = partial(_choose, section, reported=reported, several=judged or len(caches) > 1, backbone=backbone)
@@ -73,17 +89,17 @@ def train_on(
     pooling, choice = choose_among(choices, params.head, on_val=judges(table, reported))
     cache, table, params = caches[pooling], tables[pooling], with_pooling(params, pooling)
     head = choice.head
-    points = _learning_curve(section, table, head.kind, reported) if curve else []
+    points = _learning_curve(section, table, head.kind, reported, backbone.device) if curve else []
     metrics, predictions = _score(table, choice, reported, points, cache.warnings)
     model = run_model(cache, table, head)
-    for line in [_parameter_line(model.parameters), *_leaderboard_lines(choice), *metric_lines(metrics)]:
-        say(line)
-    for line in _curve_lines(points):
-        say(line)
     model = model.model_copy(update={"seconds": time.perf_counter() - started})
     name = params.runs.name or default_run_name(params.data.root, cache.backbone.identity.name, head.kind)
     gallery = make_gallery(cache, table, SPLITS[reported], predictions)
     path = publish_run(params, name, head=head, model=model, metrics=metrics, predictions=predictions, gallery=gallery)
+    for line in [_parameter_line(model.parameters), *_leaderboard_lines(choice), *metric_lines(metrics)]:
+        say(line)
+    for line in _curve_lines(points):
+        say(line)
     say(f"Run: {path} (report.html shows the scores)")
     return metrics.summary(str(path))
 
@@ -92,6 +108,30 @@ def _data_line(table: FeatureTable) -> str:
     counts = [f"{int((table.splits == number).sum()):,} {name}" for number, name in enumerate(SPLITS)]
     size = f"{len(table.class_names)} classes, {table.features.shape[1]} features"
     return f"{len(table):,} images ({', '.join(counts)}), {size}"
+
+
+def _memory_lines(head: HeadParams, table: FeatureTable, memory: int) -> Iterator[str]:
+    """What features that are larger than the budget mean for each kind.
+
+    Raises:
+        HeadError: a kind needs all of them in memory, and more than there is.
+    """
+    features: Any = table.features
+    if not isinstance(features, Rows):
+        return
+    yield f"Features are read from {features.file.name}, block by block: head.memory_mb allows {human_bytes(memory)}"
+    need = COPIES_OF_OTHERS * features.nbytes
+    for kind in head.kinds:
+        if make_head(kind, head, class_names=table.class_names).by_blocks:
+            continue
+        if need > memory:
+            raise HeadError(
+                f"{kind} holds all features in memory: at least {human_bytes(need)}.",
+                where="head.memory_mb",
+                why=f"it allows {human_bytes(memory)}",
+                remedy="choose head.kind=logistic, which reads them by blocks; or set head.memory_mb if there is more",
+            )
+        yield f"{kind} holds all of them in memory: at least {human_bytes(need)}"
 
 
 def _parameter_line(counts: ParameterCounts) -> str:
@@ -116,18 +156,20 @@ def _choose(params: HeadParams, table: FeatureTable, *, reported: int, several: 
         class_names=table.class_names,
         jobs=usable_cores(),
         several=several,
-        device=str(backbone.device) if backbone.device.type == "cuda" else "cpu",
-        held_out=(table.features[val], table.targets[val]) if judges(table, reported) else None,
+        device=head_device(backbone.device),
+        held_out=(take_rows(table.features, val), table.targets[val]) if judges(table, reported) else None,
     )
 
 
-def _learning_curve(params: HeadParams, table: FeatureTable, kind: str, reported: int) -> list[CurvePoint]:
+def _learning_curve(
+    params: HeadParams, table: FeatureTable, kind: str, reported: int, device: torch.device
+) -> list[CurvePoint]:
     """The points of heads fitted to growing parts of train, on the reported split."""
     rows = table.labelled(reported)
     fits = learning_curve(
-        lambda: make_head(kind, params, class_names=table.class_names, jobs=usable_cores()),
+        lambda: make_head(kind, params, class_names=table.class_names, jobs=usable_cores(), device=head_device(device)),
         *table.training_rows(),
-        table.features[rows],
+        take_rows(table.features, rows),
         table.targets[rows],
         seed=params.seed,
     )

@@ -16,12 +16,12 @@ from pipeline.backbones import (
     WeightsMemo,
     accept_precision,
     prepare_for_inference,
-    reduced_precision_of,
+    reduced_precisions_of,
     verdict_key,
 )
 from pipeline.backbones.onednn import FusedConvolution, can_fuse, fuse_convolutions
 from pipeline.backbones.precision import sample_images
-from pipeline.backbones.prepare import diffuse_rounding, fold_batchnorm
+from pipeline.backbones.prepare import diffuse_rounding, fold_batchnorm, pool_in_float32
 from pipeline.backbones.weights import tensors_digest
 
 from .conftest import build, filled_network
@@ -181,11 +181,38 @@ def test_the_sample_is_the_same_every_time_and_varied() -> None:
 
 def test_reduced_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert reduced_precision_of(torch.device("cuda:0")) == "float16"
+    assert reduced_precisions_of(torch.device("cuda:0")) == ("float16",)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert reduced_precision_of(torch.device("cuda:0")) == "bfloat16"
-    assert reduced_precision_of(torch.device("mps")) is None
-    for present, expected in ((False, None), (True, "bfloat16")):
+    assert reduced_precisions_of(torch.device("cuda:0")) == ("bfloat16", "float16")
+    assert reduced_precisions_of(torch.device("mps")) == ()
+    for present, expected in ((False, ()), (True, ("bfloat16",))):
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, name, lambda present=present: present)
-        assert reduced_precision_of(CPU) == expected
+        assert reduced_precisions_of(CPU) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "pools_last"),
+    [
+        ("resnet18", {}, True),
+        ("mobilenet_v2", {}, True),
+        ("resnet18", {"layer": "layer3"}, True),
+        ("resnet18", {"pooling": "max"}, False),  # which rounds nothing
+        ("mobilenet_v3_small", {}, False),  # a linear layer follows
+        ("squeezenet1_0", {"layer": "features"}, True),  # has no BatchNorm, so that it is not traced
+    ],
+)
+def test_pooling_in_float32_rounds_features_no_further(name: str, params: dict[str, str], pools_last: bool) -> None:
+    network, _ = fold_batchnorm(copy.deepcopy(build(name, **params).module.network))
+    network = network.to(torch.bfloat16)
+    with torch.no_grad():
+        rounded = network(images(64).bfloat16())
+        assert pool_in_float32(network) is pools_last
+        features = network(images(64).bfloat16())
+    assert rounded.dtype == torch.bfloat16 and (features.dtype == torch.float32) == pools_last
+    torch.testing.assert_close(features.float(), rounded.float(), rtol=2**-7, atol=1e-3)
+
+
+def test_tf32_is_float32_where_there_is_no_gpu_and_is_never_left_on(resnet: BuiltNetwork) -> None:
+    exact = prepare_for_inference(resnet, device=CPU, precision="float32")(images(64))
+    assert torch.equal(prepare_for_inference(resnet, device=CPU, precision="tf32")(images(64)), exact)

@@ -192,3 +192,11 @@ def test_listing_and_cleaning_import_no_torch(tmp_path: Path, cache: Path) -> No
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert SPEC.key in done.stdout
+
+
+def test_import_without_its_extra_names_it(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    done = run("import", str(tmp_path / "rows.parquet"), "--json")
+    assert done.code == 1 and "[parquet]" in done.json["error"]["remedy"]
+    assert run("import", str(tmp_path / "nothing.parquet")).code == 2

@@ -6,7 +6,15 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.digests import Digests, data_digest, empty_digests, first_occurrences, locate, stack_digests
+from pipeline.data.digests import (
+    Digests,
+    DigestTable,
+    data_digest,
+    empty_digests,
+    first_occurrences,
+    locate,
+    stack_digests,
+)
 
 # Few different halves, so that equal first halves, equal second halves and whole repeats all occur often.
 halves = st.sampled_from([bytes([value]) * 8 for value in (0, 1, 127, 128, 255)])
@@ -60,3 +68,14 @@ def test_data_digest_knows_contents_labels_and_splits_but_not_order() -> None:
     assert data_digest(digests, ["b", "a", "caf\udce9"], splits) != same
     assert data_digest(digests, labels, ["val", "val", "train"]) != same
     assert data_digest(digests[[0, 1, 1]], labels, splits) != same
+
+
+def test_a_table_that_was_extended_is_the_table_of_all() -> None:
+    """With contents that repeat, and some that agree in the first half only."""
+    rows = np.random.default_rng(5).integers(0, 3, (300, 16)).astype(np.uint8)
+    rows[:, :14] = rows[:, :1]
+    table = DigestTable(rows[:120]).extended(rows[120:121]).extended(rows[121:121]).extended(rows[121:])
+    query = np.concatenate([rows[::-1], rows + 100])
+    first = {row.tobytes(): place for place, row in reversed(list(enumerate(rows)))}
+    expected = [first.get(row.tobytes(), -1) for row in query]
+    assert table.locate(query).tolist() == DigestTable(rows).locate(query).tolist() == expected

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from threading import current_thread
 
 import numpy as np
 import pytest
 
-from pipeline.data.folder import scan_folder
+from pipeline.data import walk
+from pipeline.data.folder import FolderSource, scan_folder
 from pipeline.data.source import UNLABELLED, Samples
 from pipeline.data.walk import FileChanged, as_int64, read_file
 from pipeline.errors import DataError
@@ -63,6 +65,19 @@ def test_stats_are_those_of_the_files(tmp_path: Path) -> None:
         assert row == [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
+def test_stats_that_wait_are_waited_for_in_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, *(f"cat/{number}.jpg" for number in range(300)), "cat/folder.jpg/1.jpg")
+    (tmp_path / "cat/dead.jpg").symlink_to("nowhere")
+    quick = scan(tmp_path)
+    seen = set[str]()
+    fields = walk._fields_and_mode
+    monkeypatch.setattr(walk, "_fields_and_mode", lambda status: seen.add(current_thread().name) or fields(status))
+    monkeypatch.setattr(walk, "SLOW_SECONDS", -1.0)
+    slow = scan(tmp_path)
+    assert slow.paths == quick.paths and (slow.stamps == quick.stamps).all() and slow.warnings == quick.warnings
+    assert len(slow.paths) == 301 and "leads nowhere" in slow.warnings[0] and any("stat" in name for name in seen)
+
+
 def test_inodes_above_63_bits_survive() -> None:
     values = [1, (1 << 64) - 1, 5]
     assert as_int64(values).view(np.uint64).tolist() == values
@@ -85,10 +100,44 @@ def test_split_layout(tmp_path: Path, val: str) -> None:
     assert tree.warnings == ("Classes without an image in test: 'ant'.",)
 
 
-def test_train_alone_is_a_class_and_says_so(tmp_path: Path) -> None:
+def test_train_alone_is_split_by_the_program(tmp_path: Path) -> None:
     tree = scan(make(tmp_path, "train/ant/1.jpg", "train/bee/2.jpg"))
-    assert tree.splits is None and tree.class_names == ("train",)
-    assert "'train' is read as a class" in tree.warnings[0]
+    assert tree.splits is None and tree.class_names == ("ant", "bee")
+    assert tree.paths == ["train/ant/1.jpg", "train/bee/2.jpg"] and not tree.warnings
+
+
+@pytest.mark.parametrize("test", ["test/5.jpg", "test/images/5.jpg", "Testing/5.jpg"])
+def test_a_test_without_labels_is_left_for_predict(tmp_path: Path, test: str) -> None:
+    tree = scan(make(tmp_path, "train/ant/1.jpg", "train/bee/2.jpg", test))
+    assert tree.splits is None and tree.class_names == ("ant", "bee") and len(tree.paths) == 2
+    folder = test.partition("/")[0]
+    assert f"1 image in '{folder}'" in tree.warnings[0] and f"predict latest {tmp_path / folder}" in tree.warnings[0]
+    tree = scan(make(tmp_path, "val/ant/3.jpg", "val/bee/4.jpg"))
+    assert tree.splits is not None and tree.splits.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("TRAIN", "Test"), ("train", "dev")])
+def test_other_usual_names_of_splits(tmp_path: Path, names: tuple[str, str]) -> None:
+    tree = scan(make(tmp_path, *(f"{split}/{name}/{split}.jpg" for split in names for name in ("ant", "bee"))))
+    assert tree.class_names == ("ant", "bee") and tree.splits is not None and 0 in tree.splits
+
+
+def test_a_folder_around_everything_is_no_class(tmp_path: Path) -> None:
+    tree = scan(make(tmp_path / "a", "insects/ants/1.jpg", "insects/bees/2.jpg", "__MACOSX/insects/._1.jpg"))
+    assert tree.class_names == ("ants", "bees") and tree.paths == ["insects/ants/1.jpg", "insects/bees/2.jpg"]
+    assert "'insects'" in tree.warnings[0]
+    tree = scan(make(tmp_path / "b", "data/insects/train/ants/1.jpg", "data/insects/val/ants/2.jpg"))
+    assert tree.class_names == ("ants",) and tree.splits is not None
+    assert scan(make(tmp_path / "c", "ants/1.jpg", "ants/small/2.jpg")).class_names == ("ants",)
+    assert scan(tmp_path / "a", layout="flat").class_names == ("insects",)
+
+
+def test_labels_in_a_table_beside_are_asked_for(tmp_path: Path) -> None:
+    root = make(tmp_path, "images/1.jpg", "images/2.jpg", "sample_submission.csv", "train_labels.csv")
+    with pytest.raises(DataError) as caught:
+        FolderSource(root, "auto", EXTENSIONS).list_samples()
+    assert f"data.root={root / 'train_labels.csv'}" in str(caught.value) and "data.layout=flat" in str(caught.value)
+    assert FolderSource(root, "flat", EXTENSIONS).list_samples().class_names == ("images",)
 
 
 def test_flat_can_be_asked_for(tmp_path: Path) -> None:
@@ -120,6 +169,10 @@ def test_stray_images_and_empty_classes_are_warned_of(tmp_path: Path) -> None:
         (["train/a/1.jpg", "val/a/2.jpg", "valid/a/3.jpg"], "auto", ["2 validation splits", "'valid'"]),
         (["train/a/1.jpg"], "split", ["no splits", "data.layout"]),
         (["a/1.jpg"], "split", ["no splits"]),
+        (["train/1.jpg", "test/2.jpg"], "auto", ["'test', 'train'", "class folders", "data.layout=flat"]),
+        (["train/a/1.jpg", "bus/2.jpg"], "auto", ["'bus'", "data.root=", "data.layout=flat"]),
+        (["seg_train/a/1.jpg", "seg_test/a/2.jpg", "seg_pred/3.jpg"], "auto", ["'seg_train'", "data.layout=flat"]),
+        (["val/a/1.jpg", "test/a/2.jpg"], "auto", ["no train", "evaluate --data", "data.layout=flat"]),
     ],
 )
 def test_errors_name_folder_and_remedy(tmp_path: Path, names: list[str], layout: str, words: list[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.data.folder import scan_folder
 from pipeline.data.index import SAFE_NS, DigestIndex
+from pipeline.files import lock_file
 
 NOW = 10**18
 PATHS = ["a/1.jpg", "a/2 \n.jpg", "b/\udcff.jpg", "b/ü.jpg"]
@@ -98,12 +99,52 @@ def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path) -> None:
     make_index().save(file)
     whole = file.read_bytes()
     damaged = [bytes([*whole[:i], whole[i] ^ 1 << i % 8, *whole[i + 1 :]]) for i in range(len(whole))]
-    damaged += [whole[:i] for i in range(len(whole))] + [whole + b"x", b"something else altogether"]
+    damaged += [whole[:i] for i in range(1, len(whole))] + [b"something else altogether"]
     for data in damaged:
         file.write_bytes(data)
         index = DigestIndex.load(file)
         assert len(index) == 0 and index.warning and str(file) in index.warning
         assert not index.lookup(PATHS, make_columns()[0])[1].any()
+
+
+def test_what_is_learnt_is_put_behind_what_is_there(tmp_path: Path) -> None:
+    stats, digests, known = make_columns()
+    file = tmp_path / "sub/index"
+    make_index().append(file)
+    before, fresh = file.read_bytes(), digests[1:2] ^ 255
+    changed = stats[1:2] + 1
+    DigestIndex().updated(PATHS[1:2], changed, fresh, known[:1], read_ns=NOW).append(file)
+    assert file.read_bytes().startswith(before)
+    stats[1], digests[1] = changed, fresh
+    found, held = DigestIndex.load(file).lookup(PATHS, stats)
+    assert held.all() and (found == digests).all()
+    assert DigestIndex.compact(file, PATHS, stats)
+    index = DigestIndex.load(file)
+    assert (len(index), index.first, index.blocks) == (4, 4, 1) and (index.lookup(PATHS, stats)[0] == digests).all()
+
+
+def test_a_block_that_was_cut_or_spoilt_costs_no_other(tmp_path: Path) -> None:
+    stats, digests, known = make_columns()
+    file, blocks = tmp_path / "index", []
+    for row in range(4):
+        mine = slice(row, row + 1)
+        before = file.stat().st_size if row else 0
+        DigestIndex().updated(PATHS[mine], stats[mine], digests[mine], known[mine], read_ns=NOW).append(file)
+        blocks.append(file.read_bytes()[before:])
+    for spoilt in (blocks[1][:20], blocks[1][:-1], blocks[1][:-1] + b"?", b"", b"x"):
+        file.write_bytes(blocks[0] + spoilt + blocks[2] + blocks[3])
+        index = DigestIndex.load(file)
+        assert index.lookup(PATHS, stats)[1].tolist() == [True, False, True, True] and index.warning is None
+
+
+def test_an_index_that_somebody_appends_to_is_not_made_anew(tmp_path: Path) -> None:
+    file = tmp_path / "index"
+    make_index().append(file)
+    before = file.read_bytes()
+    with open(file, "ab") as other:
+        lock_file(other.fileno(), shared=True, blocking=True)
+        assert not DigestIndex.compact(file, PATHS, make_columns()[0])
+    assert file.read_bytes() == before
 
 
 def test_replaced_file_with_equal_size_and_restored_mtime(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -254,29 +256,94 @@ def test_an_error_ends_it_at_once_and_keeps_the_rows_before(where: str, workers:
     assert len(read) < 300
 
 
+class Activation:
+    """Stands for what a layer gave, which a traceback can keep alive."""
+
+
 class OutOfMemory(nn.Module):
     """A device that holds ``fitting`` images at most."""
 
-    def __init__(self, fitting: int) -> None:
+    def __init__(self, fitting: int, error: Exception | None = None) -> None:
         super().__init__()
         self.fitting, self.sizes = fitting, []
+        self.error = error or torch.cuda.OutOfMemoryError("simulated")
+        self.alive: weakref.ref[Activation] | None = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        activation = Activation()
+        self.alive = weakref.ref(activation)
         self.sizes.append(len(images))
         if len(images) > self.fitting:
-            raise torch.cuda.OutOfMemoryError("simulated")
+            raise type(self.error)(*self.error.args)  # a new one, that nothing but its handler holds
         return NETWORK(images)
 
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does() -> None:
-    network = OutOfMemory(fitting=3)
-    forward = make_forward(network, batch_size=16)
+    network, told = OutOfMemory(fitting=3), list[int]()
+    forward = Forward(lambda: network, normalise, torch.device("cpu"), 16, halved=told.append)
     table = extract(range(40), forward=forward, workers=1)
-    assert table.digests == DIGESTS[:40] and forward.batch_size == 2
+    assert table.digests == DIGESTS[:40] and forward.batch_size == 2 and told == [8, 4, 2]
     assert network.sizes[:4] == [16, 8, 4, 2]
     assert network.sizes.count(2) == 20
     expected = np.frombuffer(b"".join(ALONE[digest] for digest in table.digests), np.float32)
     np.testing.assert_allclose(np.frombuffer(b"".join(table.rows), np.float32), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_halving_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    make_forward(OutOfMemory(fitting=4), batch_size=8)(IMAGES[:8])
+    assert "batches of 8 images: they are of 4" in caplog.text
+
+
+def test_a_later_batch_that_does_not_fit_is_computed_in_parts_and_the_next_is_whole_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    network = OutOfMemory(fitting=8)
+    forward = make_forward(network, batch_size=8)
+    forward(IMAGES[:8])
+    network.fitting = 4
+    rows = forward(IMAGES[8:16])
+    network.fitting = 8
+    forward(IMAGES[16:24])
+    assert network.sizes == [8, 8, 4, 4, 8] and forward.batch_size == 8 and len(rows) == 8
+    assert "in parts" in caplog.text
+
+
+def test_memory_is_given_back_once_nothing_holds_it_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside an ``except`` the traceback still holds the frames, and with them what the layers gave."""
+    network = OutOfMemory(fitting=4)
+    held: list[bool] = []
+
+    def look(*_: object) -> int:
+        held.append((network.alive is not None and network.alive() is not None) or sys.exc_info()[1] is not None)
+        return 0
+
+    monkeypatch.setattr("pipeline.backbones.backbone.gc.collect", look)
+    make_forward(network, batch_size=8)(IMAGES[:8])
+    assert held == [False]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "GET was unable to find an engine to execute this computation",
+        "CUDA error: out of memory",
+        "MPS backend out of memory",
+    ],
+)
+def test_every_way_of_saying_that_memory_ran_out_is_understood(message: str) -> None:
+    forward = make_forward(OutOfMemory(fitting=4, error=RuntimeError(message)), batch_size=8)
+    assert len(forward(IMAGES[:8])) == 8 and forward.batch_size == 4
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
+    network = OutOfMemory(fitting=4, error=RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        make_forward(network, batch_size=8)(IMAGES[:8])
+    assert network.sizes == [8]
 
 
 def test_a_single_image_that_does_not_fit_is_an_error() -> None:

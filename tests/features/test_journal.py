@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -41,6 +42,19 @@ def test_suspects_stay_where_trying_them_failed(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), suspects_left_behind(tmp_path):
         raise KeyboardInterrupt
     assert len(left_behind(tmp_path)) == 2
+
+
+def test_suspects_that_others_have_are_left_to_them_for_a_day(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", HOLD_AND_DIE, tmp_path], check=False)
+    for _ in range(2):
+        with suspects_left_behind(tmp_path) as suspects:
+            assert len(suspects) == 2
+            suspects.pop()
+    (file,) = (tmp_path / "journal").iterdir()
+    os.utime(file, (1e9, 1e9))
+    with suspects_left_behind(tmp_path) as suspects:
+        suspects.clear()
+    assert not file.exists()
 
 
 def test_a_living_process_is_not_suspected_and_leaves_nothing(tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
 from pipeline.data.digests import first_occurrences
+from pipeline.features import merge
 from pipeline.features import store as store_module
+from pipeline.features.merge import MERGE_AT
 from pipeline.features.parts import part_names
-from pipeline.features.store import MERGE_AT, FeatureStore
+from pipeline.features.store import FeatureStore
 
 from .examples import features_of, fill, make_digests, make_store
 
@@ -68,6 +71,38 @@ def test_a_reader_whose_parts_are_merged_looks_again(tmp_path: Path) -> None:
     assert (reader.read(digests) == features_of(digests)).all()
 
 
+def test_a_part_that_goes_while_libhdf5_opens_it_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_one_by_one(tmp_path, MERGE_AT - 1)
+    reader, opened, real = make_store(tmp_path), list[Path](), h5py.File
+
+    def open_late(path: Path, mode: str) -> h5py.File:
+        opened.append(path)
+        if len(opened) == 1:
+            monkeypatch.setattr(h5py, "File", real)
+            fill_one_by_one(tmp_path, 1, start=MERGE_AT - 1)
+            raise OSError("Unable to synchronously open file (can't retrieve stat info for file)")
+        return real(path, mode)
+
+    monkeypatch.setattr(h5py, "File", open_late)
+    digests = make_digests(MERGE_AT - 1)
+    assert (reader.read(digests) == features_of(digests)).all() and opened
+
+
+@pytest.mark.parametrize("listed", [slice(None), slice(0, 0), slice(0, 5)])
+def test_parts_that_are_merged_while_a_reader_opens_them_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: slice
+) -> None:
+    """A listing may hold what has gone a moment later, or neither that nor what came of it."""
+    fill_one_by_one(tmp_path, MERGE_AT - 1)
+    names = list(part_names(make_store(tmp_path).folder))[listed]
+    fill_one_by_one(tmp_path, 1, start=MERGE_AT - 1)
+    listings = iter([names])
+    monkeypatch.setattr(store_module, "part_names", lambda folder: next(listings, None) or part_names(folder))
+    assert_whole(make_store(tmp_path), MERGE_AT)
+
+
 def test_damage_gains_no_valid_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill_one_by_one(tmp_path, MERGE_AT - 1)
     spoilt = sorted(make_store(tmp_path).folder.glob("part-*"))[3]
@@ -88,7 +123,7 @@ def test_damage_gains_no_valid_digest(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_merge_that_is_cut_short_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """At the publishing, before anything is removed, and in the middle of the removal."""
     fill_one_by_one(tmp_path, MERGE_AT - 1)
-    real_publish, real_unlink, left = store_module.publish_file, Path.unlink, [after]
+    real_publish, real_unlink, left = merge.publish_file, Path.unlink, [after]
 
     def step() -> None:
         left[0] -= 1
@@ -105,13 +140,34 @@ def test_a_merge_that_is_cut_short_loses_nothing(tmp_path: Path, monkeypatch: py
             step()
         real_unlink(path, missing_ok)
 
-    monkeypatch.setattr(store_module, "publish_file", publish)
+    for module in (merge, store_module):
+        monkeypatch.setattr(module, "publish_file", publish)
     monkeypatch.setattr(Path, "unlink", unlink)
     fill_one_by_one(tmp_path, 1, start=MERGE_AT - 1)
     monkeypatch.undo()
-    store = make_store(tmp_path)
-    digests = make_digests(MERGE_AT)
-    assert (store.read(digests) == features_of(digests)).all() and not store.warnings
+    again, digests = make_store(tmp_path), make_digests(MERGE_AT)
+    assert (again.read(digests) == features_of(digests)).all() and not again.warnings
+
+
+def test_no_part_grows_beyond_the_largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of long before there was any merging come in any number."""
+    with monkeypatch.context() as before:
+        before.setattr(merge, "MERGE_AT", 10_000)
+        fill_one_by_one(tmp_path, 200)
+    size = make_store(tmp_path).parts[0].size
+    monkeypatch.setattr(merge, "MOST_BYTES", 50 * size)
+    monkeypatch.setattr(merge, "SMALL_BYTES", 2 * size)
+    fill_one_by_one(tmp_path, 1, start=200)
+    again = make_store(tmp_path)
+    assert len(again.parts) < 5 + MERGE_AT and max(part.size for part in again.parts) <= 50 * size
+    assert_whole(again, 201)
+
+
+def test_a_few_rows_of_a_large_part_are_read_alone(tmp_path: Path) -> None:
+    digests = make_digests(100)
+    fill(make_store(tmp_path), digests)
+    some = digests[[90, 3, 3, 41]]
+    assert (make_store(tmp_path).read(some) == features_of(some)).all()
 
 
 def test_where_there_are_no_locks_nothing_is_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

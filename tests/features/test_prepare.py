@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -18,10 +18,12 @@ from pipeline.backbones import Pixels
 from pipeline.data.decode import decode_image
 from pipeline.data.images import Images, open_images
 from pipeline.features.extractor import Clock
-from pipeline.features.prepare import Crop, Preparation
+from pipeline.features.prepare import Preparation
 from pipeline.features.quarantine import Quarantine
 from pipeline.files import digest_bytes
 from pipeline.params import DataParams
+
+Crop = Callable[[Image.Image, bytes], Pixels]
 
 
 def png(shade: int) -> bytes:
@@ -56,7 +58,12 @@ def make_preparation(
 ) -> Preparation:
     decode = partial(decode_image, background=(255, 255, 255), exif=True, max_pixels=10**6)
     quarantine = Quarantine(cache or root.parent / "cache", "rule")
-    return Preparation(images_in(root), have or set(), quarantine, decode=decode, crop=crop)
+    return Preparation(
+        images_in(root),
+        (have or set()).__contains__,
+        quarantine,
+        decode=lambda data, digest: crop(decode(data), digest),
+    )
 
 
 @pytest.fixture
@@ -157,7 +164,13 @@ def test_decoding_is_guarded_by_path_and_digest(root: Path) -> None:
     crop = Counter()
     decode = partial(decode_image, background=(255, 255, 255), exif=True, max_pixels=10**6)
     quarantine = Quarantine(root.parent / "cache", "rule")
-    preparation = Preparation(images_in(root), set(), quarantine, decode=decode, crop=crop, in_hand=in_hand)
+    preparation = Preparation(
+        images_in(root),
+        set().__contains__,
+        quarantine,
+        decode=lambda data, digest: crop(decode(data), digest),
+        in_hand=in_hand,
+    )
     preparation(0, Clock())
     digest = digest_bytes(Path(preparation.images.path(0)).read_bytes())
     assert guarded == [("0.png", digest, "begin"), ("0.png", digest, "end")]

@@ -52,10 +52,13 @@ def test_interpolation_finds_the_better_middle() -> None:
         seen.append(module.head.linear0.weight[0, 0].item())
         return SelectionScore(abs(seen[-1] - 0.3), 0.5)
 
-    share, state = interpolate(classifier, start, tuned, score, by="log_loss", images=lambda: [])
+    share, state = interpolate(classifier, start, tuned, score, by="log_loss", images=lambda: [], judges=9)
     assert share == pytest.approx(0.25) and seen[0] == 0 and seen[-1] == 1
     assert classifier.head.linear0.weight[0, 0].item() == pytest.approx(0.25)
     assert float(state["head.linear0.weight"][0, 0]) == pytest.approx(0.25)
+    # What it gains, 0.25 an image, is chance where 7 images say so.
+    share, state = interpolate(classifier, start, tuned, score, by="log_loss", images=lambda: [], judges=7)
+    assert share == 0 and classifier.head.linear0.weight[0, 0].item() == 0
 
 
 def test_the_ends_of_the_line_are_the_two_states(tmp_path: Path) -> None:
@@ -75,7 +78,7 @@ def test_moved_statistics_are_estimated_anew(tmp_path: Path) -> None:
         return [images]
 
     selection = SelectionSet(labelled(9), TRANSFORM, tiny_params(), Setup())
-    interpolate(classifier, result.start, result.tuned, selection.score, by="log_loss", images=batches)
+    interpolate(classifier, result.start, result.tuned, selection.score, by="log_loss", images=batches, judges=9)
     assert calls == 3
 
 

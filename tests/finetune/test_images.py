@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,3 +99,34 @@ def test_an_error_is_raised_where_its_batch_is_due() -> None:
 def test_workers() -> None:
     assert resolve_workers(3, torch.device("cpu")) == 3
     assert resolve_workers("auto", torch.device("cpu")) >= 1
+
+
+def test_processes_share_the_cores_of_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.runtime.cores.usable_cores", lambda: 16)
+    cuda, four = torch.device("cuda:0"), World(size=8, local_size=4)
+    assert [resolve_workers("auto", cuda), resolve_workers("auto", cuda, four)] == [16, 4]
+    assert resolve_workers("auto", torch.device("cpu"), four) == 2
+
+
+def test_pinned_memory_is_asked_for_on_the_device_that_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere it would make a context on the first GPU, in every process."""
+    current: list[torch.device] = []
+    asked: list[list[torch.device]] = []
+    empty = torch.empty
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen)
+        yield
+        current.remove(chosen)
+
+    def pinned(*shape: Any, pin_memory: bool = False, **rest: Any) -> torch.Tensor:
+        asked.extend([list(current)] * pin_memory)
+        return empty(*shape, **rest)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch, "empty", pinned)
+    batches = prepare_batches(
+        [np.arange(2)], lambda _row: np.zeros((2, 2, 3), np.uint8), size=2, workers=1, device=torch.device("cuda:1")
+    )
+    assert len(list(batches)) == 1 and asked == [[torch.device("cuda:1")]]

@@ -6,14 +6,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from pipeline.errors import DeviceError, FinetuneError
 from pipeline.finetune.augment import mix_images
-from pipeline.finetune.step import Objective, correct_sum, resolve_class_weights, resolve_training_dtype
-
-from .support import (
-    tiny_params,
+from pipeline.finetune.step import (
+    Objective,
+    Setup,
+    Stepper,
+    TrainableClassifier,
+    correct_sum,
+    resolve_class_weights,
+    resolve_setup,
+    resolve_training_dtype,
 )
+from pipeline.runtime.distributed import World
+
+from .support import TRANSFORM, labelled, tiny_classifier, tiny_params
 
 CPU = torch.device("cpu")
 
@@ -64,3 +73,55 @@ def test_precision() -> None:
     assert resolve_training_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
     with pytest.raises(DeviceError, match="float16"):
         resolve_training_dtype("float16", CPU)
+
+
+class Synchronised(nn.SyncBatchNorm):
+    """Keeps whether it would have met the others in the statistics of each pass."""
+
+    met: list[bool] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.met.append(self.training)
+        return images
+
+
+def test_a_process_with_a_single_image_still_meets_the_others_in_their_statistics() -> None:
+    """The others wait for it: where it kept away, the training hung."""
+    model = TrainableClassifier(tiny_classifier(), tiny_params(), Setup(batchnorm="train"))
+    model.classifier.backbone[0][1] = Synchronised(8)
+    model.train_mode()
+    logits = model.forward(torch.randn(1, 3, 16, 16))
+    assert Synchronised.met == [True] and logits.shape == (1, 3)
+    plain = model.classifier.backbone[1][1]
+    assert plain.training and plain.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(("batchnorm", "converted"), [("train", True), ("frozen", False)])
+def test_only_statistics_that_move_are_synchronised(
+    monkeypatch: pytest.MonkeyPatch, batchnorm: str, converted: bool
+) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(nn.SyncBatchNorm, "convert_sync_batchnorm", lambda module: seen.append(True) or module)
+    monkeypatch.setattr(nn.Module, "to", lambda module, *_a, **_k: module)
+    monkeypatch.setattr("pipeline.finetune.step.DistributedDataParallel", lambda module, **_k: module)
+    setup = Setup(torch.device("cuda:0"), batchnorm=batchnorm, world=World(size=2))  # type: ignore[arg-type]
+    TrainableClassifier(tiny_classifier(), tiny_params(sync_batchnorm=True), setup)
+    assert bool(seen) == converted
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_gpu(cuda: torch.device) -> None:
+    images = labelled(16)
+    params = tiny_params(batch_size=8, class_weight={"b": 2.0}, mixup=0.2)
+    setup = resolve_setup(params, cuda, targets=images.targets, class_names="abc")
+    model = TrainableClassifier(tiny_classifier(), params, setup)
+    stepper = Stepper(model, images, TRANSFORM)
+    model.train_mode()
+    batches = stepper.plan(1)
+    for number, (batch, pixels) in enumerate(zip(batches, stepper.prepare(batches, 1), strict=True)):
+        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first makes what is made once
+        try:
+            stepper.add_gradients(batch, pixels, 1)
+            stepper.step(1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

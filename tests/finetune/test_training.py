@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from pipeline.errors import FinetuneError, Interrupted
 from pipeline.files import file_lock
 from pipeline.finetune import Callbacks, Setup, TrainingResult, plan_epochs, seconds_per_image, train_classifier
 from pipeline.finetune.batchnorm import batchnorm_modules
+from pipeline.finetune.training import _Training
 
 from .support import STILL, TRANSFORM, labelled, state_digest, tiny_classifier, tiny_params, train_tiny
 
@@ -219,3 +221,12 @@ def test_the_pace_is_measured_on_a_copy() -> None:
     before = state_digest(dict(classifier.state_dict()))
     assert seconds_per_image(classifier, labelled(12), TRANSFORM, tiny_params(), Setup(batchnorm="train")) > 0
     assert state_digest(dict(classifier.state_dict())) == before
+
+
+def test_between_gpus_a_wish_to_stop_is_heard_a_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all processes at the same step, and without waiting for what the GPU has still to do."""
+    monkeypatch.setattr("pipeline.finetune.training.Wishes", lambda count: SimpleNamespace(any=lambda: count.wish))
+    run = _Training.__new__(_Training)
+    run._wishes = None
+    gpu, wishes = SimpleNamespace(type="cuda"), (False, True, False)
+    assert [run._stops(SimpleNamespace(device=gpu, wish=wish)) for wish in wishes] == [False, False, True]

@@ -41,7 +41,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "images")
     places = (f"data.root={folder / 'images'}", f"cache.dir={folder / 'cache'}", FLOAT32)
     extract(load_params(folder / "params.yaml", (*FAST, *places)), lambda _line: None, quiet=True)
-    shutil.rmtree(folder / "cache" / "index")
+    shutil.rmtree(folder / "cache" / "index", ignore_errors=True)  # of files so new it may not be there
     return folder / "cache"
 
 
@@ -100,6 +100,7 @@ def replace_features(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -
 
 def test_ls_shows_every_key_with_what_made_it(run_extract: Extract, make_params: MakeParams, tmp_path: Path) -> None:
     first, second = run_extract(), run_extract("transform.resize=34", "cache.dtype=float32")
+    (tmp_path / "cache" / "index").mkdir(exist_ok=True)
     (tmp_path / "cache" / "index" / ".tmp-1-aa-x.idx").write_bytes(b"half")
     listed = list_cache(make_params())
     keys = {key["key"]: key for key in listed["keys"]}

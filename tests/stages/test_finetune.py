@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from pipeline import load_run
 from pipeline.errors import FinetuneError, Interrupted
-from pipeline.params import Params, load_params
+from pipeline.params import Params, dump_params, load_params
 from pipeline.stages import finetune as stage
 from pipeline.stages.extract import extract
 from pipeline.stages.finetune import find_lr, finetune
@@ -27,6 +27,7 @@ from pipeline.stages.train_head import train_head
 
 from .conftest import FAST
 
+PROJECT = Path(__file__).resolve().parents[2]
 Extract = Callable[..., dict[str, Any]]
 MakeParams = Callable[..., Params]
 QUICK = (
@@ -252,8 +253,49 @@ def test_what_was_chosen_is_trained_on_all_of_train(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_interrupted_while_scoring_it_says_how_to_go_on_and_times_add_up(
+    probe: Path, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(*_arguments: Any, **_options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "score", interrupt)
+    with pytest.raises(Interrupted) as caught:
+        finetune(make_params(*QUICK, "runs.name=cut"), silent)
+    monkeypatch.undo()
+    assert "`pipeline finetune --resume` goes on" in str(caught.value)
+    start = tmp_path / "runs" / ".training" / "cut" / "start.json"
+    begun = json.loads(start.read_text())
+    assert begun["seconds"] > 0
+    start.write_text(json.dumps({**begun, "seconds": 1000.0}))
+    resumed = finetune(make_params(), silent, resume="latest")
+    assert json.loads((Path(resumed["run"]) / "model.json").read_text())["seconds"] > 1000
+
+
 def test_minutes_leave_fewer_epochs(probe: Path, make_params: MakeParams) -> None:
     lines: list[str] = []
     finetune(make_params(*QUICK, "finetune.epochs=50", "finetune.minutes=0.001"), lines.append)
     assert any(line.startswith("An epoch takes about") for line in lines)
     assert any("leaves time for 1 of 50 epochs" in line for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["probe", "random"])
+def test_two_processes_fit_the_probe_once_and_share_the_tuned_features(
+    probe: Path, make_params: MakeParams, tmp_path: Path, start: str
+) -> None:
+    file = tmp_path / "two.yaml"
+    file.write_text(dump_params(make_params(*QUICK, "runs.name=two", f"finetune.start={start}")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "pipeline", "finetune", "-p", str(file), "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+    )
+    assert done.returncode == 0, done.stderr
+    run = load_run(tmp_path / "runs" / "two")
+    assert json.loads(done.stdout)["run"] == str(run.folder.resolve())
+    if start == "random":  # any epoch is better than that
+        assert run.model.feature_key != load_run(probe).model.feature_key
+        assert len(list((tmp_path / "cache").glob(f"*-{run.model.feature_key}/*.h5"))) == 2  # one part of each process

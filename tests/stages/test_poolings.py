@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import extract, load_params, load_run, train_head
 from pipeline.backbones import timm as timm_module
+from pipeline.backbones.zoo import FeatureNetwork
 from pipeline.errors import UsageError
 from pipeline.params import Params
 from pipeline.stages.finetune import finetune
@@ -75,6 +76,20 @@ def test_what_comes_before_the_pooling_is_computed_once(params: Any, monkeypatch
     both = params("timm/test_vit.r160_in1k", ("avg", "max", "cls_avg"), "extract.precision=float32")
     extract(both, quiet, quiet=True)
     assert calls.count(4) == alone and one["embedded"] > 4
+
+
+def test_maps_of_a_layer_are_computed_once(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    trunk = FeatureNetwork.trunk
+    monkeypatch.setattr(FeatureNetwork, "trunk", lambda self, x: calls.append(len(x)) or trunk(self, x))
+    layer = ("extract.precision=float32", "backbone.layer=features.7")
+    extract(params(RESNET[0], "avg", *layer, cache="alone"), quiet, quiet=True)
+    alone = calls.count(4)
+    calls.clear()
+    extract(params(RESNET[0], ("avg", "max"), *layer), quiet, quiet=True)
+    assert calls.count(4) == alone > 1
+    two, one = (open_cache(params(RESNET[0], "avg", *layer, cache=name)) for name in ("cache", "alone"))
+    assert two.store.read(one.store.digests).tobytes() == one.store.read(one.store.digests).tobytes()
 
 
 def test_only_what_is_missing_is_added(params: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,14 @@ def test_predict_takes_what_a_program_has(run_extract: Extract, make_params: Mak
     assert [each.path for each in found] == ["image 0", "image 1", "image 2", str(file)]
     with pytest.raises(TypeError, match="a list of them"):
         run.predict(7)  # type: ignore[arg-type]
+
+
+def test_a_run_of_another_kind_of_device_has_the_batches_of_this_one(
+    run_extract: Extract, make_params: MakeParams
+) -> None:
+    run_extract("extract.batch_size=4")
+    run = load_run(train_head(make_params("extract.batch_size=4", *QUICK), lambda _line: None)["run"])
+    assert run.model.device is not None and run.model.device.startswith("cpu") and run.backbone.batch_size == 4
+    changes = {"device": "cuda NVIDIA H100 80GB HBM3", "forward_shape": [1024, 3, 32, 32]}
+    elsewhere = replace(run, model=run.model.model_copy(update=changes))
+    assert elsewhere.backbone.batch_size == 8

@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline import load_run
 from pipeline.artifacts import Leak
 from pipeline.errors import DataError, HeadError, MissingFeaturesError, RunError
-from pipeline.params import Params
+from pipeline.features.cache import FeatureTable
+from pipeline.finetune import Setup, probe_start
+from pipeline.params import HeadParams, Params
 from pipeline.stages.evaluate import evaluate_run
-from pipeline.stages.train_head import train_head
+from pipeline.stages.train_head import _learning_curve, train_head
 
 from .conftest import write_image
 
@@ -42,6 +45,20 @@ QUICK = ("head.linear.epochs=3", "head.mlp.epochs=3", "head.logistic.strengths=5
 def rows_of(run: Path) -> list[dict[str, str]]:
     with open(run / "predictions.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_a_run_is_published_before_its_scores_are_told(run_extract: Extract, make_params: MakeParams) -> None:
+    run_extract()
+    params = make_params(*QUICK)
+
+    def say(line: str) -> None:
+        if line.startswith("Scores"):
+            assert len(list(params.runs.dir.glob("*/model.json"))) == 1
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        train_head(params, say)
+    assert len(list(params.runs.dir.glob("*/report.html"))) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -268,3 +285,57 @@ def test_the_same_params_give_the_same_numbers(run_extract: Extract, make_params
         first, second = (train_head(make_params(*QUICK, f"head.kind={kind}"), lambda _line: None) for _ in range(2))
         assert first["metrics"] == second["metrics"]
         np.testing.assert_equal(rows_of(Path(first["run"])), rows_of(Path(second["run"])))
+
+
+def test_learning_curve_and_start_of_a_fine_tuning_are_fitted_where_the_backbone_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices: list[str] = []
+
+    def make(*_a: object, device: str = "cpu", **_k: object) -> None:
+        devices.append(device)
+        raise HeadError("enough")
+
+    monkeypatch.setattr("pipeline.stages.train_head.make_head", make)
+    monkeypatch.setattr("pipeline.finetune.start.make_head", make)
+    y = np.arange(12) % 2
+    features = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+    table = FeatureTable(
+        Path("."),
+        ("a", "b"),
+        features,
+        y,
+        [""] * 12,
+        np.zeros(12, np.int8),
+        np.zeros((12, 16), np.uint8),
+        np.arange(12),
+    )
+    gpu, rows = torch.device("cuda:1"), np.arange(12)
+    with pytest.raises(HeadError):
+        _learning_curve(HeadParams(), table, "logistic", 0, gpu)
+    with pytest.raises(HeadError):
+        probe_start(table, rows, rows, HeadParams(), "logistic", Setup(gpu), dropout=0.0)
+    assert set(devices) == {"cuda:1"} and len(devices) > 1
+
+
+def test_features_beyond_the_budget_stay_in_a_file(
+    run_extract: Extract, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_extract()
+    params = make_params(*QUICK, "head.memory_mb=1")
+    memory = train_head(params, lambda _line: None)
+    monkeypatch.setattr("pipeline.stages.train_head.COPIES", 10**6)
+    lines: list[str] = []
+    blocks = train_head(params, lines.append)
+    (file,) = params.cache.dir.glob("*/rows-*.npy")
+    assert any(file.name in line and "block by block" in line for line in lines)
+    assert blocks["metrics"]["accuracy"] == memory["metrics"]["accuracy"]
+    assert blocks["metrics"]["log_loss"] == pytest.approx(memory["metrics"]["log_loss"], rel=1e-3)
+    assert blocks["selected"]["C"] == memory["selected"]["C"]
+    assert load_run(blocks["run"]).head.predict(np.load(file).astype(np.float32)).shape == (len(np.load(file)),)
+    lines.clear()
+    train_head(make_params(*QUICK, "head.memory_mb=1", "head.kind=ridge"), lines.append)
+    assert any(line.startswith("ridge holds all of them in memory: at least") for line in lines)
+    monkeypatch.setattr("pipeline.stages.train_head.COPIES_OF_OTHERS", 10**6)
+    with pytest.raises(HeadError, match="ridge holds all features in memory"):
+        train_head(make_params(*QUICK, "head.memory_mb=1", "head.kind=[logistic, ridge]"), lines.append)

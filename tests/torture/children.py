@@ -32,6 +32,7 @@ PHASES = {
     "quarantine": ("features/quarantine.py",),
     "index update": ("data/index.py",),
     "scan": ("data/folder.py", "data/walk.py"),
+    "merge": ("features/merge.py",),
     "part write": ("features/parts.py", "features/store.py"),
     "read and decode": ("features/prepare.py", "features/journal.py", "data/decode.py"),
     "forward": ("features/extractor.py",),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,9 +96,22 @@ def read_rows(cache: Path) -> dict[bytes, bytes]:
             data = (folder / name).read_bytes()
             if check_part(name, data, key, None) is None:
                 part = part_of(folder / name, data)
-                for digest, row in zip(part.digests, part.read(), strict=True):
+                for digest, row in zip(part.digests, part.read().astype(np.float32), strict=True):
                     assert rows.setdefault(digest.tobytes(), row.tobytes()) == row.tobytes()
     return rows
+
+
+@contextmanager
+def mounted(disk: Path, size: str) -> Iterator[Path]:
+    """A small file system of its own."""
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system can only be mounted by root; the limit on file sizes stands in for it")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ import torch
 
 from pipeline import load_run
 from pipeline.errors import CacheError
+from pipeline.features.parts import build_part, part_name
+from pipeline.files import publish_file
 from pipeline.params import Params, load_params
 from pipeline.params.sections import FinetuneParams
 from pipeline.stages.cache import collect_garbage, verify_cache
@@ -94,6 +96,36 @@ def read_often_job(settings: list[str], reference: str, until: str) -> int:
         assert not store.warnings
         if last:
             return looked
+
+
+def split_job(settings: list[str]) -> int:
+    """Put every row of the cache into a part of its own, as predicting one image at a time does; how many there are."""
+    store = open_cache(params_of(settings)).store
+    for part in store.parts:
+        names = set()
+        for digest, row in zip(part.digests, part.read(), strict=True):
+            data = build_part(row[None], digest[None], store.spec)
+            publish_file(store.folder / part_name(data), data)
+            names.add(part_name(data))
+        if part.path.name not in names:
+            part.path.unlink()
+    store.refresh()
+    return len(store.parts)
+
+
+def merge_job(settings: list[str]) -> int:
+    """Merge what is small; how many parts are left."""
+    store = open_cache(params_of(settings)).store
+    with store.writing():
+        pass
+    return len(store.parts)
+
+
+def split_and_merge_job(settings: list[str], times: int) -> None:
+    """Both, again and again."""
+    for _ in range(times):
+        split_job(settings)
+        merge_job(settings)
 
 
 def load_run_job(folder: str, images: list[str]) -> int:

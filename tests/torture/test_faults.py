@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from tests.stages.conftest import write_image
 
 from . import jobs
 from .children import run
-from .conftest import IMAGES, Ground, Tally
+from .conftest import IMAGES, Ground, Tally, mounted
 
 Begin = Callable[[str], Tally]
 FLIPS, CUTS = 240, 60
@@ -112,13 +111,8 @@ def test_a_file_size_limit_at_any_size(ground: Ground, tmp_path: Path, tally: Be
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 200 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system can only be mounted by root; the limit on file sizes stands in for it")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path / "disk", "200k") as disk:
+        yield disk
 
 
 def test_a_full_disk(ground: Ground, small_disk: Path, tally: Begin) -> None:

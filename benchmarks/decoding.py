@@ -1,0 +1,135 @@
+"""What an image costs the process that extracts, whose threads share one interpreter's lock; needs no GPU.
+
+    python benchmarks/decoding.py --data FOLDER --rounds 5
+
+Prints a Markdown table: milliseconds for which an image holds that lock, from the listing to the full batch, where the
+threads decode and where helper processes decode for them. It is the extracting process's own CPU time less that of what
+lets go of the lock: Pillow's kernels, digests, files, sockets, copies into the batch. (Reading lets go of it too and
+is counted all the same.) Its inverse bounds the images a second on any number of cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.backbones import Features, Pixels
+from pipeline.backbones.pipe import stack_pixels
+from pipeline.data import images as images_module
+from pipeline.data.decode import Decoder
+from pipeline.data.framing import Framing
+from pipeline.data.images import open_images
+from pipeline.features.decoding import Decoding, Helpers
+from pipeline.features.extractor import extract_features
+from pipeline.features.journal import journal
+from pipeline.features.prepare import Decode, Preparation
+from pipeline.features.quarantine import Quarantine
+from pipeline.features.views import PLAIN
+from pipeline.params.sections import DataParams
+from pipeline.runtime.interrupt import Interruption
+
+WORKERS, BATCH = 1, 64
+DECODING = Decoding(Decoder((255, 255, 255), True, 10**9), PLAIN, Framing(256, 224, "bilinear"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = Path(os.environ.get("PIPELINE_SHARED", "../shared"))
+    parser.add_argument("--data", type=Path, default=shared / "data" / "hymenoptera_data")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", help="not used: the device is replaced by a full batch in memory")
+    arguments = parser.parse_args()
+    helpers = Helpers(DECODING, WORKERS)
+    while helpers.ready < WORKERS:
+        time.sleep(0.05)
+    costs: dict[str, list[float]] = {"threads decode": [], "helper processes decode": []}
+    for _ in range(arguments.rounds):
+        for name, decode in (("threads decode", DECODING), ("helper processes decode", helpers)):
+            with unlocked_on_a_clock(helpers) as unlocked:
+                costs[name].append(cost(arguments.data, decode, unlocked))
+    helpers.close()
+    print("| | ms an image holds the lock (median) | min to max | images/s at most |")
+    print("| :-- | --: | --: | --: |")
+    for name, values in costs.items():
+        middle, spread = statistics.median(values), f"{min(values):.3f} to {max(values):.3f}"
+        print(f"| {name} | {middle:.3f} | {spread} | {1000 / middle:.0f} |")
+
+
+class FullBatch:
+    """In the place of `Forward`: pixels are stacked as for a device, and nothing is computed."""
+
+    device, batch_size, stack = torch.device("meta"), BATCH, staticmethod(stack_pixels)
+
+    def __call__(self, pixels: list[Pixels]) -> Features:
+        self.stack(pixels, torch.empty((len(pixels), 224, 224, 3), dtype=torch.uint8))
+        return np.zeros((len(pixels), 1), np.float32)
+
+
+def cost(data: Path, decode: Decode, unlocked: list[float]) -> float:
+    """Milliseconds of this process's CPU an image, less those without the lock."""
+    with tempfile.TemporaryDirectory() as cache, journal(Path(cache), WORKERS) as opened:
+        images = open_images(DataParams(root=data), Path(cache))
+        preparation = Preparation(images, set(), Quarantine(Path(cache), "rule"), decode=decode, in_hand=opened.in_hand)
+        stub: Any = FullBatch()
+        started = time.process_time()
+        extract_features(
+            range(len(images)),
+            preparation,
+            stub,
+            lambda _features, _digests: None,
+            workers=WORKERS,
+            interruption=Interruption(),
+            seen=lambda _content: None,
+        )
+        return 1000 * (time.process_time() - started - sum(unlocked)) / len(images)
+
+
+@contextmanager
+def unlocked_on_a_clock(helpers: Helpers) -> Iterator[list[float]]:
+    """CPU seconds of each call that lets go of the lock while the block runs."""
+    seconds: list[float] = []
+    get_decoder, resize = Image._getdecoder, Image.Image.resize
+
+    def timed(function: Any, *args: Any, **kwargs: Any) -> Any:
+        started = time.thread_time()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            seconds.append(time.thread_time() - started)
+
+    class Timed:
+        def __init__(self, whole: Any, *names: str) -> None:
+            self._whole = whole
+            vars(self).update({name: partial(timed, getattr(whole, name)) for name in names})
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._whole, name)
+
+    with ExitStack() as patched:
+        for home, name, value in (
+            (Image, "_getdecoder", lambda *args, **kwargs: Timed(get_decoder(*args, **kwargs), "decode")),
+            (Image.Image, "resize", lambda *args, **kwargs: timed(resize, *args, **kwargs)),
+            (images_module, "digest_bytes", partial(timed, images_module.digest_bytes)),
+            *((os, name, partial(timed, getattr(os, name))) for name in ("open", "fstat", "pwrite")),
+            (FullBatch, "stack", partial(timed, stack_pixels)),
+            *((each, "_socket", Timed(each._socket, "sendall", "recv", "recv_into")) for each in helpers._helpers),
+        ):
+            patched.enter_context(mock.patch.object(home, name, value))
+        yield seconds
+
+
+if __name__ == "__main__":
+    main()

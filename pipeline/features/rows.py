@@ -1,0 +1,72 @@
+"""Features larger than memory: a flat file of rows, of which only the block at hand is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .rounding import Features
+
+BLOCK_BYTES = 16 << 20
+PREFIX, SUFFIX = "rows-", ".npy"
+
+
+class Rows:
+    """Rows (n, d) of a NumPy file (m, d), looked up when they are asked for; what is given out is float32.
+
+    A map is made for each look and dropped after it, so that what was read is in the system's cache and not ours.
+    """
+
+    ndim = 2
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, file: Path, chosen: NDArray[np.int64] | None = None) -> None:
+        stored = np.load(file, mmap_mode="c")
+        if stored.ndim != 2 or stored.dtype not in (np.float16, np.float32):
+            raise ValueError(f"{file} holds no features")
+        self.file, self.stored_dtype = file, stored.dtype
+        self._chosen = np.arange(len(stored)) if chosen is None else chosen
+        self.shape: tuple[int, int] = (len(self._chosen), stored.shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all rows take in memory."""
+        return 4 * self.shape[0] * self.shape[1]
+
+    def __getitem__(self, rows: Any) -> Features:
+        """The rows of a slice, a mask or positions, in memory."""
+        return self.stored(rows).astype(np.float32)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """All rows, in memory."""
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def stored(self, rows: Any) -> NDArray[Any]:
+        """As rows are given out, of the type in which they are stored."""
+        chosen = self._chosen[rows]
+        stored = np.load(self.file, mmap_mode="c")
+        if len(chosen) and chosen[-1] - chosen[0] == len(chosen) - 1 and (np.diff(chosen) == 1).all():
+            return np.asarray(stored[chosen[0] : chosen[-1] + 1])
+        return np.asarray(stored[chosen])
+
+    def take(self, rows: Any) -> Rows:
+        """The rows of a slice, a mask or positions, none of them read yet."""
+        return Rows(self.file, self._chosen[rows])
+
+    def blocks(self) -> Iterator[slice]:
+        """Slices that cover all rows, each of so many as go well into memory."""
+        step = max(BLOCK_BYTES // (4 * self.shape[1]), 1)
+        for start in range(0, len(self), step):
+            yield slice(start, min(start + step, len(self)))
+
+
+def take_rows(features: Any, rows: Any) -> Any:
+    """The rows (..., m, d) of features (..., n, d); not read yet where they are `Rows`."""
+    return features.take(rows) if isinstance(features, Rows) else features[..., rows, :]
