@@ -65,7 +65,9 @@ class LogisticHead(LayersHead):
             )
         self._val_rows = len(y_val)
         try:
-            return self.fit(np.concatenate([X_val, X.reshape(-1, X.shape[-1])]), np.concatenate([y_val, y]))
+            return self.fit(
+                np.concatenate([np.asarray(X_val), np.asarray(X).reshape(-1, X.shape[-1])]), np.concatenate([y_val, y])
+            )
         finally:
             self._val_rows = 0
 

@@ -65,7 +65,7 @@ def test_the_same_strength_and_solution_as_in_memory(tmp_path: Path, classes: in
     params = HeadParams.model_validate({"folds": 3, "logistic": {"strengths": 13, "path": path}})
     memory, blocks = (make_head("logistic", params, class_names=[]).fit(given, y) for given in (X, rows))
     assert blocks.selected["C"] == memory.selected["C"] and blocks.selected["certificate"]["gap"] < 1e-7
-    assert blocks.selected["cv_log_loss"] == pytest.approx(memory.selected["cv_log_loss"], rel=1e-4)
+    assert blocks.selected["cv_log_loss"] == pytest.approx(memory.selected["cv_log_loss"], rel=1e-3)
     assert np.allclose(blocks.predict_proba(X), memory.predict_proba(X), atol=1e-3)
     assert (blocks.predict_proba(rows) == blocks.predict_proba(X)).all()
 

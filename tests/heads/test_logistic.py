@@ -46,6 +46,7 @@ def test_the_path_is_the_one_that_scikit_learn_walks(classes: int) -> None:
     assert fitted.selected["largest_gap"] < 1e-6 and fitted.selected["certificate"]["gap"] < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("classes", [2, 5])
 def test_the_linear_probe_of_published_tables_is_that_of_scikit_learn(classes: int) -> None:
     """Kornblith et al. 2019: not standardised, 45 strengths, by accuracy on val, refitted to train and val."""
