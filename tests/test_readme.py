@@ -31,6 +31,7 @@ NOT_RUN = {
     "make test": "would run itself",
     "make lint": "needs the tools, not the pipeline; run beside the tests",
     "make bench": "takes minutes",
+    "make gpu": "needs a GPU, and the tests",
     "make torture": "takes ten minutes",
     "make test-lowest": "needs a package index",
     "pip install .": "needs a package index",
@@ -105,6 +106,7 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "params.yaml").write_text(CHEAP)
     write_images(tmp_path / "photos")
     write_image(tmp_path / "new_photos" / "a.jpg", 99)
+    write_image(tmp_path / "unlabelled_photos" / "a.jpg", 98)
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "squeezenet.pth")
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)

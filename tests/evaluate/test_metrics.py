@@ -260,7 +260,9 @@ def test_protocol_in_a_sentence() -> None:
     chosen = Selection("the strength C", "by 5-fold cross-validation", "train")
 
     def sentence(*selections: Selection) -> str:
-        provenance = Provenance("the logistic head", np.zeros((0, 16), np.uint8), np.array([200, 44]), selections)
+        provenance = Provenance(
+            "the logistic head", np.zeros((0, 16), np.uint8), np.array([200, 44]), selections=selections
+        )
         return protocol_sentence(provenance, "val", 1, 1)
 
     assert sentence(chosen) == (
