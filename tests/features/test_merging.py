@@ -149,6 +149,7 @@ def test_a_merge_that_is_cut_short_loses_nothing(tmp_path: Path, monkeypatch: py
     assert (again.read(digests) == features_of(digests)).all() and not again.warnings
 
 
+@pytest.mark.slow
 def test_no_part_grows_beyond_the_largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of long before there was any merging come in any number."""
     with monkeypatch.context() as before:
