@@ -76,6 +76,18 @@ def extract(
         BadImagesError: ``data.on_bad_image`` is ``raise`` and images are unreadable; good features are kept.
         Interrupted: Ctrl-C; everything finished is kept.
     """
+    return extracted(params, say, retry=retry, quiet=quiet, check=check)[1]
+
+
+def extracted(
+    params: Params,
+    say: Say,
+    *,
+    retry: bool = False,
+    quiet: bool = False,
+    check: Callable[[Images], None] = lambda _images: None,
+) -> tuple[list[FeatureCache], ExtractSummary]:
+    """As `extract`; also the caches that it filled, one for each pooling, for what comes next in the same process."""
     world = _world(params.extract)
     caches = open_caches(params, begins=True, world=world, quiet=quiet or not world.is_main)
     cache = caches[0]
@@ -95,7 +107,7 @@ def extract(
         say(line)
     if params.data.on_bad_image == "raise" and (bad or cache.images.failures):
         raise _bad_images_error(cache, bad)
-    return summary
+    return caches, summary
 
 
 def _world(extract: ExtractParams) -> World:

@@ -28,7 +28,7 @@ from ..heads import Choice, Score, choose_among, choose_head, curve_band, head_d
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
 from ..runtime.memory import memory_budget
-from .extract import extract
+from .extract import extracted
 from .open import open_caches, with_pooling
 from .prompts import with_texts
 from .run import make_gallery, publish_run, run_model
@@ -65,10 +65,12 @@ def train_head(
     started = time.perf_counter()
     if params.runs.name:
         check_run_name(params.runs.dir, params.runs.name)
+    check = partial(_check, params.head)
     if extracts:
-        extract(params, say, quiet=quiet, check=partial(_check, params.head))
-    caches = open_caches(params)
-    _check(params.head, caches[0].images)
+        caches, _ = extracted(params, say, quiet=quiet, check=check)
+    else:
+        caches = open_caches(params)
+        check(caches[0].images)
     most = memory_budget(params.head.memory_mb) // COPIES
     return train_on([(cache, cache.table(most)) for cache in caches], params, say, curve=curve, started=started)
 
