@@ -253,7 +253,7 @@ class TestProblems:
     def test_those_of_s_are_named_so_and_unknown_names_come_with_them(self, write: Write) -> None:
         file, overrides = write("data: {rot: x}"), ("head.kind=svmm", "backbone.name=resnet5", "heads.kind=svm")
         with pytest.raises(ParamsError) as caught:
-            load_params(file, overrides, check_names=True)
+            load_params(file, overrides, kinds=KINDS)
         text = str(caught.value)
         assert caught.value.where == f"{file} and -s" and len(caught.value.problems) == 4
         assert "-s head.kind: is no kind of head; got 'svmm'. Did you mean svm?" in text
@@ -264,10 +264,9 @@ class TestProblems:
 
     def test_names_of_other_libraries_are_left_to_them(self, write: Write) -> None:
         for override in ("head.kind=sklearn.svm.SVC", "backbone.name=timm/x", "backbone.name=a:b", "head.kind=[svm]"):
-            assert load_params(write(""), [override], check_names=True)
+            assert load_params(write(""), [override], kinds=KINDS)
 
     def test_the_names_are_those_of_the_tables(self) -> None:
-        assert set(names.HEAD_KINDS) == set(KINDS)
         assert {*names.PACKAGED, *names.torchvision_models()} == set(ZOOS["torchvision"].names())
 
     def test_the_message_names_the_file_and_the_way_out(self, write: Write) -> None:

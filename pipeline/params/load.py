@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ Tree = dict[str, Any]
 
 
 def load_params(
-    path: Path | str | None = "params.yaml", overrides: Sequence[str] = (), *, check_names: bool = False
+    path: Path | str | None = "params.yaml", overrides: Sequence[str] = (), *, kinds: Collection[str] = ()
 ) -> Params:
     """Params from a file and ``key.path=value`` overrides, later ones winning.
 
@@ -41,8 +41,8 @@ def load_params(
 
     Args:
         path: None: every default, relative to the working directory.
-        check_names: look, too, whether there are such kinds of heads and such a backbone, as far as that can be known
-            at once; see `names`.
+        kinds: of heads, all that there are: with them it is looked, too, whether there are such heads and such a
+            backbone, as far as that can be known at once; see `names`.
 
     Raises:
         ParamsError: unknown or repeated keys, wrong types and impossible values, all of them at once.
@@ -58,8 +58,8 @@ def load_params(
         params = Params.model_validate(tree)
     except ValidationError as error:
         problems.extend(problems_of(error))
-    if check_names:
-        names = problems_of_names(tree)
+    if kinds:
+        names = problems_of_names(tree, kinds)
         if len(names) == 1 and not problems:
             raise _unknown(_with_origin(names[0], overrides), file)
         problems += names

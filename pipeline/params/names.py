@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,24 +18,21 @@ from typing import Any
 from ..errors import Problem
 from .problems import short
 
-# The kinds of `heads.KINDS`, which a test keeps equal.
-HEAD_KINDS = (
-    *("logistic", "linear", "mlp", "prompts", "sklearn", "svm", "knn", "nearest_centroid", "ridge", "lda"),
-    *("random_forest", "gradient_boosting", "mlp_sklearn"),
-)
 PACKAGED = ("starter",)
 WORD = re.compile(r"\w+")
 _REGISTERED = re.compile(r"^@register_model\((?:name=)?(?:[\"'](\w+)[\"'])?\)\n(?:@.*\n)*def (\w+)", re.MULTILINE)
 
 
-def problems_of_names(tree: Mapping[str, Any]) -> list[Problem]:
+def problems_of_names(tree: Mapping[str, Any], kinds: Collection[str]) -> list[Problem]:
     """Kinds of heads and backbones, in the sections of params, that nothing here is called."""
-    kinds = _under(tree, "head", "kind")
+    named = _under(tree, "head", "kind")
     problems = [
-        _problem("head.kind", "is no kind of head", kind, (*HEAD_KINDS, *_loaded("pipeline.heads.kinds", "KINDS")))
-        for kind in (kinds if isinstance(kinds, list) else [kinds])
+        _problem("head.kind", "is no kind of head", kind, kinds)
+        for kind in (named if isinstance(named, list) else [named])
     ]
-    zoos = _loaded("pipeline.backbones.catalogue", "ZOOS")
+    # A zoo of a program's own is there only where the zoos are imported already; none is imported for this.
+    catalogue = sys.modules.get("pipeline.backbones.catalogue")
+    zoos: Mapping[str, Any] = getattr(catalogue, "ZOOS", {})
     name = _under(tree, "backbone", "name")
     if not any(isinstance(name, str) and zoo.owns(name) for zoo in zoos.values()):
         problems.append(_problem("backbone.name", "is no backbone", name, (*PACKAGED, *torchvision_models())))
@@ -67,9 +64,3 @@ def _problem(key: str, rule: str, name: object, known: Iterable[str]) -> Problem
 def _under(tree: Mapping[str, Any], section: str, name: str) -> Any:
     values = tree.get(section)
     return values.get(name) if isinstance(values, Mapping) else None
-
-
-def _loaded(module: str, table: str) -> Mapping[str, Any]:
-    """A table of a module that is loaded already, to which a program may have added; nothing is imported for it."""
-    found: Mapping[str, Any] = getattr(sys.modules.get(module), table, {})
-    return found
