@@ -32,6 +32,7 @@ from .crossval import ABSENT
 
 RANK_TOLERANCE = 1e-13
 FEW_ROWS = 0.75
+MANY_OUTPUTS = 50
 SKETCH_WIDTH = 64
 SKETCH_SPARE = 16
 HISTORY = 20
@@ -78,7 +79,8 @@ class Design:
         """
         n, d = X.shape
         outputs = 1 if classes == 2 else classes
-        if not (rotate or n <= FEW_ROWS * d or min(n, d) <= 4 * SKETCH_WIDTH):
+        few = n <= (1 if outputs >= MANY_OUTPUTS else FEW_ROWS) * d
+        if not (rotate or few or min(n, d) <= 4 * SKETCH_WIDTH):
             return cls._sketched(X, target, outputs)
         rotated, values, basis = _eigenbasis(X)
         exact = _with_ones(rotated)
