@@ -29,7 +29,7 @@ from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
 from ..runtime.memory import memory_budget
 from .extract import extracted
-from .open import open_caches, with_pooling
+from .open import features_in_memory, open_caches, with_pooling
 from .prompts import with_texts
 from .run import make_gallery, publish_run, run_model
 
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     import torch
 
 Say = Callable[[str], None]
-# What a head holds at most beside features in float32, as many times their size: in float64, scaled, and so on.
-COPIES = 7
 # As much as a classifier of scikit-learn, or a torch head, holds of them: themselves, and scaled.
 COPIES_OF_OTHERS = 3
 
@@ -71,7 +69,7 @@ def train_head(
     else:
         caches = open_caches(params)
         check(caches[0].images)
-    most = memory_budget(params.head.memory_mb) // COPIES
+    most = features_in_memory(params.head)
     return train_on([(cache, cache.table(most)) for cache in caches], params, say, curve=curve, started=started)
 
 

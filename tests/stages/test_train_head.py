@@ -340,7 +340,7 @@ def test_features_beyond_the_budget_stay_in_a_file(
     run_extract()
     params = make_params(*QUICK, "head.memory_mb=1")
     memory = train_head(params, lambda _line: None)
-    monkeypatch.setattr("pipeline.stages.train_head.COPIES", 10**6)
+    monkeypatch.setattr("pipeline.stages.open.COPIES", 10**6)
     lines: list[str] = []
     blocks = train_head(params, lines.append)
     (file,) = params.cache.dir.glob("*/rows-*.npy")
@@ -352,8 +352,8 @@ def test_features_beyond_the_budget_stay_in_a_file(
     assert blocks["selected"]["C"] == memory["selected"]["C"]
     assert load_run(blocks["run"]).head.predict(np.load(file).astype(np.float32)).shape == (len(np.load(file)),)
     lines.clear()
-    train_head(make_params(*QUICK, "head.memory_mb=1", "head.kind=ridge"), lines.append)
-    assert any(line.startswith("ridge holds all of them in memory: at least") for line in lines)
+    train_head(make_params(*QUICK, "head.memory_mb=1", "head.kind=svm"), lines.append)
+    assert any(line.startswith("svm holds all of them in memory: at least") for line in lines)
     monkeypatch.setattr("pipeline.stages.train_head.COPIES_OF_OTHERS", 10**6)
-    with pytest.raises(HeadError, match="ridge holds all features in memory"):
-        train_head(make_params(*QUICK, "head.memory_mb=1", "head.kind=[logistic, ridge]"), lines.append)
+    with pytest.raises(HeadError, match="svm holds all features in memory"):
+        train_head(make_params(*QUICK, "head.memory_mb=1", "head.kind=[logistic, svm]"), lines.append)
