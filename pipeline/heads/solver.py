@@ -348,7 +348,9 @@ def _newton_step(gradient: Tensor, hessian: Tensor) -> Tensor:
     if gradient.shape[1] > 1:
         null = torch.nn.functional.normalize(root, dim=1)
         scaled += null[:, :, None] * null[:, None, :]
-    solution: Tensor = torch.linalg.solve_ex(scaled, inverse * gradient)[0]
+    # By Cholesky: LAPACK's LU of a batch, from 151 columns on, is wrong or hangs with several threads (torch 2.5 to 2.14).
+    factor = torch.linalg.cholesky_ex(scaled)[0]
+    solution = torch.cholesky_solve((inverse * gradient)[:, :, None], factor)[:, :, 0]
     return inverse * solution
 
 

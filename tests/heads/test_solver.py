@@ -77,6 +77,17 @@ def test_many_classes_converge_from_a_cold_start(classes: int, shots: int, width
     assert solutions.logits[0].argmax(0).tolist() == y.tolist()
 
 
+def test_a_batch_of_many_classes_is_solved_on_several_threads() -> None:
+    y, threads = np.repeat(np.arange(170), 2), torch.get_num_threads()
+    X = scaled(np.random.default_rng(0).normal(size=(len(y), 20)).astype(np.float32) + y[:, None] % 7)
+    torch.set_num_threads(2)
+    try:
+        _, solutions = solved(X, y, [1e-3, 1e-2, 1e-1])
+    finally:
+        torch.set_num_threads(threads)
+    assert float(solutions.gap.max()) <= 1e-8
+
+
 def test_what_is_not_finite_or_rises_is_no_step() -> None:
     X, y = make_features(classes=3)
     design = Design.build(torch.from_numpy(scaled(X)), torch.from_numpy(y), 3)
