@@ -74,12 +74,10 @@ class Head(ABC):
         history: one row an epoch; empty where there are none.
         warnings: sentences for the user.
         temperature: what `predict_proba` divides logits by; 1 where a family folds it into its own state.
-        by_blocks: whether it learns from `Rows` without holding all of them in memory.
         out_of_fold: what cross-validation said of train, at that temperature, where fitting needed it anyway.
     """
 
     file: ClassVar[str]
-    by_blocks: ClassVar[bool] = False
 
     def __init__(
         self, kind: str, params: HeadParams, *, class_names: Sequence[str] = (), jobs: int = 1, device: str = "cpu"
@@ -104,6 +102,11 @@ class Head(ABC):
         self.temperature = 1.0
 
     # -- what a family says -----------------------------------------------------------------------------------------
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether it learns from `Rows` without holding all of them in memory."""
+        return False
 
     def configure(self) -> None:  # noqa: B027 - a family without parameters has nothing to take over
         """Take over from ``params`` what is the family's own; nothing may be imported for it, nor refused yet."""

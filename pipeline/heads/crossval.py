@@ -65,6 +65,11 @@ def hold_out(y: Ints, groups: Ints | None, fraction: float, seed: int) -> Fold:
     return np.flatnonzero(~held[group]), np.flatnonzero(held[group])
 
 
+def stratified_sample(y: Ints, groups: Ints | None, rows: int, seed: int) -> Ints:
+    """Positions of about ``rows`` rows: whole groups, of each class its share and at least one."""
+    return hold_out(y, groups, max(1 - rows / len(y), 0.0), seed)[0] if rows < len(y) else np.arange(len(y))
+
+
 def _keep_every_class(held: NDArray[np.bool_], group: Ints, sizes: Ints, y: Ints) -> None:
     """Give train a group of each class that is nowhere the most frequent of its group, and would be held out whole."""
     targets, target = np.unique(y, return_inverse=True)

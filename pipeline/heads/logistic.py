@@ -184,7 +184,7 @@ class LogisticHead(LayersHead):
 
         strength = torch.ones(len(folds), dtype=torch.float64, device=row_weight.device)
         offset = Problems.build(design, strength, row_weight * train).offset
-        logits = (design.logits(weights) + offset).cpu().numpy()
+        logits = design.logits(weights).add_(offset).cpu().numpy()
         result = np.empty((sum(len(test) for _, test in folds), max(logits.shape[1], 2)))
         for number, (_, test) in enumerate(folds):
             result[test] = two_sided(logits[number][:, test].T)

@@ -21,12 +21,13 @@ from .logistic import LogisticHead
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Baseline = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    Blocks = Iterator[tuple[Tensor, Tensor]]
+    Baseline = Callable[[Tensor, Blocks, int], Tensor]
 
 NEIGHBOURS = 5
 KNN_QUERIES = 4_000
 KNN_REFERENCES = 20_000
-BATCH = 1024
+BLOCK = 2048
 
 HeldOut = tuple[Features, Ints]
 Answers = tuple[Ints, Ints]
@@ -205,28 +206,31 @@ def _baselines(head: Head, X: Features, y: Ints, groups: Ints | None, held_out: 
 # -- baselines ------------------------------------------------------------------------------------------------------
 
 
-def nearest_centroid(queries: Tensor, rows: Tensor, target: Tensor, classes: int) -> Tensor:
+def nearest_centroid(queries: Tensor, blocks: Blocks, classes: int) -> Tensor:
     """The class (m,) of the nearest class mean; classes without rows are never the answer."""
     import torch
 
-    counts = torch.bincount(target, minlength=classes)
-    sums = torch.zeros(classes, rows.shape[1]).index_add_(0, target, rows)
+    counts, sums = torch.zeros(classes), torch.zeros(classes, queries.shape[1])
+    for rows, target in blocks:
+        counts += torch.bincount(target, minlength=classes)
+        sums.index_add_(0, target, rows)
     distances = _distances(queries, sums / counts.clamp_min(1)[:, None])
     return distances.masked_fill(counts == 0, torch.inf).argmin(1)
 
 
-def nearest_neighbours(queries: Tensor, rows: Tensor, target: Tensor, classes: int) -> Tensor:
+def nearest_neighbours(queries: Tensor, blocks: Blocks, classes: int) -> Tensor:
     """The commonest class (m,) among the five nearest rows; the nearer neighbours decide a tie."""
     import torch
 
-    count = min(NEIGHBOURS, len(rows))
-    votes = 1 + 0.01 * torch.arange(count, 0, -1)
-    answers = []
-    for part in torch.split(queries, BATCH):
-        near = _distances(part, rows).topk(count, dim=1, largest=False).indices
-        ballot = torch.zeros(len(part), classes).scatter_add_(1, target[near], votes.expand(len(part), -1))
-        answers.append(ballot.argmax(1))
-    return torch.cat(answers)
+    distances, targets = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+    for rows, target in blocks:
+        distances = torch.cat([distances, _distances(queries, rows)], dim=1)
+        targets = torch.cat([targets, target.expand(len(queries), -1)], dim=1)
+        distances, near = distances.topk(min(NEIGHBOURS, distances.shape[1]), dim=1, largest=False)
+        targets = targets.gather(1, near)
+    votes = 1 + 0.01 * torch.arange(targets.shape[1], 0, -1)
+    ballot = torch.zeros(len(queries), classes).scatter_add_(1, targets, votes.expand(len(queries), -1))
+    return ballot.argmax(1)
 
 
 BASELINES: dict[str, Baseline] = {"nearest_centroid": nearest_centroid, "knn": nearest_neighbours}
@@ -254,7 +258,9 @@ def baseline_answers(
 
     def answers(train: Ints, queries: Features) -> Ints:
         train = _part(train, KNN_REFERENCES, generator)
-        return BASELINES[kind](scaled(queries), scaled(X[train]), target[train], int(index.max()) + 1).numpy()
+        starts = range(0, len(train), BLOCK)
+        blocks = ((scaled(X[rows]), target[rows]) for rows in (train[start : start + BLOCK] for start in starts))
+        return BASELINES[kind](scaled(queries), blocks, int(index.max()) + 1).numpy()
 
     target = torch.from_numpy(index)
     asked, found = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]

@@ -111,7 +111,8 @@ def test_single_rows_of_each_class_cannot_compare_kinds() -> None:
 
 
 @pytest.mark.parametrize("kind", ["knn", "nearest_centroid"])
-def test_baselines_are_about_what_scikit_learn_says(kind: str) -> None:
+def test_baselines_are_about_what_scikit_learn_says(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr("pipeline.heads.select.BLOCK", 48)
     X, y = make_features(200, 24, 3, spread=0.5)
     folds = stratified_group_folds(y, None, 3, 0)
     (rows, cv), (picked, val) = baseline_answers(kind, X, y, folds, X[:50], 0)
