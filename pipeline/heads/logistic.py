@@ -160,6 +160,7 @@ class LogisticHead(LayersHead):
         }
         if len(strengths) > 1 and best in (0, len(strengths) - 1):
             side, key = ("smallest", "c_min") if best == 0 else ("largest", "c_max")
+            self.selected["edges"] = {"C": side}
             self.warnings += (
                 f"the best strength C={strengths[best]:.3g} is the {side} of those tried: "
                 f"move head.logistic.{key} to look beyond it",
