@@ -21,6 +21,7 @@ from PIL import Image
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESNET = ("--backbone", "resnet50")
+FEW_STRENGTHS = ("--strengths", "15", "--gap-stride", "7")
 # Name, script or module, its arguments; the earlier ones say more.
 STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("tests", ("-m", "pytest", "-m", "gpu", "-rs", "tests")),
@@ -28,7 +29,7 @@ STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("extract", ("benchmarks/extract.py", *RESNET, "--images", "12000", "--rounds", "1")),
     ("decoding", ("benchmarks/decoding.py", "--rounds", "3")),
     ("finetune", ("benchmarks/finetune.py", *RESNET, "--images", "2048", "--batch-size", "128", "--rounds", "1")),
-    ("heads", ("benchmarks/heads.py", "--rows", "20000", "--classes", "20", "--rounds", "1", "--jobs", "2")),
+    ("heads", ("benchmarks/heads.py", "--rows", "20000", "--classes", "20", "--rounds", "1", *FEW_STRENGTHS)),
 )
 WITHOUT_IMAGES = ("tests", "heads")
 
