@@ -359,7 +359,7 @@ def _newton_step(gradient: Tensor, hessian: Tensor) -> Tensor:
     if gradient.shape[1] > 1:
         null = torch.nn.functional.normalize(root, dim=1)
         scaled += null[:, :, None] * null[:, None, :]
-    # By Cholesky: LAPACK's LU of a batch, from 151 columns on, is wrong or hangs with several threads (torch 2.5 to 2.14).
+    # By Cholesky: the LU of a batch fails from 151 columns on where several threads share it (torch issue 142815).
     factor = torch.linalg.cholesky_ex(scaled)[0]
     solution = torch.cholesky_solve((inverse * gradient)[:, :, None], factor)[:, :, 0]
     return inverse * solution
