@@ -46,12 +46,7 @@ DECODING = Decoding(Decoder((255, 255, 255), True, 10**9), PLAIN, Framing(256, 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared = Path(os.environ.get("PIPELINE_SHARED", "../shared"))
-    parser.add_argument("--data", type=Path, default=shared / "data" / "hymenoptera_data")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", help="not used: the device is replaced by a full batch in memory")
-    arguments = parser.parse_args()
+    arguments = _arguments()
     helpers = Helpers(DECODING, WORKERS)
     while helpers.ready < WORKERS:
         time.sleep(0.05)
@@ -68,6 +63,15 @@ def main() -> None:
         print(f"| {name} | {middle:.3f} | {spread} | {1000 / middle:.0f} |")
 
 
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = Path(os.environ.get("PIPELINE_SHARED", "../shared"))
+    parser.add_argument("--data", type=Path, default=shared / "data" / "hymenoptera_data")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", help="not used: the device is replaced by a full batch in memory")
+    return parser.parse_args()
+
+
 class FullBatch:
     """In the place of `Forward`: pixels are stacked as for a device, and nothing is computed."""
 
@@ -82,7 +86,8 @@ def cost(data: Path, decode: Decode, unlocked: list[float]) -> float:
     """Milliseconds of this process's CPU an image, less those without the lock."""
     with tempfile.TemporaryDirectory() as cache, journal(Path(cache), WORKERS) as opened:
         images = open_images(DataParams(root=data), Path(cache))
-        preparation = Preparation(images, set(), Quarantine(Path(cache), "rule"), decode=decode, in_hand=opened.in_hand)
+        quarantine = Quarantine(Path(cache), "rule")
+        preparation = Preparation(images, lambda _digest: False, quarantine, decode=decode, in_hand=opened.in_hand)
         stub: Any = FullBatch()
         started = time.process_time()
         extract_features(

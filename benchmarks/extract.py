@@ -12,6 +12,7 @@ network on a batch that stays on the device, on a GPU also captured, tuned and c
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import statistics
@@ -32,6 +33,7 @@ from pipeline.backbones.pipe import SLOTS
 from pipeline.data.decode import decode_image
 from pipeline.data.folder import scan_folder
 from pipeline.data.index import DigestIndex
+from pipeline.errors import DeviceError
 from pipeline.features.extractor import single_threaded_torch
 from pipeline.params import Params, load_params
 from pipeline.params.sections import IMAGE_EXTENSIONS
@@ -68,6 +70,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--torchvision", action="store_true", help="extract with extract.decoder=torchvision, too")
     parser.add_argument("--forward", action="store_true", help="time the forward pass alone")
     parser.add_argument("--batch-size", default="auto")
     parser.add_argument("--memory", action="store_true", help="peak memory at the number of images and four times it")
@@ -95,7 +98,7 @@ def _machine(device: str) -> str:
     return f"{time.strftime('%Y-%m-%d')}, {usable_cores()} cores, {kind}, device {device}, {versions}"
 
 
-def _params(arguments: argparse.Namespace, folder: Path, cache: Path) -> Params:
+def _params(arguments: argparse.Namespace, folder: Path, cache: Path, *settings: str) -> Params:
     file = cache.parent / "params.yaml"
     file.write_text("")
     overrides = [
@@ -106,6 +109,7 @@ def _params(arguments: argparse.Namespace, folder: Path, cache: Path) -> Params:
         f"extract.device={arguments.device}",
         f"extract.precision={arguments.precision}",
         f"extract.batch_size={arguments.batch_size}",
+        *settings,
     ]
     return load_params(file, overrides)
 
@@ -116,6 +120,10 @@ def _compare(arguments: argparse.Namespace, folder: Path, scratch: Path) -> None
         "plain loop, 0 workers": lambda: _plain_loop(arguments, folder, 0),
         "pipeline extract": lambda: _ours(arguments, folder, scratch),
     }
+    if arguments.torchvision:
+        contestants["pipeline extract, decoder torchvision"] = lambda: _ours(
+            arguments, folder, scratch, "extract.decoder=torchvision"
+        )
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     limits: list[float] = []
     for _ in range(arguments.rounds):
@@ -156,11 +164,18 @@ def _section(arguments: argparse.Namespace) -> Any:
     return Params().backbone.model_copy(update={"name": arguments.backbone, "weights": arguments.weights})
 
 
-def _ours(arguments: argparse.Namespace, folder: Path, scratch: Path) -> float:
-    """Images a second of `extract` into an empty cache, from the first file opened to the last part published."""
+def _ours(arguments: argparse.Namespace, folder: Path, scratch: Path, *settings: str) -> float:
+    """Images a second of `extract` into an empty cache, from the first file opened to the last part published.
+
+    NaN where it is refused.
+    """
     cache = scratch / "cache"
     shutil.rmtree(cache, ignore_errors=True)
-    summary = extract(_params(arguments, folder, cache), lambda _line: None, quiet=True)
+    try:
+        summary = extract(_params(arguments, folder, cache, *settings), lambda _line: None, quiet=True)
+    except DeviceError as error:
+        print(f"{error}\n")
+        return math.nan
     return float(summary["images_per_second"])
 
 
@@ -209,7 +224,10 @@ def _forward(arguments: argparse.Namespace, scratch: Path) -> None:
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
             rates["the same, with cudnn.benchmark"] = _rate(alone, len(pixels), backbone)
         forward._module = torch.compile(forward.module)
-        rates["the same, compiled"] = _rate(alone, len(pixels), backbone)
+        try:
+            rates["the same, compiled"] = _rate(alone, len(pixels), backbone)
+        except Exception as error:  # noqa: BLE001 - such as no C compiler, which is no reason to lose what was measured
+            print(f"Not compiled: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
     best = max(rates.values())
     print(f"\n{arguments.backbone}, {backbone.precision}, batches of {len(pixels)} images of {crop} pixels\n")
     print("| | images/s | of the best |\n| :-- | --: | --: |")

@@ -10,7 +10,9 @@ of solutions of ours (proven to 1e-9 wherever a few thousand iterations can).
 
 The baseline is `GridSearchCV` over `LogisticRegression` (lbfgs, float32, tol 1e-4, max_iter 1000) with the same folds,
 strengths and objective, in one process and in two whose start and imports are not counted; ratios are to the faster of
-them, and to the one with fewer CPU-seconds. Without ``--features`` the features are synthetic.
+them, and to the one with fewer CPU-seconds. With ``--tensors``, the default where the device is not the CPU,
+scikit-learn works on tensors on that same device (the array API of its lbfgs), and in single fits too. Without
+``--features`` the features are synthetic.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,14 @@ class Task:
     y: NDArray[np.int64]
     params: HeadParams
     device: str
+    tensors: bool
+
+    @property
+    def theirs(self) -> tuple[Any, Any]:
+        """Features and targets as scikit-learn gets them: tensors on the device, or arrays."""
+        if not self.tensors:
+            return self.X, self.y
+        return torch.from_numpy(self.X).to(self.device), torch.from_numpy(self.y).to(self.device)
 
     @property
     def strengths(self) -> NDArray[np.float64]:
@@ -75,24 +85,44 @@ class Run:
 
 def main() -> None:
     arguments = _arguments()
+    if arguments.tensors and os.environ.get("SCIPY_ARRAY_API") != "1":  # SciPy reads it when it is imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "SCIPY_ARRAY_API": "1"})
     task = _task(arguments)
+    if task.tensors and (refusal := _refusal(task)):
+        _progress(f"scikit-learn stays on the CPU, as on tensors it fails: {refusal}")
+        task = replace(task, tensors=False)
     _header(arguments, task)
     _ours(task, "full")  # whoever comes first loads the kernels
     full, search, grids = [], [], []
-    for jobs in (*arguments.jobs, None):
+    rivals = [*arguments.jobs, *([0] if task.tensors else [])]
+    for jobs in (*rivals, None):
         for _ in range(arguments.rounds):
             full.append(_ours(task, "full"))
             search.append(_ours(task, "auto"))
         if jobs is not None:
             grids.append(_grid(task, jobs))
-            _progress(f"scikit-learn, n_jobs={jobs}: {grids[-1].wall:.1f} s, {grids[-1].cpu:.1f} CPU-seconds")
+            _progress(f"{_rival(task, jobs)}: {grids[-1].wall:.1f} s, {grids[-1].cpu:.1f} CPU-seconds")
     gap = _grid_gap(task, arguments.gap_stride) if arguments.gap_stride else None
-    for jobs, grid in zip(arguments.jobs, grids, strict=True):
-        _row(f"scikit-learn, grid search, n_jobs={jobs}", Run(grid.wall, grid.cpu, gap, grid.strength), [])
+    for jobs, grid in zip(rivals, grids, strict=True):
+        _row(f"{_rival(task, jobs)}, grid search", Run(grid.wall, grid.cpu, gap, grid.strength), [])
     _row("the full path", _median(full), grids)
     _row("the choice of C (default)", _median(search), grids)
     for strength in dict.fromkeys((_median(search).strength, 1.0)):
         _single_rows(task, strength)
+
+
+def _refusal(task: Task) -> str | None:
+    """Why scikit-learn cannot search on tensors here; None where it can."""
+    try:
+        _grid(replace(task, X=task.X[:60], y=np.arange(60) % 2, params=HeadParams(folds=2)), 0)
+    except Exception as error:  # noqa: BLE001 - one rival less is no reason to measure nothing
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _rival(task: Task, jobs: int) -> str:
+    """scikit-learn in so many processes; 0: on tensors."""
+    return f"scikit-learn, n_jobs={jobs}" if jobs else f"scikit-learn on tensors, {task.device}"
 
 
 def _arguments() -> argparse.Namespace:
@@ -100,16 +130,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--features", type=Path, help="a file written by `pipeline cache export`")
     parser.add_argument("--rows", type=int, default=1500, help="use a seeded part of the rows")
     parser.add_argument("--classes", type=int, help="use the first so many classes (synthetic features: 5)")
-    parser.add_argument("--device", default="cpu", help="where ours runs; scikit-learn stays on the CPU")
+    parser.add_argument("--device", default="cpu", help="where ours runs, and scikit-learn on tensors")
+    parser.add_argument("--tensors", action="store_true", help="scikit-learn on tensors, too")
     parser.add_argument("--threads", type=int, default=2, help="of ours")
     parser.add_argument("--strengths", type=int, default=45)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2, help="of ours around each run of scikit-learn")
-    parser.add_argument("--jobs", type=int, nargs="+", default=[1, 2], help="n_jobs of scikit-learn, a run each")
+    parser.add_argument("--jobs", type=int, nargs="*", help="n_jobs of scikit-learn, a run each (1 2; none on a GPU)")
     parser.add_argument(
         "--gap-stride", type=int, default=4, help="measure scikit-learn's gap at every so many strengths; 0: not"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    on_cpu = arguments.device == "cpu"
+    arguments.tensors |= not on_cpu
+    arguments.jobs = ([1, 2] if on_cpu else []) if arguments.jobs is None else arguments.jobs
+    return arguments
 
 
 def _task(arguments: argparse.Namespace) -> Task:
@@ -129,7 +164,7 @@ def _task(arguments: argparse.Namespace) -> Task:
     mean, scale = standardisation(X.astype(np.float32), True)
     logistic = LogisticParams(strengths=arguments.strengths)
     params = HeadParams(folds=arguments.folds, standardize=False, logistic=logistic)
-    return Task(((X - mean) / scale).astype(np.float32), y, params, arguments.device)
+    return Task(((X - mean) / scale).astype(np.float32), y, params, arguments.device, arguments.tensors)
 
 
 def _read(file: Path) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -156,16 +191,23 @@ def _ours(task: Task, path: str) -> Run:
 
 def _grid(task: Task, jobs: int) -> Run:
     folds = stratified_group_folds(task.y, None, task.params.folds, task.params.seed)
-    with _quiet(), threadpool_limits(1):
+    X, y = (task if jobs == 0 else replace(task, tensors=False)).theirs
+    strengths, few = [float(strength) for strength in task.strengths], np.arange(60)
+    with _quiet(), threadpool_limits(1), sklearn.config_context(array_api_dispatch=jobs == 0):
         # One process keeps to one thread too: these products are too small to be shared.
-        few = np.arange(60)
-        GridSearchCV(_estimator(1.0), {"C": [0.1, 1.0]}, n_jobs=jobs).fit(task.X[few], few % 2)  # starts the workers
+        starting = GridSearchCV(_estimator(1.0), {"C": [0.1, 1.0]}, n_jobs=jobs or 1)
+        starting.fit(X[few], y[few] % 2)  # loads kernels, starts the workers
         grid = GridSearchCV(
-            _estimator(1.0), {"C": task.strengths}, cv=folds, scoring="neg_log_loss", n_jobs=jobs, refit=True
+            _estimator(1.0), {"C": strengths}, cv=folds, scoring="neg_log_loss", n_jobs=jobs or 1, refit=True
         )
         wall, cpu = time.perf_counter(), _cpu()
-        grid.fit(task.X, task.y)
+        grid.fit(X, y)
         return Run(time.perf_counter() - wall, _cpu() - cpu, None, float(grid.best_params_["C"]))
+
+
+def _fit(task: Task, strength: float, tolerance: float = 1e-4) -> LogisticRegression:
+    with _quiet(), sklearn.config_context(array_api_dispatch=task.tensors):
+        return _estimator(strength, tolerance).fit(*task.theirs)
 
 
 def _estimator(strength: float, tolerance: float = 1e-4) -> LogisticRegression:
@@ -185,25 +227,25 @@ class _quiet(warnings.catch_warnings):  # noqa: N801 - used as a function
 def _grid_gap(task: Task, stride: int) -> float:
     """The largest relative gap of scikit-learn's objectives, on the first fold."""
     inside = stratified_group_folds(task.y, None, task.params.folds, task.params.seed)[0][0]
-    part = Task(task.X[inside], task.y[inside], task.params, task.device)
-    with _quiet():
-        fits = [_estimator(float(strength)).fit(part.X, part.y) for strength in part.strengths[::stride]]
+    part = replace(task, X=task.X[inside], y=task.y[inside])
+    fits = [_fit(part, float(strength)) for strength in part.strengths[::stride]]
     return max(_gaps(part, fits))
 
 
 def _gaps(task: Task, fits: list[LogisticRegression]) -> list[float]:
     """The relative gaps of the objectives of fits at ascending strengths to those of solutions of ours."""
-    design = Design.build(torch.from_numpy(task.X.astype(np.float64)), torch.from_numpy(task.y), int(task.y.max()) + 1)
-    ones = torch.ones(1, len(task.y), dtype=torch.float64)
-    weights = torch.zeros(1, design.outputs, design.exact.shape[1], dtype=torch.float64)
+    X, y = (torch.from_numpy(part).to(task.device) for part in (task.X, task.y))
+    design = Design.build(X.double(), y, int(task.y.max()) + 1)
+    ones = torch.ones(1, len(y), dtype=torch.float64, device=task.device)
+    weights = ones.new_zeros(1, design.outputs, design.exact.shape[1])
     gaps = []
     for model in fits:
-        problems = Problems.build(design, torch.tensor([float(model.C)], dtype=torch.float64), ones)
+        problems = Problems.build(design, ones.new_tensor([float(model.C)]), ones)
         optimum = solve(design, problems, weights, REFERENCE_TOLERANCE)
         weights = optimum.weights
-        coefficients = torch.from_numpy(model.coef_.astype(np.float64))
+        coefficients = torch.as_tensor(model.coef_).to(ones)
         columns = coefficients if design.basis is None else coefficients @ design.basis
-        bias = torch.from_numpy(model.intercept_.astype(np.float64))[:, None]
+        bias = torch.as_tensor(model.intercept_).to(ones)[:, None]
         logits = design.logits(torch.cat([columns, bias], 1)[None])
         losses = residuals_and_losses(logits, design.target, problems.row_weight)[1]
         objective = problems.strength * losses + 0.5 * coefficients.square().sum()
@@ -223,8 +265,7 @@ def _single_rows(task: Task, strength: float) -> None:
         return float(solve(design, problems, zero, task.params.logistic.tolerance**2).gap[0])
 
     def theirs(tolerance: float) -> LogisticRegression:
-        with _quiet():
-            return _estimator(strength, tolerance).fit(task.X, task.y)
+        return _fit(task, strength, tolerance)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,6 +1,8 @@
 """Check and measure on a GPU in one go: tests marked ``gpu``, then the benchmarks; ten minutes at most.
 
-    python tests/gpu.py [--device cuda] [--minutes 10]
+    python tests/gpu.py [--device cuda] [--minutes 10] [--tiny]
+
+With ``--tiny`` everything is so small that it takes some two minutes on a CPU: to see that all of it runs.
 
 Prints what each step prints, and at the end one table of how they ended and all tables of figures again. The exit
 status is that of the worst step. Images are drawn here, so that nothing else needs to be on the machine.
@@ -20,17 +22,27 @@ import torch
 from PIL import Image
 
 PROJECT = Path(__file__).resolve().parent.parent
-RESNET = ("--backbone", "resnet50")
+RESNET, SMALL = ("--backbone", "resnet50"), ("--backbone", "squeezenet1_1")
+FEW_STRENGTHS = ("--strengths", "15", "--gap-stride", "7")
 # Name, script or module, its arguments; the earlier ones say more.
 STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("tests", ("-m", "pytest", "-m", "gpu", "-rs", "tests")),
     ("forward", ("benchmarks/extract.py", *RESNET, "--forward")),
-    ("extract", ("benchmarks/extract.py", *RESNET, "--images", "12000", "--rounds", "1")),
+    ("extract", ("benchmarks/extract.py", *RESNET, "--images", "12000", "--rounds", "1", "--torchvision")),
     ("decoding", ("benchmarks/decoding.py", "--rounds", "3")),
     ("finetune", ("benchmarks/finetune.py", *RESNET, "--images", "2048", "--batch-size", "128", "--rounds", "1")),
-    ("heads", ("benchmarks/heads.py", "--rows", "20000", "--classes", "20", "--rounds", "1", "--jobs", "2")),
+    ("heads", ("benchmarks/heads.py", "--rows", "20000", "--classes", "20", "--rounds", "1", *FEW_STRENGTHS)),
 )
 WITHOUT_IMAGES = ("tests", "heads")
+# What overrides these arguments, or is added to them.
+TINY: dict[str, tuple[str, ...]] = {
+    "tests": ("-k", "pipe or solver"),
+    "forward": (*SMALL, "--batch-size", "2"),
+    "extract": (*SMALL, "--images", "16"),
+    "decoding": ("--rounds", "1"),
+    "finetune": (*SMALL, "--images", "16", "--batch-size", "8"),
+    "heads": ("--rows", "200", "--classes", "3", "--strengths", "3", "--gap-stride", "0", "--folds", "2", "--tensors"),
+}
 
 
 def main() -> int:
@@ -38,6 +50,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--steps", nargs="+", default=[name for name, _ in STEPS])
+    parser.add_argument("--tiny", action="store_true", help="only to see that all of it runs")
     arguments = parser.parse_args()
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         print("torch sees no CUDA device: nothing was checked, nothing was measured.", file=sys.stderr)
@@ -45,12 +58,11 @@ def main() -> int:
     end = time.monotonic() + 60 * arguments.minutes
     rows, tables, worst = [], list[str](), 0
     with tempfile.TemporaryDirectory() as scratch:
-        images = write_images(Path(scratch) / "images")
+        images = write_images(Path(scratch) / "images", 16 if arguments.tiny else 256)
         for name, command in STEPS:
             if name not in arguments.steps:
                 continue
-            own = [] if name == "tests" else ["--device", arguments.device]
-            own += [] if name in WITHOUT_IMAGES else ["--data", str(images)]
+            own = arguments_of(name, arguments.device, images, tiny=arguments.tiny)
             started = time.monotonic()
             status, text = run([sys.executable, *command, *own], end - started)
             rows.append(f"| {name} | {time.monotonic() - started:.0f} | {verdict(status)} |")
@@ -59,6 +71,13 @@ def main() -> int:
             worst = max(worst, abs(status))
     print("\n".join(["", "| step | seconds | result |", "| :-- | --: | :-- |", *rows, *tables]))
     return min(worst, 1)
+
+
+def arguments_of(name: str, device: str, images: Path, *, tiny: bool) -> list[str]:
+    """What a step's command is given besides its own arguments."""
+    own = [] if name == "tests" else ["--device", device]
+    own += [] if name in WITHOUT_IMAGES else ["--data", str(images)]
+    return [*own, *TINY[name]] if tiny else own
 
 
 def run(command: list[str], seconds: float) -> tuple[int, str]:

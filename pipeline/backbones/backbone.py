@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..data.decode import DECODER, DRAFT_DECODER, Decoder
-from ..errors import WeightsError
+from ..data.decode import DECODER, DRAFT_DECODER, TORCHVISION_DECODER, Decoder, PlainJpegsElsewhere
+from ..errors import DeviceError, WeightsError
 from ..params import BackboneParams, ExtractParams, TransformParams
 from ..runtime.device import is_out_of_memory, on_device, resolve_device
 from ..runtime.distributed import World
@@ -49,7 +49,7 @@ Pixels = NDArray[np.uint8]
 Features = NDArray[np.float32]
 
 WEIGHTS_MEMO = "weights.json"
-DECODER_RULES = {"pillow": DECODER, "draft": DRAFT_DECODER}
+DECODER_RULES = {"pillow": DECODER, "draft": DRAFT_DECODER, "torchvision": TORCHVISION_DECODER}
 CPU_BATCH = 8
 # On a GPU one batch is filled by the host while another is copied and a third is computed.
 SLOTS = 3
@@ -268,6 +268,40 @@ class Backbone:
         """
         return self.transform.pixels(image)
 
+    def confirm_decoder(self) -> None:
+        """Refuse to decode on the device where features feel it more than they may a reduced precision; remembered.
+
+        Raises:
+            DeviceError: they do, or the device decodes no JPEG.
+        """
+        if self.decoder.rule != TORCHVISION_DECODER:
+            return
+        verdict = Verdict.from_dict(self.memo.get(self._decoder_key)) if self.memo else None
+        if verdict is None:
+            from .jpeg import accept_decoder
+
+            verdict = accept_decoder(self)
+            logger.info("%s", verdict)
+            if self.memo is not None:
+                self.memo.put(self._decoder_key, verdict.as_dict())
+        if not verdict.accepted:
+            raise DeviceError(
+                f"{self.identity.name} feels too much of how {self.device} decodes JPEGs.",
+                where="extract.decoder",
+                why=str(verdict),
+                remedy="set extract.decoder=pillow",
+            )
+
+    @property
+    def _decoder_key(self) -> dict[str, Any]:
+        """What the verdict on the decoder depends on."""
+        return {
+            **verdict_key(self.identity, self.transform.crop, device=self.device, precision=self.precision),
+            "about": "decoder",
+            "decoder": self.decoder.rule,
+            "transform": self.transform.as_dict(),
+        }
+
     def build(self) -> BuiltNetwork:
         """Load the network, a new one at each call, proven to be the one that was identified.
 
@@ -373,7 +407,8 @@ def resolve_backbone(
 def make_decoder(transform: Transform, max_pixels: int, rule: str) -> Decoder:
     """The decoder of a rule, with what the transform says of it."""
     draft = transform.resize or transform.crop
-    return Decoder(
+    kind = PlainJpegsElsewhere if rule == TORCHVISION_DECODER else Decoder
+    return kind(
         background=transform.background,
         exif=transform.exif,
         max_pixels=max_pixels,

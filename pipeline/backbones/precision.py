@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..data.decode import TORCHVISION_DECODER
 from ..files import canonical_json, digest_bytes, publish_file, seal_json, unseal_json
 from ..runtime.seeds import make_generator
 from .identity import BackboneIdentity
@@ -36,7 +37,7 @@ CHOICES_FOLDER = "precision"
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether ``precision`` is good enough, with the cosines that say so."""
+    """Whether ``precision`` (or a decoder of that name) is good enough, with the cosines that say so."""
 
     precision: str
     accepted: bool
@@ -45,7 +46,8 @@ class Verdict:
 
     def __str__(self) -> str:
         word = "accepted" if self.accepted else "not accepted"
-        cosines = f"cosine to float32: median {self.median_cosine:.4f}, minimum {self.minimum_cosine:.4f}"
+        exact = "Pillow" if self.precision == TORCHVISION_DECODER else "float32"
+        cosines = f"cosine to {exact}: median {self.median_cosine:.4f}, minimum {self.minimum_cosine:.4f}"
         return f"{self.precision} {word} ({cosines})"
 
     def as_dict(self) -> dict[str, Any]:
@@ -119,16 +121,20 @@ def accept_precision(backbone: BuiltNetwork, *, device: torch.device, precision:
 
     Remember the verdict under `verdict_key`.
     """
+    images = sample_images(backbone.transform.crop)
+    exact = _features(backbone, images, device, "float32")
+    return judge(precision, exact, _features(backbone, images, device, precision))
+
+
+def judge(name: str, exact: Tensor, other: Tensor) -> Verdict:
+    """Whether features (n, d) that were made by ``name`` can stand for the exact ones."""
     import torch
     from torch.nn import functional as F
 
-    images = sample_images(backbone.transform.crop)
-    exact = _features(backbone, images, device, "float32")
-    reduced = _features(backbone, images, device, precision)
-    cosines = F.cosine_similarity(exact.double(), reduced.double(), dim=1)
-    cosines = torch.where(torch.isfinite(reduced).all(1), cosines, torch.tensor(-1.0, dtype=torch.float64))
+    cosines = F.cosine_similarity(exact.double(), other.double(), dim=1)
+    cosines = torch.where(torch.isfinite(other).all(1), cosines, torch.tensor(-1.0, dtype=torch.float64))
     median, minimum = float(cosines.median()), float(cosines.min())
-    return Verdict(precision, median >= MEDIAN_COSINE and minimum >= MINIMUM_COSINE, median, minimum)
+    return Verdict(name, median >= MEDIAN_COSINE and minimum >= MINIMUM_COSINE, median, minimum)
 
 
 def verdict_key(identity: BackboneIdentity, crop: int, *, device: torch.device, precision: str) -> dict[str, Any]:

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 # an image that decoded before comes out with other pixels. Pillow's version is no part of it; drift is checked.
 DECODER = "pillow-rgb-1"
 DRAFT_DECODER = f"{DECODER}-draft"
+# Plain JPEGs decoded and resized by torchvision on the device, all else as by `DECODER`.
+TORCHVISION_DECODER = "torchvision-jpeg-1"
 
 LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 # What starts like one of these is a damaged image rather than none.
@@ -176,6 +178,15 @@ class Decoder:
     def rule(self) -> str:
         """The name of the rule by which bytes become pixels, as the specs of features have it."""
         return DECODER if self.draft_size is None else DRAFT_DECODER
+
+
+class PlainJpegsElsewhere(Decoder):
+    """The decoder for what `TORCHVISION_DECODER` leaves to Pillow; that rule's name is its own."""
+
+    @property
+    def rule(self) -> str:
+        """As in `Decoder`."""
+        return TORCHVISION_DECODER
 
 
 def _allow_pixels(max_pixels: int) -> None:

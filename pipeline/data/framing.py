@@ -20,6 +20,18 @@ MAX_RESIZED_PIXELS = 178_956_970
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What becomes of an image: its ``box`` (left, top, right, bottom; None: all of it) resized to ``size`` (width,
+    height), of which a square from ``corner`` (left, top) on is the pixels, ``mirrored`` or not.
+    """
+
+    box: tuple[int, int, int, int] | None
+    size: tuple[int, int]
+    corner: tuple[int, int]
+    mirrored: bool = False
+
+
+@dataclass(frozen=True)
 class Framing:
     """Resize the shorter side to ``resize`` pixels (``None``: not at all), crop ``crop`` x ``crop`` from the centre.
 
@@ -40,14 +52,24 @@ class Framing:
         Raises:
             BadImage: the resized image would have too many pixels.
         """
-        self.check_size(image)
-        if self.resize is not None and (size := self._resized(image)) != image.size:
-            image = image.resize(size, RESAMPLING[self.interpolation])
-        left, top = (self._margin(side) for side in image.size)
+        frame = self.frame(image.size)
+        if frame.size != image.size:
+            image = image.resize(frame.size, RESAMPLING[self.interpolation])
+        left, top = frame.corner
         image = image.crop((left, top, left + self.crop, top + self.crop))
         return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
 
-    def check_size(self, image: Image.Image) -> None:
+    def frame(self, size: tuple[int, int]) -> Frame:
+        """What becomes of an image of this width and height.
+
+        Raises:
+            BadImage: as `pixels`.
+        """
+        self.check_size(size)
+        width, height = self._resized(size)
+        return Frame(None, (width, height), (self._margin(width), self._margin(height)))
+
+    def check_size(self, size: tuple[int, int]) -> None:
         """Refuse a strip that would be resized to more pixels than any image is allowed.
 
         Raises:
@@ -55,17 +77,18 @@ class Framing:
         """
         if self.resize is None or self.squash:
             return
-        short, long = sorted(image.size)
+        short, long = sorted(size)
         pixels = self.resize * (self.resize * long // max(short, 1))
         if pixels > MAX_RESIZED_PIXELS:
             raise BadImage(
                 Reason.TOO_MANY_PIXELS,
-                f"{image.width} x {image.height} pixels, resized to a shorter side of {self.resize}, are {pixels}",
+                f"{size[0]} x {size[1]} pixels, resized to a shorter side of {self.resize}, are {pixels}",
             )
 
-    def _resized(self, image: Image.Image) -> tuple[int, int]:
-        assert self.resize is not None
-        width, height = image.size
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        if self.resize is None:
+            return size
+        width, height = size
         if self.squash:
             return self.resize, self.resize
         long = int(self.resize * max(width, height) / min(width, height))

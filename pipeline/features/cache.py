@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backbones import Backbone, Pixels
-from ..data.decode import Reason, decoder_versions
+from ..data.decode import TORCHVISION_DECODER, Reason, decoder_versions
 from ..data.digests import Digests, data_digest, empty_digests, first_occurrences, locate, stack_digests
 from ..data.images import Images
 from ..data.source import SPLITS, TEST, TRAIN, VAL
@@ -43,6 +43,8 @@ from .verify import Recomputed, recompute
 from .views import PLAIN, View
 
 INDEX_SECONDS = 60.0
+# Threads a core where a GPU decodes for them: the more wait, the more images it is given at once.
+WAITING_A_CORE = 4
 EXAMPLES = 5
 
 
@@ -338,6 +340,7 @@ class FeatureCache:
 
         Raises:
             DriftError: images decode to other pixels than when the key was begun.
+            DeviceError: the device decodes no JPEG, or to pixels whose features are too far from those of Pillow's.
             CacheError: the cache cannot be written; what was published is kept.
             Interrupted: Ctrl-C; what was published is kept.
         """
@@ -369,13 +372,16 @@ class FeatureCache:
             for cache in caches:
                 writing.enter_context(cache.store.writing())
                 cache._confirm_pixels()
+            self.backbone.confirm_decoder()
             self._try_suspects()
             with journal(self.store.cache_dir, self._workers) as opened:
                 return self._embed(positions, opened, caches)
 
     @property
     def _workers(self) -> int:
-        return worker_count(self._extract.workers, self._world)
+        workers = worker_count(self._extract.workers, self._world)
+        device_decodes = self.backbone.decoder.rule == TORCHVISION_DECODER and self.backbone.device.type != "cpu"
+        return WAITING_A_CORE * workers if device_decodes and self._extract.workers == "auto" else workers
 
     def _embed(self, positions: NDArray[np.int64], opened: Journal, caches: Sequence[FeatureCache]) -> Filled:
         from ..backbones import forward_together
@@ -442,8 +448,7 @@ class FeatureCache:
         return Decoding(self.backbone.decoder, self.view, self.backbone.transform.framing)
 
     def _decoding_beside(self, images: int) -> AbstractContextManager[Decode]:
-        on_cpu = self.backbone.device.type == "cpu"
-        return decoding_beside(self._decoding, images=images, workers=self._workers, on_cpu=on_cpu)
+        return decoding_beside(self._decoding, images=images, workers=self._workers, device=self.backbone.device)
 
     def _preparation(self, decode: Decode, opened: Journal, caches: Sequence[FeatureCache]) -> Preparation:
         return Preparation(

@@ -4,6 +4,8 @@ Pillow lets go of the interpreter's lock inside its kernels, but what it does in
 0.5 ms an image, so that threads level off below 2,000 images a second on any number of cores. A CPU that
 also computes the network is far from that; beside a GPU each thread has a helper process decode for it, with a lock of
 its own. Bits are the same: the helper runs the same code. It loads no torch, so that it is soon there and small.
+
+Or the device decodes JPEGs, which is another rule, as other pixels come out (`backbones.jpeg`).
 """
 
 from __future__ import annotations
@@ -19,15 +21,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.decode import BadImage, Decoder, Reason
+from ..data.decode import TORCHVISION_DECODER, BadImage, Decoder, Reason
 from ..data.framing import Framing
+from ..data.jpeg import plain_size
 from ..data.trial import find_killers
 from ..files import DIGEST_BYTES
 from .views import View
+
+if TYPE_CHECKING:
+    import torch
 
 Pixels = NDArray[np.uint8]
 # Images from which on processes, each of which takes a second to start, are worth it.
@@ -51,6 +58,30 @@ class Decoding:
 
     def __call__(self, data: bytes, digest: bytes) -> Pixels:
         return self.view.pixels(self.decoder(data), digest, self.framing)
+
+
+class DecodingOnDevice:
+    """`Decoding` with plain JPEGs decoded, resized and cropped on a device by torchvision, and all else by Pillow."""
+
+    def __init__(self, decoding: Decoding, device: torch.device) -> None:
+        from ..backbones.jpeg import JpegDecoder
+
+        self._decoding, self._decode = decoding, JpegDecoder(device, decoding.framing)
+
+    def __call__(self, data: bytes, digest: bytes) -> Pixels:
+        """As `Decoding`."""
+        decoding, size = self._decoding, None
+        if type(data) is bytes:  # else pixels of a program's own
+            size = plain_size(data, exif=decoding.decoder.exif)
+        if size is None or size[0] * size[1] > decoding.decoder.max_pixels:
+            return decoding(data, digest)
+        pixels = self._decode(data, decoding.view.frame(size, digest, decoding.framing))
+        return decoding(data, digest) if pixels is None else pixels
+
+
+def as_the_rule_says(decoding: Decoding, device: torch.device) -> Decoding | DecodingOnDevice:
+    """The decoding of an extraction on ``device``."""
+    return DecodingOnDevice(decoding, device) if decoding.decoder.rule == TORCHVISION_DECODER else decoding
 
 
 class Helpers:
@@ -103,10 +134,13 @@ class Helpers:
 
 
 @contextmanager
-def decoding_beside(decoding: Decoding, *, images: int, workers: int, on_cpu: bool) -> Iterator[Decoding | Helpers]:
+def decoding_beside(
+    decoding: Decoding, *, images: int, workers: int, device: torch.device
+) -> Iterator[Decoding | DecodingOnDevice | Helpers]:
     """``decoding``, by processes where there are ``MANY`` images to decode for another device than the CPU."""
-    if on_cpu or images < MANY or workers < 2:
-        yield decoding
+    on_device = decoding.decoder.rule == TORCHVISION_DECODER
+    if on_device or device.type == "cpu" or images < MANY or workers < 2:
+        yield as_the_rule_says(decoding, device)
         return
     helpers = Helpers(decoding, workers)
     try:

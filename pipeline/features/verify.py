@@ -12,6 +12,7 @@ from ..backbones import Backbone, Pixels
 from ..data.decode import BadImage
 from ..data.digests import stack_digests
 from ..data.images import Images
+from .decoding import Decoding, as_the_rule_says
 from .extractor import single_threaded_torch
 from .rounding import Features, as_stored
 from .store import FeatureStore
@@ -156,6 +157,7 @@ def recompute(
 def _choose(images: Images, backbone: Backbone, view: View, store: FeatureStore, *, sample: int, seed: int) -> _Chosen:
     """Up to ``sample`` different contents that have a feature, in a random order that the seed gives."""
     chosen = _Chosen()
+    decode = as_the_rule_says(Decoding(backbone.decoder, view, backbone.transform.framing), backbone.device)
     for row in _candidates(images, store, seed):
         if len(chosen.digests) >= sample:
             break
@@ -170,7 +172,7 @@ def _choose(images: Images, backbone: Backbone, view: View, store: FeatureStore,
         if digest in chosen.digests or not store.contains(stack_digests([digest]))[0]:
             continue
         try:
-            pixels = view.pixels(backbone.decoder(data), digest, backbone.transform.framing)
+            pixels = decode(data, digest)
         except BadImage as bad:
             chosen.problems.append(f"{path!r} has a feature but no longer decodes: {bad}.")
             continue

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..data.framing import RESAMPLING, Framing
+from ..data.framing import RESAMPLING, Frame, Framing
 from ..runtime.seeds import make_generator
 from .spec import PLAIN_VIEW
 
@@ -37,12 +37,23 @@ class View:
         """
         if not self.number:
             return framing.pixels(image)
-        generator = make_generator(RULE, self.seed, self.number, digest)
-        box = _random_box(image.size, generator)
-        part = image.resize((framing.crop, framing.crop), RESAMPLING[framing.interpolation], box=box)
-        if generator.random() < 0.5:
+        frame = self.frame(image.size, digest, framing)
+        part = image.resize(frame.size, RESAMPLING[framing.interpolation], box=frame.box)
+        if frame.mirrored:
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(part, np.uint8).transpose(2, 0, 1)
+
+    def frame(self, size: tuple[int, int], digest: bytes, framing: Framing) -> Frame:
+        """What becomes of an image of this width and height.
+
+        Raises:
+            BadImage: the resized image would have too many pixels.
+        """
+        if not self.number:
+            return framing.frame(size)
+        generator = make_generator(RULE, self.seed, self.number, digest)
+        box = _random_box(size, generator)
+        return Frame(box, (framing.crop, framing.crop), (0, 0), mirrored=generator.random() < 0.5)
 
 
 PLAIN = View()

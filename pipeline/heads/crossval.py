@@ -273,6 +273,27 @@ def candidates(search: Mapping[str, Sequence[Any]], kind: str, kinds: Sequence[s
     return [dict(zip(own, chosen, strict=True)) for chosen in itertools.product(*own.values())] if own else []
 
 
+def edges(values: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The parameters of ``values`` that are the ``smallest`` or the ``largest`` of the numbers tried.
+
+    Whole numbers up to 1 are no edge: there is often nothing below (one neighbour, no dropout).
+    """
+    found = {}
+    for name, value in values.items():
+        numbers = {row[name] for row in tried if _is_number(row[name])}
+        if not _is_number(value) or len(numbers) < 2:
+            continue
+        if value == max(numbers):
+            found[name] = "largest"
+        elif value == min(numbers) and (isinstance(value, float) or value > 1):
+            found[name] = "smallest"
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 # -- temperature ----------------------------------------------------------------------------------------------------
 
 

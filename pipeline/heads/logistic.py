@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import HeadError
 from ..features.rows import Rows
+from ..runtime.device import is_out_of_memory
 from .base import Selection
 from .common import Features, Floats, Ints, few_threads, standardisation
 from .crossval import Fold, OutOfFold, missing_rows
@@ -79,9 +80,21 @@ class LogisticHead(LayersHead):
         return [(rows[self._val_rows :], rows[: self._val_rows])]
 
     def learn(self, X: Features, index: Ints, groups: Ints | None) -> None:
-        """Choose the strength by cross-validation, refit on all rows, and fold the standardisation in."""
+        """Choose the strength by cross-validation, refit on all rows, and fold the standardisation in.
+
+        On the CPU where the device has too little memory.
+        """
         with few_threads(X):
+            try:
+                self._learn(X, index, groups)
+                return
+            except RuntimeError as error:
+                if self.device == "cpu" or not is_out_of_memory(error):
+                    raise
+            self._forget()  # and outside the handler, whose traceback holds what fills the device's memory
+            device, self.device = self.device, "cpu"
             self._learn(X, index, groups)
+            self.warnings += (f"{device} has too little memory for these features: the CPU fitted the head",)
 
     def calibrate(self, X: Features, index: Ints, groups: Ints | None) -> None:
         """Nothing is left to do: `learn` has chosen the temperature on the folds that it had at hand."""
@@ -160,6 +173,7 @@ class LogisticHead(LayersHead):
         }
         if len(strengths) > 1 and best in (0, len(strengths) - 1):
             side, key = ("smallest", "c_min") if best == 0 else ("largest", "c_max")
+            self.selected["edges"] = {"C": side}
             self.warnings += (
                 f"the best strength C={strengths[best]:.3g} is the {side} of those tried: "
                 f"move head.logistic.{key} to look beyond it",

@@ -14,6 +14,7 @@ from .common import Floats
 from .solver import MAX_ITERATIONS, Design, Problems, Solutions, parts_of_rows, residuals_and_losses, solve
 
 COARSE_STEP = 4
+ON_GPU_TOGETHER = 4
 RISES_TO_STOP = 3
 COARSE_TOLERANCE = 1e-2
 LOOSE_TOLERANCE = 1e-4
@@ -24,7 +25,7 @@ WOBBLE = 1e-3
 HOPELESS_LOSS = 1.5
 HOPELESS_ITERATIONS = 20
 NODES_A_SIDE = 3
-BATCH_COLUMNS = {"cpu": 16, "cuda": 512}
+BATCH_COLUMNS = {"cpu": 16, "cuda": 2048}
 BATCH_WORK = {"cpu": 1.5e7, "cuda": 5e9}
 BATCH_CELLS = 1.5e8
 WIDE_COLUMNS = 128
@@ -117,16 +118,18 @@ class StrengthPath:
         """Solve what is needed to know the best strength: ``coarse`` to fine, or ``full`` where losses have no valley.
 
         The first fold goes ahead and finds about where the valley lies; all folds do where it holds out so few rows
-        that its own valley may lie elsewhere, or has none. From there the best and its neighbours are solved on every
-        fold, to `CHOOSING_TOLERANCE`: what that leaves open of a loss is a small part of its standard error.
+        that its own valley may lie elsewhere, or has none, and on a GPU. From there the best and its neighbours are
+        solved on every fold, to `CHOOSING_TOLERANCE`: what that leaves open of a loss is a small part of its standard
+        error.
         """
         one, tolerance = torch.ones_like(self.row_weight[:1]), max(self.tolerance, CHOOSING_TOLERANCE)
         ahead = StrengthPath(self.design, self.strengths, self.row_weight[0], one, self.scored[:1], tolerance)
-        for path in (ahead, self) if int((self.scored[0] > 0).sum()) >= ROWS_AHEAD else (self,):
+        one_leads = not self.design.on_gpu and int((self.scored[0] > 0).sum()) >= ROWS_AHEAD
+        for path in (ahead, self) if one_leads else (self,):
             if path.locate():
                 best, self.ahead, self.points = path.best(), path.points, {}
                 self.solves += 0 if path is self else path.solves
-                self.solve_at([best], tolerance)
+                self.solve_at(self._inside(best - 1, best, best + 1) if self.design.on_gpu else [best], tolerance)
                 self._settle(tolerance)
                 if self._is_flat():
                     self._settle(self.tolerance)
@@ -149,9 +152,9 @@ class StrengthPath:
         for tolerance in (COARSE_TOLERANCE, LOOSE_TOLERANCE):
             self._climb(tolerance)
             if is_valley([self.points[number].loss for number in sorted(self.points)]):
-                for step in (2, 1):
+                for steps in ((-3, -2, -1, 1, 2, 3),) if self.design.on_gpu else ((-2, 2), (-1, 1)):
                     best = self.best()
-                    self.solve_at(self._inside(best - step, best + step), tolerance)
+                    self.solve_at(self._inside(*(best + step for step in steps)), tolerance)
                 return True
         return False
 
@@ -159,10 +162,18 @@ class StrengthPath:
         coarse = list(range(0, len(self.strengths), COARSE_STEP))
         if coarse[-1] != len(self.strengths) - 1:
             coarse.append(len(self.strengths) - 1)
-        for number in coarse:
-            self.solve_at([number], tolerance)
-            if self._rises(coarse[: coarse.index(number) + 1]) >= RISES_TO_STOP or self._hopeless(number):
-                break
+        size = min(ON_GPU_TOGETHER, self._strengths_per_batch()) if self.design.on_gpu else 1
+        for start in range(0, len(coarse), size):
+            self.solve_at(coarse[start : start + size], tolerance)
+            for last in range(start, min(start + size, len(coarse))):
+                if self._rises(coarse[: last + 1]) >= RISES_TO_STOP or self._hopeless(coarse[last]):
+                    self._forget(coarse[last + 1 : start + size])
+                    return
+
+    def _forget(self, numbers: Iterable[int]) -> None:
+        """Strengths that were solved beside others and were not needed; far out losses wobble."""
+        for number in numbers:
+            del self.points[number]
 
     def _settle(self, tolerance: float) -> None:
         """Solve the best and its neighbours to the tolerance, until that changes the best no more."""
@@ -214,8 +225,8 @@ class StrengthPath:
     def _strengths_per_batch(self, least: int = 0) -> int:
         n, width = self.design.shape
         columns = len(self.row_weight) * self.design.outputs
-        kind = self.design.device.type
-        wanted = max(least, BATCH_COLUMNS.get(kind, 16), BATCH_WORK.get(kind, 1.5e7) / (n * width))
+        kind = "cuda" if self.design.on_gpu else "cpu"
+        wanted = max(least, BATCH_COLUMNS[kind], BATCH_WORK[kind] / (n * width))
         return max(1, math.floor(min(wanted / columns + 0.5, BATCH_CELLS / (columns * n))))
 
     def _solve_batch(self, numbers: list[int], tolerance: float, limit: int) -> None:

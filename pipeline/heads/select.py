@@ -38,7 +38,8 @@ UNKNOWN = Score(0.0)
 class Entry:
     """One kind on the leaderboard. ``baseline`` kinds are shown only and keep no head; one other is ``chosen``.
 
-    ``cv`` and ``val`` are its scores by cross-validation on train and on val, where there are such.
+    ``cv`` and ``val`` are its scores by cross-validation on train and on val, where there are such; ``held_out`` is
+    the one on a part of train, of a head that has neither and was watched with one while it was trained.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Entry:
     seconds: float
     cv: Score | None = None
     val: Score | None = None
+    held_out: Score | None = None
     baseline: bool = False
     chosen: bool = False
 
@@ -54,6 +56,7 @@ class Entry:
         row: dict[str, Any] = {"kind": self.kind, "chosen": self.chosen, "baseline": self.baseline}
         for name, score in (("cv", self.cv), ("val", self.val)):
             row |= score.named(name) if score else {f"{name}_accuracy": None, f"{name}_log_loss": None}
+        row |= self.held_out.named("held_out") if self.held_out else {}
         return {**row, "seconds": round(self.seconds, 3)}
 
 
@@ -172,7 +175,8 @@ def _entry(head: Head, X: Features, y: Ints, groups: Ints | None, held_out: Held
     seconds = time.perf_counter() - started
     seen = head.cross_validate(X, y, groups) if judged else head.out_of_fold
     cv = None if seen is None else head.score(head.classes_[seen.index], seen.right, seen.log_loss)
-    return Entry(head.kind, head, seconds, cv, _score(head, *held_out) if held_out else None)
+    val = _score(head, *held_out) if held_out else None
+    return Entry(head.kind, head, seconds, cv, val, head.held_score if cv is None and val is None else None)
 
 
 def _score(head: Head, X: Features, y: Ints) -> Score:
@@ -219,7 +223,7 @@ def nearest_centroid(queries: Tensor, blocks: Blocks, classes: int) -> Tensor:
 
 
 def nearest_neighbours(queries: Tensor, blocks: Blocks, classes: int) -> Tensor:
-    """The commonest class (m,) among the five nearest rows; the nearer neighbours decide a tie."""
+    """The commonest class (m,) among the five nearest rows, and of several the first: as the head of kind knn."""
     import torch
 
     distances, targets = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
@@ -228,8 +232,7 @@ def nearest_neighbours(queries: Tensor, blocks: Blocks, classes: int) -> Tensor:
         targets = torch.cat([targets, target.expand(len(queries), -1)], dim=1)
         distances, near = distances.topk(min(NEIGHBOURS, distances.shape[1]), dim=1, largest=False)
         targets = targets.gather(1, near)
-    votes = 1 + 0.01 * torch.arange(targets.shape[1], 0, -1)
-    ballot = torch.zeros(len(queries), classes).scatter_add_(1, targets, votes.expand(len(queries), -1))
+    ballot = torch.zeros(len(queries), classes).scatter_add_(1, targets, torch.ones_like(distances))
     return ballot.argmax(1)
 
 
@@ -241,7 +244,7 @@ def baseline_answers(
 ) -> tuple[Answers, Answers]:
     """What ``nearest_centroid`` or ``knn`` says of the rows that folds hold out, and of ``other`` rows (m, d).
 
-    Features are standardised; where there are very many rows, a part of them is asked.
+    Features are standardised as the rows they are held against ask for; of very many rows a part is taken, and asked.
 
     Args:
         index: class positions (n,).
@@ -251,15 +254,18 @@ def baseline_answers(
     """
     import torch
 
-    generator, (mean, scale) = make_generator("baseline", seed), standardisation(X, True)
-
-    def scaled(rows: Features) -> Tensor:
-        return torch.from_numpy(((rows - mean) / scale).astype(np.float32))
+    generator = make_generator("baseline", seed)
 
     def answers(train: Ints, queries: Features) -> Ints:
         train = _part(train, KNN_REFERENCES, generator)
+        near = X[train]
+        mean, scale = standardisation(near, True)
+
+        def scaled(rows: Features) -> Tensor:
+            return torch.from_numpy(((rows - mean) / scale).astype(np.float32))
+
         starts = range(0, len(train), BLOCK)
-        blocks = ((scaled(X[rows]), target[rows]) for rows in (train[start : start + BLOCK] for start in starts))
+        blocks = ((scaled(near[start : start + BLOCK]), target[train[start : start + BLOCK]]) for start in starts)
         return BASELINES[kind](scaled(queries), blocks, int(index.max()) + 1).numpy()
 
     target = torch.from_numpy(index)

@@ -195,7 +195,7 @@ class ExtractParams(Section):
     views_seed: Seed = 0
     part_seconds: Positive = 30.0
     compile: bool = False
-    decoder: Literal["pillow", "draft"] = "pillow"
+    decoder: Literal["pillow", "draft", "torchvision"] = "pillow"
     shard: str | None = Field(None, pattern=SHARD_PATTERN)
 
     @field_validator("shard")

@@ -45,7 +45,7 @@ def resolve_device(name: str, world: World | None = None) -> torch.device:
             remedy="use extract.device=auto or cpu, or install a torch build for your GPU",
         )
     if device.type == "cuda":
-        _allow_tf32(False)
+        _allow_tf32(False, False)
     return device
 
 
@@ -72,17 +72,20 @@ def to_device(values: NDArray[np.int64], device: torch.device) -> torch.Tensor:
 @contextmanager
 def tf32() -> Iterator[None]:
     """Inside the block CUDA may round the factors of float32 products to TF32, in all threads of the process."""
-    _allow_tf32(True)
+    import torch
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    _allow_tf32(True, True)
     try:
         yield
     finally:
-        _allow_tf32(False)
+        _allow_tf32(*before)
 
 
-def _allow_tf32(allowed: bool) -> None:
+def _allow_tf32(convolutions: bool, products: bool) -> None:
     import torch
 
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
 
 
 def is_out_of_memory(error: BaseException) -> bool:

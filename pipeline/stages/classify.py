@@ -12,7 +12,7 @@ from ..backbones.backbone import CPU_BATCH, DECODER_RULES
 from ..data.digests import Digests
 from ..data.images import open_given
 from ..evaluate import ClassifierOutput
-from ..features.decoding import Decoding
+from ..features.decoding import Decoding, as_the_rule_says
 from ..features.extractor import extract_features
 from ..features.prepare import Preparation
 from ..features.quarantine import Quarantine, decoding_rule
@@ -43,7 +43,7 @@ def classify(params: Params, paths: Sequence[Path | str], *, top: int = 5, quiet
     def sink(features: Features, digests: Digests) -> None:
         logits.update(zip(map(bytes, digests), features, strict=True))
 
-    decoding = Decoding(decoder, PLAIN, transform.framing)
+    decoding = as_the_rule_says(Decoding(decoder, PLAIN, transform.framing), device)
     preparation = Preparation(images, lambda _digest: False, quarantine, decode=decoding)
     with stop_after_batch() as interruption, ProgressBar("classifying", len(images), quiet=quiet) as bar:
         extract_features(

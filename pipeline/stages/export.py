@@ -338,7 +338,7 @@ class ExportedRun:
                     if (data := images.read(row)) is None:
                         raise OSError(images.failures[row])
                     image = self._decoder(data)
-                    transform.framing.check_size(image)
+                    transform.framing.check_size(image.size)
                     outputs[row] = self.classifier(np.asarray(image))
                 except BadImage as error:
                     errors[row] = f"{error.reason}: {error.reason.remedy}"

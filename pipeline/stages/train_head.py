@@ -24,11 +24,14 @@ from ..data.images import Images
 from ..data.source import SPLITS, TEST, VAL
 from ..errors import DataError, HeadError
 from ..evaluate import Provenance, metric_lines, score
+from ..evaluate.advice import curve_sentence
+from ..evaluate.chosen import choice_words, tried_sentence
 from ..features.cache import FeatureCache, FeatureTable
 from ..features.rows import Rows, take_rows
 from ..files import human_bytes
 from ..heads import (
     Choice,
+    Entry,
     Score,
     choose_among,
     choose_head,
@@ -295,7 +298,9 @@ def _score(
         fitted_on=f"{splits} (a stratified sample of the {sampled['of']:,} of train)" if sampled else splits,
         selections=choice.selections,
         selected=head.selected,
-        leaderboard=[{**row, "selected": row["chosen"]} for row in choice.leaderboard],
+        leaderboard=[
+            {**entry.as_dict(), "settings": _settings(entry), "selected": entry.chosen} for entry in choice.entries
+        ],
         history=head.history,
         curve=curve,
         warnings=[*warnings, *head.warnings],
@@ -304,15 +309,23 @@ def _score(
 
 
 def _leaderboard_lines(choice: Choice) -> list[str]:
-    """One line a kind; those that were only shown beside the chosen one say so."""
+    """One line a kind with what was chosen for it, and the values of a search; baselines were only shown beside it."""
     lines = [f"Heads{', by the scores that chose (the best is a little too good)' if choice.selections else ''}:"]
     width = max(18, *(len(entry.kind) + 2 for entry in choice.entries))
     for entry in choice.entries:
-        scores = [(name, score) for name, score in (("cross-validated", entry.cv), ("val", entry.val)) if score]
+        named = (("cross-validated", entry.cv), ("val", entry.val), ("held out of train", entry.held_out))
+        scores = [(name, score) for name, score in named if score]
         shown = ", ".join(f"{name} {_accuracies(score)}" for name, score in scores)
         mark = "chosen" if entry.chosen else "baseline" if entry.baseline else ""
-        lines.append(f"  {entry.kind:<{width}}{mark:<10}{shown}  {entry.seconds:.1f} s")
-    return lines
+        shown = shown or "alone, so not cross-validated"
+        line = f"  {entry.kind:<{width}}{mark:<10}{shown}  {entry.seconds:.1f} s"
+        lines.append(f"{line}  {_settings(entry)}".rstrip())
+    sentence = tried_sentence(choice.head.kind, choice.head.selected)
+    return [*lines, sentence] if sentence else lines
+
+
+def _settings(entry: Entry) -> str:
+    return "" if entry.head is None else choice_words(entry.head.selected)
 
 
 def _accuracies(score: Score) -> str:
@@ -327,5 +340,9 @@ def _curve_lines(points: list[CurvePoint]) -> list[str]:
     lines = []
     for point in points:
         mean, low, high = 100 * point.accuracy, 100 * point.low, 100 * point.high
-        lines.append(f"  {point.images:>8,} images: {mean:.1f} % ({low:.1f} to {high:.1f})")
-    return ["Learning curve, mean (lowest to highest) of three draws:", *lines] if lines else []
+        band = "all of train" if point.low == point.high else f"{low:.1f} to {high:.1f}"
+        lines.append(f"  {point.images:>8,} images: {mean:.1f} % ({band})")
+    if not lines:
+        return []
+    title = "Learning curve: accuracy with so many images of train, the mean of three draws (the lowest to the highest)"
+    return [title, *lines, *filter(None, [curve_sentence(points)])]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.data.decode import BadImage, Decoder, PixelBytes, Reason
@@ -121,7 +122,8 @@ def test_processes_are_for_many_images_beside_a_gpu(
 
     monkeypatch.setattr(module, "Helpers", Stub)
     plain = Decoding(DECODER, PLAIN, Framing(256, 224, "bilinear"))
-    with decoding_beside(plain, images=images, workers=workers, on_cpu=on_cpu) as decode:
+    device = torch.device("cpu" if on_cpu else "meta")
+    with decoding_beside(plain, images=images, workers=workers, device=device) as decode:
         assert (decode is not plain) == apart and not closed
     assert bool(closed) == apart
 

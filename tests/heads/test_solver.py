@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.heads import standardisation
+from pipeline.heads import make_head, path, solver, standardisation
+from pipeline.heads.logistic import LogisticHead
 from pipeline.heads.solver import Design, Problems, Search, Solutions, solve
+from pipeline.params import HeadParams
 
 from .conftest import make_features
 
@@ -195,3 +201,89 @@ def test_rows_that_are_worked_on_by_parts_give_the_same_solution(monkeypatch: py
     _, parts = solved(scaled(X), y, [1e-3, 1.0, 100.0], weight)
     assert torch.allclose(parts.objective, whole.objective, rtol=1e-7)
     assert torch.allclose(parts.weights, whole.weights, rtol=1e-3, atol=1e-3) and float(parts.gap.max()) <= 1e-8
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[list[int]]:
+    """A CPU that behaves as a GPU does: batches are large, and inside `tf32` factors have 11 bits; products counted."""
+    counts, inside = [0, 0], [False]
+
+    def rounded(factor: torch.Tensor) -> torch.Tensor:
+        return ((factor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    def rows(self: Design, dtype: torch.dtype, plain: object = Design.rows) -> torch.Tensor:
+        counts[inside[0]] += 1
+        return rounded(plain(self, dtype)) if inside[0] else plain(self, dtype)  # type: ignore[operator]
+
+    @contextmanager
+    def tf32() -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    def logits(self: Design, weights: torch.Tensor, plain: object = Design.logits) -> torch.Tensor:
+        return plain(self, rounded(weights) if inside[0] else weights)  # type: ignore[operator]
+
+    def backward(self: Design, residuals: torch.Tensor, plain: object = Design.backward) -> torch.Tensor:
+        return plain(self, rounded(residuals) if inside[0] else residuals)  # type: ignore[operator]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("rows", rows), ("logits", logits), ("backward", backward), ("on_gpu", True)):
+            patch.setattr(Design, name, value)
+        patch.setattr(solver, "tf32", tf32)
+        yield counts
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_rounding_to_tf32_does_most_of_the_work_and_nothing_to_the_proof(classes: int) -> None:
+    X, y = make_features(400, 60, classes)
+    X, strengths = scaled(X), [1e-4, 1e-2, 1.0, 100.0]
+    with as_on_a_gpu() as counts:
+        _, solutions = solved(X, y, strengths)
+    assert float(solutions.gap.max()) <= 1e-8
+    exact, rough = counts
+    assert rough > 10
+    _, plain = solved(X, y, strengths, tolerance=1e-10)
+    assert torch.allclose(solutions.objective, plain.objective, rtol=1e-8)
+    assert exact < rough + 40
+
+
+@pytest.mark.parametrize("shape", [(160, 30, 3), (900, 24, 2), (300, 80, 6)])
+def test_a_gpu_chooses_the_same_strength_in_few_batches(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X, y = make_features(*shape, spread=0.3)
+    batches, plain = [0], path.solve
+
+    def counted(*arguments: Any) -> Solutions:
+        batches[0] += 1
+        return plain(*arguments)
+
+    monkeypatch.setattr(path, "solve", counted)
+    names = [f"c{number}" for number in range(shape[2])]
+    ours = make_head("logistic", HeadParams(), class_names=names).fit(X, y)
+    on_cpu, batches[0] = batches[0], 0
+    with as_on_a_gpu():
+        theirs = make_head("logistic", HeadParams(), class_names=names).fit(X, y)
+    assert theirs.selected["C"] == ours.selected["C"]
+    assert theirs.selected["cv_log_loss"] == pytest.approx(ours.selected["cv_log_loss"], rel=3e-3)
+    assert theirs.selected["certificate"]["gap"] <= 1e-6
+    assert np.allclose(theirs.predict_proba(X), ours.predict_proba(X), atol=2e-3)
+    assert batches[0] <= 8 < on_cpu
+
+
+def test_a_device_with_too_little_memory_leaves_the_head_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = make_features()
+    names = ["a", "b", "c"]
+    expected = make_head("logistic", HeadParams(), class_names=names).fit(X, y)
+    plain = LogisticHead._design
+
+    def design(self: LogisticHead, *arguments: Any) -> Design:
+        if self.device != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(LogisticHead, "_design", design)
+    head = make_head("logistic", HeadParams(), class_names=names, device="meta").fit(X, y)
+    assert np.array_equal(head.predict_proba(X), expected.predict_proba(X))
+    assert any("meta has too little memory" in warning for warning in head.warnings)
