@@ -8,7 +8,7 @@ less that of what lets go of the lock: Pillow's kernels, digests, files, sockets
 bound, as reading, which lets go of it too, and the clock are counted in. Its inverse bounds the images a second on any
 number of cores.
 
-The second: 16 threads with a helper each. What lets go of the lock (reading, digest, the answer of a helper) is replaced
+The second: 16 threads with a helper each. What lets go of the lock (reading, digest, a helper's answer) is replaced
 by a sleep of its length, so that few cores do: images a second, beside what the sleeps alone allow, and CPU time of an
 image, nearly all of it under the lock.
 """
