@@ -27,7 +27,15 @@ if TYPE_CHECKING:
         make_module,
         trainable_module,
     )
-    from .catalogue import ZOOS, BackboneRow, backbone_names, describe_backbone, is_own_code, list_backbones
+    from .catalogue import (
+        ZOOS,
+        BackboneRow,
+        backbone_names,
+        describe_backbone,
+        first_worth_a_look,
+        is_own_code,
+        list_backbones,
+    )
     from .identity import BackboneIdentity
     from .memo import WeightsMemo
     from .precision import Verdict, accept_precision, kind_of_device, reduced_precisions_of, verdict_key
@@ -59,6 +67,7 @@ __all__ = [
     "build_classifier",
     "build_network",
     "describe_backbone",
+    "first_worth_a_look",
     "forward_together",
     "identify_network",
     "is_own_code",

@@ -31,7 +31,8 @@ WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 class BackboneRow:
     """One line of the list of backbones; ``parameters`` without the classifier, ``input_size`` in pixels.
 
-    ``pooling`` says in words what ``backbone.pooling: default`` is.
+    ``pooling`` says in words what ``backbone.pooling: default`` is; ``accuracy, gflops, download_mb`` are as in
+    `Published`, None where the library publishes none.
     """
 
     name: str
@@ -42,6 +43,9 @@ class BackboneRow:
     pooling: str
     licence: str | None
     transform: dict[str, Any]
+    accuracy: float | None = None
+    gflops: float | None = None
+    download_mb: float | None = None
 
 
 def backbone_names() -> tuple[str, ...]:
@@ -130,14 +134,34 @@ def list_backbones(
 
 
 def matching_names(patterns: Sequence[str] = ()) -> list[str]:
-    """The names for `list_backbones`."""
-    zoos = [zoo.names() for zoo in ZOOS.values()]
-    every = [name for names in zoos for name in names if patterns or len(names) <= WALL]
-    if not patterns:
-        return every
-    known = set(every)
+    """The names for `list_backbones`, those of a zoo in the order of `first_worth_a_look`."""
+    known = set(backbone_names())
     wanted = [item if item in known or set(item) & set("*?[") else f"*{item}*" for item in patterns]
-    return [name for name in every if any(fnmatchcase(name, pattern) for pattern in wanted)]
+    found: list[str] = []
+    for zoo in ZOOS.values():
+        names = zoo.names()
+        if patterns:
+            names = [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
+        elif len(names) > WALL:
+            continue
+        first = first_worth_a_look(zoo, names)
+        shown = {name: zoo.published(name) for name in names if name not in set(first)}
+        found += [*first, *sorted(shown, key=lambda name: -(published.accuracy if (published := shown[name]) else 0))]
+    return found
+
+
+def first_worth_a_look(zoo: Zoo, names: Sequence[str]) -> list[str]:
+    """Those names of one zoo that are in nothing behind another: by what they compute, each more accurate than all
+    before it. Those of which nothing is published stand before them, where a zoo publishes of others.
+    """
+    published = {name: zoo.published(name) for name in names}
+    known = {name: figures for name, figures in published.items() if figures is not None}
+    first, best = [name for name in names if name not in known] if known else [], 0.0
+    for name, figures in sorted(known.items(), key=lambda pair: (pair[1].gflops, -pair[1].accuracy)):
+        if figures.accuracy > best:
+            first.append(name)
+            best = figures.accuracy
+    return first
 
 
 def describe_backbone(name: str) -> BackboneRow:
@@ -160,4 +184,5 @@ def describe_backbone(name: str) -> BackboneRow:
         network.pooling,
         zoo.licence(name),
         transform.as_dict(),
+        *(zoo.published(name) or ()),
     )

@@ -78,6 +78,9 @@ class OpenClipZoo:
         """open_clip states none: that of OpenAI's weights is MIT, others are on the cards of their repositories."""
         return None
 
+    def published(self, name: str) -> None:
+        return None
+
     def preset(self, name: str, source: WeightsSource, image_size: int | None = None) -> Transform:
         """As open_clip's `image_transform_v2` evaluates."""
         model, tag = _split(name)

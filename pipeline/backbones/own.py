@@ -56,6 +56,9 @@ class OwnZoo:
     def licence(self, name: str) -> None:
         return None
 
+    def published(self, name: str) -> None:
+        return None
+
     def preset(self, name: str, source: WeightsSource, image_size: int | None = None) -> Transform:
         """The one that the function returns beside the network; without one the usual one of ImageNet."""
         return _call(name)[1]

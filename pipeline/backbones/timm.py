@@ -95,6 +95,9 @@ class TimmZoo:
         licence: str | None = _config(name).license
         return licence
 
+    def published(self, name: str) -> None:
+        return None
+
     def preset(self, name: str, source: WeightsSource, image_size: int | None = None) -> Transform:
         """As timm's `create_transform` evaluates; of a file from the ``config.json`` beside it, where there is one."""
         config = {**_config(name).to_dict(), **_stored_config(name, source.config)}

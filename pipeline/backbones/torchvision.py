@@ -27,6 +27,7 @@ from .zoo import (
     POOLINGS,
     FeatureNetwork,
     MapPool,
+    Published,
     Tensors,
     TokenPool,
     WeightsSource,
@@ -103,8 +104,18 @@ class TorchvisionZoo:
         return WeightsSource(item.name, path, item.name, partial(download, item.url, path, what=str(item)))
 
     def licence(self, name: str) -> str | None:
-        """That of packaged weights; torchvision states none."""
-        return "MIT" if name in PACKAGED else None
+        """That of packaged weights; torchvision states one for SWAG's alone, by the address of its text."""
+        if name in PACKAGED:
+            return "MIT"
+        stated: str | None = get_model_weights(name).DEFAULT.meta.get("license")
+        return "CC-BY-NC-4.0" if stated and "SWAG" in stated else stated
+
+    def published(self, name: str) -> Published | None:
+        """Of the default weights, from their metadata; none of a packaged backbone, which ImageNet does not score."""
+        if name in PACKAGED:
+            return None
+        meta = get_model_weights(name).DEFAULT.meta
+        return Published(meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100, meta["_ops"], meta["_file_size"])
 
     def preset(self, name: str, source: WeightsSource, image_size: int | None = None) -> Transform:
         """For weights of unknown origin that of a packaged file, else of the plain ImageNet weights."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,18 @@ class WeightsSource:
     def drawn(self) -> bool:
         """Whether there is no file: the network begins as its zoo makes it, from the seed."""
         return self.path is None and self.fetch is None
+
+
+class Published(NamedTuple):
+    """What a library publishes of a network with its default weights.
+
+    ``accuracy``: the share of ImageNet-1k's validation images whose first class is right; ``gflops``: billions of
+    multiply-adds for one image; ``download_mb``: the size of the weights file in MB.
+    """
+
+    accuracy: float
+    gflops: float
+    download_mb: float
 
 
 class Zoo(Protocol):
@@ -94,6 +106,10 @@ class Zoo(Protocol):
 
     def licence(self, name: str) -> str | None:
         """The terms of its pretrained weights, as the library states them; ``None`` where it does not."""
+        ...
+
+    def published(self, name: str) -> Published | None:
+        """Accuracy and cost, as the library publishes them; ``None`` where it does not."""
         ...
 
     def preset(self, name: str, source: WeightsSource, image_size: int | None = None) -> Transform:

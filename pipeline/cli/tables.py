@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,32 +59,63 @@ def print_predictions(predictions: Sequence[Prediction], top: int) -> None:
         screen_for(table).print(table)
 
 
-def print_backbones(rows: Sequence[BackboneRow], *, more: bool = False, sizes: Mapping[str, int] | None = None) -> None:
+def print_backbones(
+    rows: Sequence[BackboneRow], *, more: bool = False, first: bool = False, sizes: Mapping[str, int] | None = None
+) -> None:
     """One line a backbone on standard output, or the card of the only one.
 
     Args:
         more: others fit too.
+        first: these are a zoo's `first_worth_a_look`.
         sizes: of the zoos, of which the larger ones are not listed unasked.
     """
     if len(rows) == 1:
         _print_card(rows[0])
         return
-    table = Table("name", "features", "parameters", "input", "licence", "weights", box=None, header_style="bold")
+    columns = {title: show for title, show in COLUMNS.items() if any(show(row) != "-" for row in rows)}
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for title in columns:
+        table.add_column(title, justify="left" if title in ("name", "licence") else "right")
     for row in rows:
-        numbers = (str(row.feature_dim), f"{row.parameters:,}", str(row.input_size))
-        others = [tag for tag in row.weights if not row.name.endswith(f".{tag}")]
-        table.add_row(row.name, *numbers, row.licence or "-", " ".join(others))
+        table.add_row(*(show(row) for show in columns.values()))
     console = screen_for(table)
     console.print(table)
     if not rows:
         console.print("No backbone fits.")
     if more:
         console.print("There are more: narrow the name, or list them with --all.")
+    if any(row.accuracy is not None for row in rows):
+        console.print("ImageNet: share of its images whose class is named right, as published with the weights.")
+    if first:
+        console.print("Each is more accurate than all that compute less; --all, or a part of a name, lists others.")
     for zoo, count in (sizes or {}).items():
-        if count > len(rows):
+        if count > len(rows) and zoo != "torchvision":
             console.print(f"{zoo}: {count:,}; `pipeline backbones {zoo}/PART_OF_NAME` lists some")
         elif not count and zoo in EXTRAS:
             console.print(f"{zoo}: not installed; pip install 'image-transfer-pipeline[{zoo}]'")
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
+
+
+COLUMNS: dict[str, Callable[[BackboneRow], str]] = {
+    "name": lambda row: row.name,
+    "ImageNet": lambda row: "-" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
+    "GFLOPs": lambda row: (
+        "-" if row.gflops is None else f"{row.gflops:.2f}" if row.gflops < 10 else f"{row.gflops:.0f}"
+    ),
+    "download": lambda row: "-" if row.download_mb is None else f"{row.download_mb:,.0f} MB",
+    "parameters": lambda row: _millions(row.parameters),
+    "features": lambda row: str(row.feature_dim),
+    "input": lambda row: str(row.input_size),
+    "licence": lambda row: row.licence or "-",
+}
+
+
+def _published(row: BackboneRow) -> str:
+    figures = {title: COLUMNS[title](row) for title in ("ImageNet", "GFLOPs", "download")}
+    return ", ".join(f"{title} {text}" for title, text in figures.items())
 
 
 def _print_card(row: BackboneRow) -> None:
@@ -95,6 +126,7 @@ def _print_card(row: BackboneRow) -> None:
     for name, text in (
         ("features", f"{row.feature_dim} ({row.pooling})"),
         ("parameters", f"{row.parameters:,}"),
+        *([("published", _published(row))] if row.accuracy is not None else []),
         ("images", f"{mode} to {transform['resize']}, {transform['interpolation']}; crop {transform['crop']}"),
         ("normalised", f"mean {transform['mean']}, deviation {transform['std']}"),
         ("weights", " ".join(row.weights) or "none but your own"),

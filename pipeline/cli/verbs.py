@@ -243,7 +243,10 @@ def backbones(
     load: Callable[[], Params],
     reporter: Reporter,
 ) -> None:
-    """List backbones with their sizes (NAME: a part of names, or a pattern with *), or rank some on your images."""
+    """List backbones with published accuracy and cost (NAME: a part of names, or a pattern with *), or rank some.
+
+    Without NAME those of torchvision that are more accurate than all that compute less; --all lists every one.
+    """
     if rank:
         if not names:
             raise click.UsageError("--rank needs the names of backbones: backbones --rank NAME NAME")
@@ -256,14 +259,16 @@ def backbones(
             print_ranking(summary)
         reporter.finish(summary)
         return
-    from ..backbones import ZOOS, list_backbones
+    from ..backbones import ZOOS, first_worth_a_look, list_backbones
 
-    found = list_backbones(names, licence=licence, parameters=parameters, width=width)
-    rows = list(islice(found, None if everything or not names else SHOWN))
-    more = next(found, None) is not None
     sizes = {name: len(zoo.names()) for name, zoo in ZOOS.items()}
+    unasked = not (names or everything or licence or parameters or width or reporter.as_json)
+    listed = first_worth_a_look(ZOOS["torchvision"], ZOOS["torchvision"].names()) if unasked else names
+    found = list_backbones(listed, licence=licence, parameters=parameters, width=width)
+    rows = list(islice(found, SHOWN if names and not everything else None))
+    more = next(found, None) is not None
     if not reporter.as_json:
-        print_backbones(rows, more=more, sizes={} if names else sizes)
+        print_backbones(rows, more=more, first=unasked, sizes={} if names else sizes)
     reporter.finish({"backbones": [vars(row) for row in rows], "more": more, "zoos": sizes})
 
 

@@ -197,6 +197,11 @@ def _read_curve(curve: Sequence[CurvePoint]) -> tuple[str, bool | None]:
     return _say("curve_rises" if rises else "curve_flat", few=half.images, many=last.images, **shares), rises
 
 
+def curve_sentence(curve: Sequence[CurvePoint]) -> str:
+    """Whether more labelled images would help, by a learning curve; "" where it cannot tell."""
+    return _read_curve(curve)[0] if curve else ""
+
+
 def _read_finetuned(tuned: Finetuned | None) -> str:
     if tuned is None:
         return ""

@@ -46,7 +46,7 @@ class Provenance:
 
 def protocol_sentence(provenance: Provenance, reported_on: str, n: int, groups: int) -> str:
     """The protocol of a score on ``n`` images in so many ``groups``; it admits it when the reported set has chosen."""
-    parts = [f"{choice.what} was chosen {choice.how} on {choice.on}" for choice in provenance.selections]
+    parts = [f"{each.what} {_was(each.what)} chosen {each.how} on {each.on}" for each in provenance.selections]
     parts.append(
         f"{provenance.fitted} was fitted on {images(int(provenance.train_counts.sum()))} of {provenance.fitted_on}"
     )
@@ -59,6 +59,10 @@ def protocol_sentence(provenance: Provenance, reported_on: str, n: int, groups: 
     sentence = f"{_listed(parts)}; reported are {images(n)} of {reported_on}, {verdict}."
     grouped = f" Intervals take the {groups:,} groups of these images, not the images, as independent."
     return sentence[0].upper() + sentence[1:] + (grouped if groups < n else "")
+
+
+def _was(what: str) -> str:
+    return "were" if what.startswith("the parameters") else "was"
 
 
 def find_leak(

@@ -36,7 +36,7 @@ from .journal import Journal, journal, suspects_left_behind
 from .prepare import Decode, Preparation
 from .quarantine import BadContent, Quarantine, decoding_rule
 from .rounding import Features
-from .rows import take_rows
+from .rows import row_blocks, take_rows
 from .spec import FeatureSpec
 from .store import FeatureStore, PartWriter
 from .verify import Recomputed, recompute
@@ -85,6 +85,20 @@ class FeatureTable:
     def labelled(self, split: int) -> NDArray[np.bool_]:
         """Which rows (n,) of a split have a label."""
         return np.equal(self.splits, split) & (self.targets >= 0)
+
+    def take(self, rows: NDArray[np.bool_]) -> FeatureTable:
+        """Without views, the images at ``rows`` (bool (n,))."""
+        return replace(
+            self,
+            features=take_rows(self.features, rows),
+            targets=self.targets[rows],
+            paths=[self.paths[row] for row in np.flatnonzero(rows)],
+            splits=self.splits[rows],
+            digests=self.digests[rows],
+            groups=self.groups[rows],
+            found=None if self.found is None else self.found[rows],
+            views=(),
+        )
 
     def class_counts(self, rows: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Images of each class (c,) among ``rows`` (bool (n,))."""
@@ -241,13 +255,15 @@ class FeatureCache:
         present = np.logical_and.reduce([cache.present for cache in (self, *beside)])
         return self._world.share(np.flatnonzero(wanted & ~(present | self.quarantined | repeated)))
 
-    def read(self, digests: Digests) -> Features:
-        """Features (n, d), float32, of the contents ``digests`` (n, 16).
+    def read(self, digests: Digests, memory: int | None = None) -> Features:
+        """Features (n, d), float32, of the contents ``digests`` (n, 16); `Rows` where they are more than ``memory``.
 
         Raises:
             MissingFeaturesError: some have none.
         """
-        return self.store.read(digests)
+        flat: Any = self.store.flat
+        large = memory is not None and 4 * len(digests) * self.store.feature_dim > memory
+        return flat(digests) if large else self.store.read(digests)
 
     def table(self, memory: int | None = None) -> FeatureTable:
         """All images that are not unreadable, with their augmented views; nothing is computed.
@@ -264,17 +280,16 @@ class FeatureCache:
         if len(missing):
             raise self._missing(missing)
         rows = np.flatnonzero(present)
-        size = 4 * len(rows) * self.store.feature_dim
-        table = self.table_of(rows, flat=memory is not None and size > memory and not self._extract.views)
+        table = self.table_of(rows, None if self._extract.views else memory)
         self.store.touch()
         return replace(table, views=tuple(view._view_of(table) for view in self.views()))
 
-    def table_of(self, rows: NDArray[np.int64], *, flat: bool = False) -> FeatureTable:
-        """The images at ``rows``, each with a feature; ``flat``: their features stay in a file."""
+    def table_of(self, rows: NDArray[np.int64], memory: int | None = None) -> FeatureTable:
+        """The images at ``rows``, each with a feature; above ``memory`` bytes their features stay in a file."""
         images, digests = self.images, self.images.digests[rows]
-        features: Any = self.store.flat(digests) if flat else self.store.read(digests)
-        blocks = features.blocks() if flat else [slice(None)]
-        finite = np.concatenate([np.isfinite(features[block]).all(axis=1) for block in blocks])
+        features = self.read(digests, memory)
+        blocks = row_blocks(features)
+        finite = np.concatenate([np.ones(0, bool), *(np.isfinite(features[block]).all(axis=1) for block in blocks)])
         if not finite.all():  # from before such features were refused
             raise self._not_finite(digests[~finite], f"can be used: move {self.store.folder} away and extract again")
         return FeatureTable(

@@ -15,6 +15,7 @@ from torch import nn
 from ..artifacts import BackboneRecord, RunModel, list_runs, read_model, resolve_run
 from ..errors import FinetuneError, RunError
 from ..features.cache import FeatureTable
+from ..features.rows import Rows, take_rows
 from ..heads import head_device, kinds_of_layers, make_head, standardisation
 from ..heads.common import Features, Floats
 from ..params import FinetuneParams, HeadParams
@@ -69,7 +70,7 @@ def probe_start(
 
     Its standardisation stays a fixed layer, which conditions the training of its weights.
     """
-    X = table.features[rows]
+    X = take_rows(table.features, rows)
     mean, scale = _moments(X, section.standardize)
     changed = {"kind": kind, "calibrate": "none", "standardize": False}
     head = make_head(
@@ -82,7 +83,7 @@ def probe_start(
     head.fit(_scaled(X, mean, scale), table.targets[rows], table.groups[rows])
     layers = head.as_layers()
     assert layers is not None and len(head.classes_) == len(table.class_names)
-    logits = layers.logits(_scaled(table.features[selection], mean, scale))
+    logits = layers.logits(_scaled(take_rows(table.features, selection), mean, scale))
     score = selection_score(logits, table.targets[selection], setup.class_weights)
     return Start(make_head_module(layers, moments=(mean, scale), dropout=dropout), kind, score)
 
@@ -99,6 +100,8 @@ def _moments(X: Features, standardize: bool) -> tuple[Floats, Floats]:
 
 
 def _scaled(X: Features, mean: Floats, scale: Floats) -> Features:
+    if isinstance(X, Rows):
+        return X.standardised(mean, scale)
     scaled: Features = ((X - mean) / scale).astype(np.float32)
     return scaled
 

@@ -2,7 +2,7 @@
 
 from .base import Head, Selection
 from .common import log_losses, standardisation
-from .crossval import OutOfFold, Score, hold_out, stratified_group_folds
+from .crossval import OutOfFold, Score, hold_out, stratified_group_folds, stratified_sample
 from .curve import curve_band, learning_curve
 from .kinds import KINDS, head_device, head_of_layers, kinds_of_layers, load_head, make_head
 from .layers import Layers, LayersHead
@@ -31,4 +31,5 @@ __all__ = [
     "make_head",
     "standardisation",
     "stratified_group_folds",
+    "stratified_sample",
 ]

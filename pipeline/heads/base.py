@@ -36,6 +36,7 @@ from .crossval import (
     align,
     candidates,
     choose_temperature,
+    edges,
     hold_out,
     in_every_view,
     out_of_fold,
@@ -74,12 +75,11 @@ class Head(ABC):
         history: one row an epoch; empty where there are none.
         warnings: sentences for the user.
         temperature: what `predict_proba` divides logits by; 1 where a family folds it into its own state.
-        by_blocks: whether it learns from `Rows` without holding all of them in memory.
         out_of_fold: what cross-validation said of train, at that temperature, where fitting needed it anyway.
+        held_score: how well it did on the part of train that it was watched with, where fitting holds one out.
     """
 
     file: ClassVar[str]
-    by_blocks: ClassVar[bool] = False
 
     def __init__(
         self, kind: str, params: HeadParams, *, class_names: Sequence[str] = (), jobs: int = 1, device: str = "cpu"
@@ -101,9 +101,15 @@ class Head(ABC):
         self.history: list[dict[str, Any]] = []
         self.warnings: tuple[str, ...] = ()
         self.out_of_fold: OutOfFold | None = None
+        self.held_score: Score | None = None
         self.temperature = 1.0
 
     # -- what a family says -----------------------------------------------------------------------------------------
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether it learns from `Rows` without holding all of them in memory."""
+        return False
 
     def configure(self) -> None:  # noqa: B027 - a family without parameters has nothing to take over
         """Take over from ``params`` what is the family's own; nothing may be imported for it, nor refused yet."""
@@ -203,6 +209,15 @@ class Head(ABC):
             {"params": dict(values), **score.named("cv")}
             for values, score in zip(self._candidates, scores, strict=True)
         ]
+        at_edge = edges(self._found, self._candidates)
+        if at_edge:
+            self.selected["edges"] = at_edge
+        prefix = f"{self.kind}." if len(self.params.kinds) > 1 else ""
+        self.warnings += tuple(
+            f"the best {name}={self._found[name]:g} of {self.kind} is the {side} of those tried: widen "
+            f"head.search.{prefix}{name} to look beyond it"
+            for name, side in at_edge.items()
+        )
         self._select(f"the parameters of {self.kind}", f"by {self.params.folds}-fold cross-validation")
 
     def calibrate(self, X: Features, index: Ints, groups: Ints | None) -> None:

@@ -65,6 +65,11 @@ def hold_out(y: Ints, groups: Ints | None, fraction: float, seed: int) -> Fold:
     return np.flatnonzero(~held[group]), np.flatnonzero(held[group])
 
 
+def stratified_sample(y: Ints, groups: Ints | None, rows: int, seed: int) -> Ints:
+    """Positions of about ``rows`` rows: whole groups, of each class its share and at least one."""
+    return hold_out(y, groups, max(1 - rows / len(y), 0.0), seed)[0] if rows < len(y) else np.arange(len(y))
+
+
 def _keep_every_class(held: NDArray[np.bool_], group: Ints, sizes: Ints, y: Ints) -> None:
     """Give train a group of each class that is nowhere the most frequent of its group, and would be held out whole."""
     targets, target = np.unique(y, return_inverse=True)
@@ -266,6 +271,27 @@ def candidates(search: Mapping[str, Sequence[Any]], kind: str, kinds: Sequence[s
         if owner in (None, kind):
             own[key.removeprefix(f"{owner}.")] = values
     return [dict(zip(own, chosen, strict=True)) for chosen in itertools.product(*own.values())] if own else []
+
+
+def edges(values: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The parameters of ``values`` that are the ``smallest`` or the ``largest`` of the numbers tried.
+
+    Whole numbers up to 1 are no edge: there is often nothing below (one neighbour, no dropout).
+    """
+    found = {}
+    for name, value in values.items():
+        numbers = {row[name] for row in tried if _is_number(row[name])}
+        if not _is_number(value) or len(numbers) < 2:
+            continue
+        if value == max(numbers):
+            found[name] = "largest"
+        elif value == min(numbers) and (isinstance(value, float) or value > 1):
+            found[name] = "smallest"
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 # -- temperature ----------------------------------------------------------------------------------------------------

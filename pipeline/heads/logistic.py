@@ -173,6 +173,7 @@ class LogisticHead(LayersHead):
         }
         if len(strengths) > 1 and best in (0, len(strengths) - 1):
             side, key = ("smallest", "c_min") if best == 0 else ("largest", "c_max")
+            self.selected["edges"] = {"C": side}
             self.warnings += (
                 f"the best strength C={strengths[best]:.3g} is the {side} of those tried: "
                 f"move head.logistic.{key} to look beyond it",
@@ -197,7 +198,7 @@ class LogisticHead(LayersHead):
 
         strength = torch.ones(len(folds), dtype=torch.float64, device=row_weight.device)
         offset = Problems.build(design, strength, row_weight * train).offset
-        logits = (design.logits(weights) + offset).cpu().numpy()
+        logits = design.logits(weights).add_(offset).cpu().numpy()
         result = np.empty((sum(len(test) for _, test in folds), max(logits.shape[1], 2)))
         for number, (_, test) in enumerate(folds):
             result[test] = two_sided(logits[number][:, test].T)

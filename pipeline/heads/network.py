@@ -11,7 +11,7 @@ from ..errors import HeadError
 from ..features.rows import take_rows
 from ..params import NetworkParams
 from .common import Features, Floats, Ints, near, standardisation
-from .crossval import OutOfFold
+from .crossval import OutOfFold, Score
 from .layers import LayersHead
 
 
@@ -85,6 +85,7 @@ class NetworkHead(LayersHead):
             if judged["val_loss"] < best_loss:
                 best, best_loss = epoch, judged["val_loss"]
                 self.selected |= judged
+                self.held_score = Score(judged["val_accuracy"], judged["val_loss"])
             if epoch - best >= self.network.patience:
                 break
         self._select("the number of epochs", "on a held-out part")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .common import Floats
-from .solver import MAX_ITERATIONS, Design, Problems, Solutions, residuals_and_losses, solve
+from .solver import MAX_ITERATIONS, Design, Problems, Solutions, parts_of_rows, residuals_and_losses, solve
 
 COARSE_STEP = 4
 ON_GPU_TOGETHER = 4
@@ -297,8 +297,9 @@ class StrengthPath:
 
 def held_out_loss(logits: Tensor, target: Tensor, scored: Tensor) -> float:
     """Mean log loss over the held-out rows of all folds, weighted by ``scored`` (f, n)."""
-    _, losses = residuals_and_losses(logits, target, scored)
-    return float(losses.sum() / scored.sum())
+    parts = parts_of_rows(logits)
+    losses = [residuals_and_losses(logits[..., rows], target[rows], scored[:, rows])[1].sum() for rows in parts]
+    return float(sum(losses) / scored.sum())
 
 
 def held_out_error(logits: Tensor, target: Tensor, scored: Tensor) -> float:

@@ -21,12 +21,13 @@ from .logistic import LogisticHead
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Baseline = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    Blocks = Iterator[tuple[Tensor, Tensor]]
+    Baseline = Callable[[Tensor, Blocks, int], Tensor]
 
 NEIGHBOURS = 5
 KNN_QUERIES = 4_000
 KNN_REFERENCES = 20_000
-BATCH = 1024
+BLOCK = 2048
 
 HeldOut = tuple[Features, Ints]
 Answers = tuple[Ints, Ints]
@@ -37,7 +38,8 @@ UNKNOWN = Score(0.0)
 class Entry:
     """One kind on the leaderboard. ``baseline`` kinds are shown only and keep no head; one other is ``chosen``.
 
-    ``cv`` and ``val`` are its scores by cross-validation on train and on val, where there are such.
+    ``cv`` and ``val`` are its scores by cross-validation on train and on val, where there are such; ``held_out`` is
+    the one on a part of train, of a head that has neither and was watched with one while it was trained.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class Entry:
     seconds: float
     cv: Score | None = None
     val: Score | None = None
+    held_out: Score | None = None
     baseline: bool = False
     chosen: bool = False
 
@@ -53,6 +56,7 @@ class Entry:
         row: dict[str, Any] = {"kind": self.kind, "chosen": self.chosen, "baseline": self.baseline}
         for name, score in (("cv", self.cv), ("val", self.val)):
             row |= score.named(name) if score else {f"{name}_accuracy": None, f"{name}_log_loss": None}
+        row |= self.held_out.named("held_out") if self.held_out else {}
         return {**row, "seconds": round(self.seconds, 3)}
 
 
@@ -171,7 +175,8 @@ def _entry(head: Head, X: Features, y: Ints, groups: Ints | None, held_out: Held
     seconds = time.perf_counter() - started
     seen = head.cross_validate(X, y, groups) if judged else head.out_of_fold
     cv = None if seen is None else head.score(head.classes_[seen.index], seen.right, seen.log_loss)
-    return Entry(head.kind, head, seconds, cv, _score(head, *held_out) if held_out else None)
+    val = _score(head, *held_out) if held_out else None
+    return Entry(head.kind, head, seconds, cv, val, head.held_score if cv is None and val is None else None)
 
 
 def _score(head: Head, X: Features, y: Ints) -> Score:
@@ -205,28 +210,30 @@ def _baselines(head: Head, X: Features, y: Ints, groups: Ints | None, held_out: 
 # -- baselines ------------------------------------------------------------------------------------------------------
 
 
-def nearest_centroid(queries: Tensor, rows: Tensor, target: Tensor, classes: int) -> Tensor:
+def nearest_centroid(queries: Tensor, blocks: Blocks, classes: int) -> Tensor:
     """The class (m,) of the nearest class mean; classes without rows are never the answer."""
     import torch
 
-    counts = torch.bincount(target, minlength=classes)
-    sums = torch.zeros(classes, rows.shape[1]).index_add_(0, target, rows)
+    counts, sums = torch.zeros(classes), torch.zeros(classes, queries.shape[1])
+    for rows, target in blocks:
+        counts += torch.bincount(target, minlength=classes)
+        sums.index_add_(0, target, rows)
     distances = _distances(queries, sums / counts.clamp_min(1)[:, None])
     return distances.masked_fill(counts == 0, torch.inf).argmin(1)
 
 
-def nearest_neighbours(queries: Tensor, rows: Tensor, target: Tensor, classes: int) -> Tensor:
-    """The commonest class (m,) among the five nearest rows; the nearer neighbours decide a tie."""
+def nearest_neighbours(queries: Tensor, blocks: Blocks, classes: int) -> Tensor:
+    """The commonest class (m,) among the five nearest rows, and of several the first: as the head of kind knn."""
     import torch
 
-    count = min(NEIGHBOURS, len(rows))
-    votes = 1 + 0.01 * torch.arange(count, 0, -1)
-    answers = []
-    for part in torch.split(queries, BATCH):
-        near = _distances(part, rows).topk(count, dim=1, largest=False).indices
-        ballot = torch.zeros(len(part), classes).scatter_add_(1, target[near], votes.expand(len(part), -1))
-        answers.append(ballot.argmax(1))
-    return torch.cat(answers)
+    distances, targets = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+    for rows, target in blocks:
+        distances = torch.cat([distances, _distances(queries, rows)], dim=1)
+        targets = torch.cat([targets, target.expand(len(queries), -1)], dim=1)
+        distances, near = distances.topk(min(NEIGHBOURS, distances.shape[1]), dim=1, largest=False)
+        targets = targets.gather(1, near)
+    ballot = torch.zeros(len(queries), classes).scatter_add_(1, targets, torch.ones_like(distances))
+    return ballot.argmax(1)
 
 
 BASELINES: dict[str, Baseline] = {"nearest_centroid": nearest_centroid, "knn": nearest_neighbours}
@@ -237,7 +244,7 @@ def baseline_answers(
 ) -> tuple[Answers, Answers]:
     """What ``nearest_centroid`` or ``knn`` says of the rows that folds hold out, and of ``other`` rows (m, d).
 
-    Features are standardised; where there are very many rows, a part of them is asked.
+    Features are standardised as the rows they are held against ask for; of very many rows a part is taken, and asked.
 
     Args:
         index: class positions (n,).
@@ -247,14 +254,19 @@ def baseline_answers(
     """
     import torch
 
-    generator, (mean, scale) = make_generator("baseline", seed), standardisation(X, True)
-
-    def scaled(rows: Features) -> Tensor:
-        return torch.from_numpy(((rows - mean) / scale).astype(np.float32))
+    generator = make_generator("baseline", seed)
 
     def answers(train: Ints, queries: Features) -> Ints:
         train = _part(train, KNN_REFERENCES, generator)
-        return BASELINES[kind](scaled(queries), scaled(X[train]), target[train], int(index.max()) + 1).numpy()
+        near = X[train]
+        mean, scale = standardisation(near, True)
+
+        def scaled(rows: Features) -> Tensor:
+            return torch.from_numpy(((rows - mean) / scale).astype(np.float32))
+
+        starts = range(0, len(train), BLOCK)
+        blocks = ((scaled(near[start : start + BLOCK]), target[train[start : start + BLOCK]]) for start in starts)
+        return BASELINES[kind](scaled(queries), blocks, int(index.max()) + 1).numpy()
 
     target = torch.from_numpy(index)
     asked, found = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]

@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import HeadError
+from ..features.rows import Rows
 from ..files import read_regular_file
 from ..runtime.seeds import derive_seed
 from .base import Head
 from .common import CHUNK_ROWS, LOG_FLOOR, Features, Floats, Ints, near, one_library_thread, standardisation
+from .sums import Sums, fit_to_sums, learns_from_sums
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -61,6 +63,7 @@ class SklearnHead(Head):
     `predict` is the estimator's own. Where it has no ``predict_proba``, probabilities are a softmax of its decision
     function at a temperature fitted on out-of-fold decisions of train. Where it has neither, ``has_probabilities`` is
     False. Rows are predicted in chunks of one fixed size, so that a row's answer does not depend on its neighbours.
+    Those of a file are read by blocks where the estimator learns from sums (``by_blocks``), else held in memory.
     """
 
     file = "head.skops"
@@ -72,6 +75,11 @@ class SklearnHead(Head):
         self.estimator_params = dict(self.params.sklearn.params) if named else {}
         self.pipeline: Pipeline | None = None
         self.source: str | None = None
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether class means and a scatter are all that the estimator learns from."""
+        return learns_from_sums(resolve_estimator(self.estimator), self.estimator_params)
 
     def check(self) -> None:
         """Refuse an estimator that does not exist, and parameters that it does not have."""
@@ -95,13 +103,16 @@ class SklearnHead(Head):
         from sklearn.pipeline import Pipeline
 
         estimator, arguments = self._make_estimator(index)
-        steps = [("scale", _scaler(X))] if self.params.standardize else []
-        for _, scaler in steps:
-            X = scaler.transform(X)
+        if isinstance(X, Rows) and not self.by_blocks:  # as one of several candidates
+            X = X[:]
+        scaler = _scaler(X) if self.params.standardize else None
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                estimator.fit(X, index, **arguments)
+                if isinstance(X, Rows):
+                    self._fit_to_sums(estimator, X, index, scaler)
+                else:
+                    estimator.fit(X if scaler is None else scaler.transform(X), index, **arguments)
         except (ValueError, TypeError, AttributeError, np.linalg.LinAlgError) as error:
             raise HeadError(
                 f"{self.estimator} cannot be fitted.",
@@ -113,7 +124,15 @@ class SklearnHead(Head):
         self.warnings += tuple(f"{self.estimator}: {text}" for text in texts)
         if "n_jobs" in estimator.get_params():
             estimator.set_params(n_jobs=1)
-        return Pipeline([*steps, ("classify", estimator)])
+        return Pipeline([*([("scale", scaler)] if scaler is not None else []), ("classify", estimator)])
+
+    def _fit_to_sums(self, estimator: Any, X: Any, index: Ints, scaler: Any) -> None:
+        weights = self._class_weights(index)
+        if scaler is None:
+            mean, scale = standardisation(X, False)
+            fit_to_sums(estimator, Sums.read(X, index, weights, mean, scale), mean)
+        else:
+            fit_to_sums(estimator, Sums.read(X, index, weights, scaler.mean_, scaler.scale_))
 
     def _make_estimator(self, index: Ints) -> tuple[Any, dict[str, Any]]:
         """An unfitted estimator, and the arguments for its `fit`."""
@@ -246,6 +265,8 @@ def by_rows(pipeline: Pipeline, method: str, X: NDArray[Any]) -> NDArray[Any]:
     their place: they get chunks of one shape. The rest get one row at a time, since the last bits of a float32
     product depend on the row's place in the batch.
     """
+    if isinstance(X, Rows) and len(X):
+        return np.concatenate([by_rows(pipeline, method, X[rows]) for rows in X.blocks()])
     X = np.ascontiguousarray(X, dtype=np.float32)
     for _, step in pipeline.steps[:-1]:
         X = step.transform(X) if len(X) else X
@@ -275,6 +296,11 @@ def _scaler(X: Features) -> Any:
     """A fitted `StandardScaler` that divides by the scale of all heads."""
     from sklearn.preprocessing import StandardScaler
 
+    if isinstance(X, Rows):
+        scaler = StandardScaler().fit(X[:1])
+        scaler.mean_, scaler.scale_ = standardisation(X, True)
+        scaler.var_, scaler.n_samples_seen_ = np.square(scaler.scale_), np.int64(len(X))
+        return scaler
     scaler = StandardScaler().fit(X)
     scaler.scale_ = standardisation(X, True)[1]
     return scaler

@@ -34,6 +34,7 @@ from .crossval import ABSENT
 
 RANK_TOLERANCE = 1e-13
 FEW_ROWS = 0.75
+MANY_OUTPUTS = 50
 SKETCH_WIDTH = 64
 SKETCH_SPARE = 16
 HISTORY = 20
@@ -48,6 +49,9 @@ SMALLEST_SPREAD = 1e-3
 NEWTON_STEPS = 100
 NEWTON_TOLERANCE = 1e-12
 RIDGE = 1e-10
+# Logits that are worked on at once: what is made of them on the way stays in the processor's cache, and small.
+CELLS = {"cpu": 1 << 19, "cuda": 1 << 26}
+FEWEST_AT_ONCE = 64
 
 
 # -- the features, and what preconditions them ----------------------------------------------------------------------
@@ -82,7 +86,8 @@ class Design:
         """
         n, d = X.shape
         outputs = 1 if classes == 2 else classes
-        if not (rotate or n <= FEW_ROWS * d or min(n, d) <= 4 * SKETCH_WIDTH):
+        few = n <= (1 if outputs >= MANY_OUTPUTS else FEW_ROWS) * d
+        if not (rotate or few or min(n, d) <= 4 * SKETCH_WIDTH):
             return cls._sketched(X, target, outputs)
         rotated, values, basis = _eigenbasis(X)
         exact = _with_ones(rotated)
@@ -261,6 +266,14 @@ def _leading_eigenvectors(X: Tensor) -> tuple[Tensor, Tensor]:
 # -- losses ---------------------------------------------------------------------------------------------------------
 
 
+def parts_of_rows(logits: Tensor) -> Iterator[slice]:
+    """Slices that cover the rows of logits (p, k, n), each of some `CELLS`."""
+    problems, outputs, n = logits.shape
+    step = max(CELLS.get(logits.device.type, CELLS["cpu"]) // (problems * outputs), FEWEST_AT_ONCE)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
 def residuals_and_losses(logits: Tensor, target: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted derivatives of the loss (p, k, n), and the weighted sum of losses (p,) in float64.
 
@@ -288,9 +301,12 @@ def residuals_and_losses(logits: Tensor, target: Tensor, row_weight: Tensor) -> 
 
 def spreads(residuals: Tensor, row_weight: Tensor) -> Tensor:
     """Weighted sums (p, k) of ``probability * (1 - probability)``, the intercepts' own curvature."""
-    inverse = torch.where(row_weight > 0, 1 / row_weight, 0.0)
-    squares = torch.bmm(residuals.square(), inverse[:, :, None])[:, :, 0]
-    return (residuals.abs().sum(2) - squares).clamp_min_(0)
+    inverse = torch.where(row_weight > 0, 1 / row_weight, 0.0)[:, :, None]
+    result = torch.zeros_like(residuals[:, :, 0])
+    for rows in parts_of_rows(residuals):
+        part = residuals[..., rows]
+        result += part.abs().sum(2) - torch.bmm(part.square(), inverse[:, rows])[:, :, 0]
+    return result.clamp_min_(0)
 
 
 def solve_intercepts(logits: Tensor, target: Tensor, row_weight: Tensor) -> Tensor:
@@ -301,9 +317,8 @@ def solve_intercepts(logits: Tensor, target: Tensor, row_weight: Tensor) -> Tens
     """
     shift = torch.zeros_like(logits[:, :, :1])
     for _ in range(NEWTON_STEPS):
-        residuals, losses = residuals_and_losses(logits + shift, target, row_weight)
-        gradient = residuals.sum(2)
-        step = _newton_step(gradient, _intercept_hessian(residuals, target, row_weight))
+        gradient, hessian, losses = _by_intercepts(logits, shift, target, row_weight)
+        step = _newton_step(gradient, hessian)
         reach = step.amax(1) - step.amin(1) if step.shape[1] > 1 else step.abs()[:, 0]
         shift -= (step / reach.clamp_min(1)[:, None])[:, :, None]
         if not ((gradient * step).sum(1) > NEWTON_TOLERANCE * losses).any():
@@ -311,17 +326,29 @@ def solve_intercepts(logits: Tensor, target: Tensor, row_weight: Tensor) -> Tens
     return shift
 
 
-def _intercept_hessian(residuals: Tensor, target: Tensor, row_weight: Tensor) -> Tensor:
-    """Second derivatives (p, k, k) of the weighted loss by the intercepts; zero for a class that does not take part."""
-    if residuals.shape[1] == 1:
-        return spreads(residuals, row_weight)[:, :, None]
-    own = target.expand(len(residuals), 1, -1)
-    mass = residuals.scatter_add(1, own, row_weight[:, None])  # row weight times probability
-    hessian = -torch.bmm(mass * torch.where(row_weight > 0, 1 / row_weight, 0.0)[:, None], mass.mT)
-    diagonal = torch.diagonal(hessian, dim1=1, dim2=2)
-    diagonal.zero_()
-    diagonal.copy_(-hessian.sum(2))  # a Laplacian: rows sum to zero
-    return hessian
+def _by_intercepts(logits: Tensor, shift: Tensor, target: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First (p, k) and second (p, k, k) derivatives of the weighted loss by the intercepts, and that loss (p,).
+
+    They are zero for a class that does not take part.
+    """
+    gradient, losses = torch.zeros_like(shift[:, :, 0]), torch.zeros_like(shift[:, 0, 0], dtype=torch.float64)
+    hessian = shift.new_zeros(*shift.shape[:2], shift.shape[1])
+    for rows in parts_of_rows(logits):
+        weight = row_weight[:, rows]
+        residuals, loss = residuals_and_losses(logits[..., rows] + shift, target[rows], weight)
+        gradient += residuals.sum(2)
+        losses += loss
+        if shift.shape[1] == 1:
+            hessian += spreads(residuals, weight)[:, :, None]
+            continue
+        own = target[rows].expand(len(residuals), 1, -1)
+        mass = residuals.scatter_add_(1, own, weight[:, None])  # row weight times probability
+        hessian -= torch.bmm(mass * torch.where(weight > 0, 1 / weight, 0.0)[:, None], mass.mT)
+    if shift.shape[1] > 1:
+        diagonal = torch.diagonal(hessian, dim1=1, dim2=2)
+        diagonal.zero_()
+        diagonal.copy_(-hessian.sum(2))  # a Laplacian: rows sum to zero
+    return gradient, hessian, losses
 
 
 def _newton_step(gradient: Tensor, hessian: Tensor) -> Tensor:
@@ -332,7 +359,9 @@ def _newton_step(gradient: Tensor, hessian: Tensor) -> Tensor:
     if gradient.shape[1] > 1:
         null = torch.nn.functional.normalize(root, dim=1)
         scaled += null[:, :, None] * null[:, None, :]
-    solution: Tensor = torch.linalg.solve_ex(scaled, inverse * gradient)[0]
+    # By Cholesky: the LU of a batch fails from 151 columns on where several threads share it (torch issue 142815).
+    factor = torch.linalg.cholesky_ex(scaled)[0]
+    solution = torch.cholesky_solve((inverse * gradient)[:, :, None], factor)[:, :, 0]
     return inverse * solution
 
 
@@ -356,8 +385,8 @@ class Problems:
         """Offsets from the rows that take part; ``strength`` (p,) and ``row_weight`` (p, n) are float64."""
         offset = torch.zeros(len(strength), design.outputs, 1, dtype=torch.float64, device=strength.device)
         if design.outputs > 1:
-            one_hot = torch.nn.functional.one_hot(design.target, design.outputs).to(row_weight.dtype)
-            offset[(row_weight @ one_hot) <= 0] = ABSENT
+            taking_part = row_weight.new_zeros(offset.shape[:2]).index_add_(1, design.target, row_weight)
+            offset[taking_part <= 0] = ABSENT
         return cls(strength, row_weight, offset)
 
     @property
@@ -393,10 +422,11 @@ class Search:
         self.iterations = torch.zeros(len(start), dtype=torch.long, device=start.device)
         self.place = torch.arange(len(start), device=start.device)
         self.weights = start.clone()
-        self.logits = design.logits(start) + problems.offset
+        self.logits = design.logits(start).add_(problems.offset)
         self.history: list[tuple[Tensor, Tensor, Tensor]] = []
         self.stuck = torch.zeros_like(self.place, dtype=torch.bool)
-        self.residuals, self.losses = residuals_and_losses(self.logits, design.target, problems.row_weight)
+        self.residuals = torch.empty_like(self.logits)
+        self.losses, _ = self._look(self.logits, torch.zeros_like(start[:, 0, 0]))
         self.gradient = self._gradient(self.residuals, self.weights)
 
     @property
@@ -453,16 +483,17 @@ class Search:
     def _step(self, spread: Tensor) -> None:
         direction = self._direction(spread)
         along = self.design.logits(direction)
-        length, logits, residuals, losses = self._line_search(direction, along)
+        length, self.losses = self._line_search(direction, along)
+        self.logits.addcmul_(along, length[:, None, None])
+        del along
         self.stuck = length == 0
         step = length[:, None, None] * direction
-        weights = self.weights + step
-        gradient = self._gradient(residuals, weights)
+        self.weights = self.weights + step
+        gradient = self._gradient(self.residuals, self.weights)
         change = gradient - self.gradient
         product = _dot(step, change)
         scale = torch.where(product > 0, 1 / product, 0.0)
         self.history = [*self.history[-(HISTORY - 1) :], (step, change, scale)]
-        self.weights, self.logits, self.residuals, self.losses = weights, logits, residuals, losses
         self.gradient = gradient
 
     def _direction(self, spread: Tensor) -> Tensor:
@@ -490,8 +521,8 @@ class Search:
         """
         return self.problems.centred(self.design.precondition(vector, spread))
 
-    def _line_search(self, direction: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Step lengths (p,) where the slope has fallen enough, with logits, residuals and losses there.
+    def _line_search(self, direction: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+        """Step lengths (p,) where the slope has fallen enough, and the losses there, as are the residuals then.
 
         The objective is convex along a line, so its slope tells where the minimum lies, accurately even where
         differences of objectives have drowned in rounding; a rise above that is refused all the same, as is what is
@@ -505,13 +536,13 @@ class Search:
         length, low, high = torch.ones_like(first), torch.zeros_like(first), torch.full_like(first, torch.inf)
         slope_low = first
         for _ in range(MAX_TRIALS):
-            logits, residuals, losses = self._along(along, length)
-            slope = strength * _dot(residuals, along) + linear + length * quadratic
+            losses, slope = self._look(along, length)
+            slope = strength * slope + linear + length * quadratic
             rise = strength * (losses - self.losses) + length * (linear + 0.5 * length * quadratic)
             over = ~((slope <= -0.5 * first) & (rise <= rounding))
             under = ~over & (slope < 0.9 * first)
             if not (over | under).any():
-                return length, logits, residuals, losses
+                return length, losses
             share = torch.nan_to_num(slope_low / (slope_low - slope)).clamp(0.05, 0.7)
             inside = low + (length - low) * share
             beyond = length * (first / (first - slope)).clamp(1.5, 10)
@@ -519,12 +550,22 @@ class Search:
             high = torch.where(over, length, high)
             low, slope_low = torch.where(over, low, length), torch.where(over, slope_low, slope)
             length = torch.where(over, inside, torch.where(under, outside, length))
-        return low, *self._along(along, low)
+        return low, self._look(along, low)[0]
 
-    def _along(self, along: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, residuals and losses ``length`` (p,) further."""
-        logits = torch.addcmul(self.logits, along, length[:, None, None])
-        return logits, *residuals_and_losses(logits, self.design.target, self.problems.row_weight)
+    def _look(self, along: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (p,) and their slopes ``length`` (p,) further along the logits ``along``; `residuals` become those.
+
+        Nothing else of the size of the logits is made.
+        """
+        losses, slope = torch.zeros_like(length, dtype=torch.float64), torch.zeros_like(length)
+        for rows in parts_of_rows(along):
+            logits = torch.addcmul(self.logits[..., rows], along[..., rows], length[:, None, None])
+            row_weight = self.problems.row_weight[:, rows]
+            residuals, loss = residuals_and_losses(logits, self.design.target[rows], row_weight)
+            self.residuals[..., rows] = residuals
+            losses += loss
+            slope += _dot(residuals, along[..., rows])
+        return losses, slope
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
@@ -590,12 +631,16 @@ def certify(design: Design, problems: Problems, weights: Tensor, iterations: Ten
     The least objective over the intercepts is a 1-strongly convex function of the weights alone.
     """
     row_weight, target = problems.row_weight, design.target
-    logits = design.logits(weights) + problems.offset
+    logits = design.logits(weights).add_(problems.offset)
     shift = solve_intercepts(logits, target, row_weight)
-    residuals, losses = residuals_and_losses(logits + shift, target, row_weight)
+    logits += shift
+    residuals, losses = torch.empty_like(logits), torch.zeros_like(problems.strength)
+    for rows in parts_of_rows(logits):
+        residuals[..., rows], loss = residuals_and_losses(logits[..., rows], target[rows], row_weight[:, rows])
+        losses += loss
     penalised = weights[..., :-1]
     objective = problems.strength * losses + 0.5 * penalised.square().sum((1, 2))
     gradient = problems.strength[:, None, None] * design.backward(residuals)[..., :-1] + penalised
     squared = gradient.square().sum((1, 2))
     weights = problems.centred(torch.cat([penalised, weights[..., -1:] + shift], dim=2))
-    return Solutions(weights, logits + shift, objective, squared.sqrt(), 0.5 * squared / objective, iterations)
+    return Solutions(weights, logits, objective, squared.sqrt(), 0.5 * squared / objective, iterations)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..features.rows import row_blocks
 from .looks import Icons
 from .neighbours import Neighbours
 
@@ -256,9 +257,9 @@ def calibrate(copies: Copies, features: Features, mean: Features, icons: Icons, 
 
 def _neighbours_of_copies(copies: Copies, features: Features, mean: Features) -> tuple[Ints, Floats, Floats]:
     """The nearest images (m, k) of each copy, their similarities, and that (m,) of its original."""
-    rows = torch.nn.functional.normalize(torch.from_numpy(features - mean), dim=1)
     queries = torch.nn.functional.normalize(torch.from_numpy(copies.features - mean), dim=1)
-    products = queries @ rows.T
+    blocks = (torch.from_numpy(features[rows] - mean) for rows in row_blocks(features))
+    products = torch.cat([queries @ torch.nn.functional.normalize(block, dim=1).T for block in blocks], dim=1)
     similarity, near = products.topk(min(PROPOSED, products.shape[1]), dim=1)
     own = products.gather(1, torch.from_numpy(copies.source)[:, None])[:, 0]
     return near.numpy(), similarity.double().numpy(), own.double().numpy()

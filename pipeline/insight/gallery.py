@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..features.cache import FeatureTable
+from ..features.rows import mean_row
 from ..heads.common import one_library_thread
 from .thumbnails import Thumbnails
 
@@ -184,7 +185,7 @@ class Curator:
         found = []
         for target, name in enumerate(self.table.class_names[:CLASSES]):
             rows = np.flatnonzero(self.table.targets == target)
-            unit = _unit(self.table.features[rows] - self.table.features.mean(axis=0))
+            unit = _unit(self.table.features[rows] - mean_row(self.table.features))
             typical = rows[np.argsort(-(unit @ unit.mean(axis=0)), kind="stable")[:OF_A_CLASS]]
             odd = rows[np.argsort(-outlier[rows], kind="stable")[:OF_A_CLASS]]
             odd = odd[~np.isin(odd, typical)]

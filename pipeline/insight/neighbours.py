@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.digests import Digests, locate
+from ..features.rows import mean_row
 from ..files import DIGEST_BYTES, digest_bytes, publish_file
 from ..runtime.progress import ProgressBar
 from ..runtime.seeds import make_generator
@@ -83,7 +84,7 @@ def find_neighbours(
 ) -> Neighbours:
     """The ``k`` nearest neighbours by cosine of each row of ``features`` (n, d), the mean subtracted; exact.
 
-    Memory beside the features: two blocks of 4096 rows, their products (64 MiB), and the answer.
+    Memory beside the features, which may be `Rows`: two blocks of 4096 rows, their products (64 MiB), and the answer.
 
     Args:
         digests: uint8 (n, 16), all different, of the rows.
@@ -96,7 +97,7 @@ def find_neighbours(
         search = _Search(features, start.neighbours.mean, device, start.neighbours)
         search.update(np.flatnonzero(start.todo), start.fresh, quiet)
     else:
-        mean = features.mean(axis=0, dtype=np.float64).astype(np.float32) if len(features) else features.sum(axis=0)
+        mean = mean_row(features)
         empty = Neighbours(digests, np.full((len(digests), k), -1), np.full((len(digests), k), -np.inf), mean)
         search = _Search(features, mean, device, empty)
         search.search_all(quiet)

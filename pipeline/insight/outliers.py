@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ..features.rows import row_blocks
 from .looks import Looks
 
 COMPONENTS = 64
@@ -29,13 +30,14 @@ def outlier_scores(features: NDArray[np.float32], targets: Ints, looks: Looks, s
     """
     from sklearn.decomposition import PCA
 
-    if len(features) < 3 or (features == features[0]).all():
+    if len(features) < 3 or all((features[rows] == features[:1]).all() for rows in row_blocks(features)):
         return np.zeros(len(features))
     fit = np.random.default_rng(seed).permutation(len(features))[:FIT_ROWS]
     scale = features[fit].std(axis=0) + 1e-6
     count = min(COMPONENTS, len(fit) - 1, features.shape[1])
     components = PCA(count, svd_solver="randomized", random_state=seed).fit(features[fit] / scale)
-    near = _deviations(_class_distance(components.transform(features / scale), targets, fit))
+    reduced = np.concatenate([components.transform(features[rows] / scale) for rows in row_blocks(features)])
+    near = _deviations(_class_distance(reduced, targets, fit))
     seen = _measures(looks)
     spread = np.median(np.abs(seen - np.median(seen, axis=0)), axis=0) + 0.02
     return np.maximum(near, _deviations(_class_distance(seen / spread, np.zeros_like(targets), fit)))

@@ -263,6 +263,7 @@ class HeadParams(Section):
     class_weight: Literal["balanced"] | dict[str, Positive] | None = None
     calibrate: Literal["none", "temperature"] = "none"
     memory_mb: Count | Auto = "auto"
+    sample: Count | None = None
     search: dict[str, list[Any]] = {}
     prompts: Folder | None = None
     logistic: LogisticParams = LogisticParams()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from string import Template
 
 from ..evaluate.text import printable
+
+_UNIT = re.compile(r"(\d) (%|(?:ms|s|min|h|kB|MB|GB)\b)")
 
 
 def esc(text: object) -> str:
@@ -21,9 +24,9 @@ def page(title: str, parts: Iterable[str]) -> str:
     return template.substitute(title=esc(title), body="\n".join(part for part in parts if part))
 
 
-def prose(text: str) -> str:
+def prose(text: object) -> str:
     """`esc`, with numbers kept on one line with their unit."""
-    return esc(text).replace(" %", "&nbsp;%")
+    return _UNIT.sub(r"\1&nbsp;\2", esc(text))
 
 
 def section(title: str, *parts: str) -> str:
@@ -44,12 +47,12 @@ def note(inner: str, *, warn: bool = False) -> str:
 
 
 def bullets(items: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{esc(item)}</li>' for item in items)}</ul>"
+    return f"<ul>{''.join(f'<li>{prose(item)}</li>' for item in items)}</ul>"
 
 
 def figure(picture: str, caption: str) -> str:
     """HTML of a picture with a caption of plain text."""
-    return f"<figure>{picture}<figcaption>{esc(caption)}</figcaption></figure>"
+    return f"<figure>{picture}<figcaption>{prose(caption)}</figcaption></figure>"
 
 
 def interval_bar(value: object, bounds: object, *, width: str = "100%", mark: float | None = None) -> str:
@@ -68,7 +71,7 @@ def interval_bar(value: object, bounds: object, *, width: str = "100%", mark: fl
 
 def facts(values: Mapping[str, object]) -> str:
     """Two columns: what, and its value."""
-    rows = (f"<tr><th>{esc(name)}</th><td>{esc(value)}</td></tr>" for name, value in values.items())
+    rows = (f"<tr><th>{esc(name)}</th><td>{prose(value)}</td></tr>" for name, value in values.items())
     return f'<table class="facts"><tbody>{"".join(rows)}</tbody></table>' if values else ""
 
 
@@ -84,6 +87,7 @@ def table(
     names: int = 1,
     caption: str = "",
     chosen: frozenset[int] = frozenset(),
+    minor: frozenset[int] = frozenset(),
 ) -> str:
     """A table of HTML cells.
 
@@ -93,20 +97,18 @@ def table(
         names: how many leading columns hold names.
         caption: plain text above.
         chosen: places of rows that stand out.
+        minor: places of columns that a phone does without.
     """
-    head = "".join(f'<th class="{_kind(place, names)}">{esc(text)}</th>' for place, text in enumerate(headings))
-    body = "".join(_row(row, names, place in chosen) for place, row in enumerate(rows))
-    title = f"<caption>{esc(caption)}</caption>" if caption else ""
-    return f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    kinds = [("name" if place < names else "number") + " minor" * (place in minor) for place in range(len(headings))]
+    head = "".join(f'<th class="{kind}">{esc(text)}</th>' for kind, text in zip(kinds, headings, strict=True))
+    body = "".join(_row(row, kinds, place in chosen) for place, row in enumerate(rows))
+    title = paragraph(caption, soft=True) if caption else ""
+    return f'{title}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _row(cells: Sequence[str], names: int, chosen: bool) -> str:
+def _row(cells: Sequence[str], kinds: Sequence[str], chosen: bool) -> str:
     inner = "".join(
-        f'<th class="name" scope="row">{cell}</th>' if place < names else f"<td>{cell}</td>"
-        for place, cell in enumerate(cells)
+        f'<th class="{kind}" scope="row">{cell}</th>' if kind.startswith("name") else f'<td class="{kind}">{cell}</td>'
+        for kind, cell in zip(kinds, cells, strict=True)
     )
     return f'<tr class="chosen">{inner}</tr>' if chosen else f"<tr>{inner}</tr>"
-
-
-def _kind(place: int, names: int) -> str:
-    return "name" if place < names else "number"

@@ -9,12 +9,11 @@ from ..insight.gallery import ATLAS_SIDE, ClassPictures, Confusion, FeatureMap, 
 from . import page
 from .page import esc
 
-# Told apart by people with the usual kinds of colour blindness, on white and on black (Paul Tol's bright and muted).
-COLOURS = (
-    *("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377"),
-    *("#999933", "#cc6677", "#44aa99", "#882255", "#ddaa77", "#7788dd"),
-)
-FILTERS = 24  # classes that can be shown and hidden one by one
+# Told apart by people with the usual kinds of colour blindness (Okabe and Ito, Color Universal Design, 2008), grey for
+# their black, which a dark page would swallow. After one round of them come squares, after two hollow dots.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442", "#8b95a1")
+SHAPES = ("background:{0}", "background:{0};border-radius:1px", "background:none;border:2.5px solid {0}")
+FILTERS = len(COLOURS) * len(SHAPES)  # classes that can be shown and hidden one by one
 
 
 def tile(picture: Picture, *lines: str, kind: str = "") -> str:
@@ -45,10 +44,8 @@ def mistakes(gallery: Gallery) -> str:
 
 
 def _case(mistake: Mistake) -> str:
-    sure = "" if mistake.probability is None else f" {percent(mistake.probability)}"
-    own = tile(
-        mistake.picture, f"<b>{esc(mistake.picture.label)}</b>", f"taken for {page.prose(mistake.predicted + sure)}"
-    )
+    sure = "" if mistake.probability is None else page.prose(percent(mistake.probability))
+    own = tile(mistake.picture, f"<b>{esc(mistake.picture.label)}</b>", f"taken for {esc(mistake.predicted)}", sure)
     near = "".join(tile(picture, esc(picture.label), kind="near") for picture in mistake.nearest)
     return f'<div class="case">{own}{near}</div>'
 
@@ -99,10 +96,14 @@ def feature_map(drawn: FeatureMap | None) -> str:
 
 
 def _key(group: int, name: str) -> str:
-    colour = COLOURS[group % len(COLOURS)]
-    return (
-        f'<label><input type="checkbox" checked id="map-{group}"><i style="background:{colour}"></i>{esc(name)}</label>'
-    )
+    return f'<label><input type="checkbox" checked id="map-{group}"><i style="{_mark(group)}"></i>{esc(name)}</label>'
+
+
+def _mark(group: int) -> str:
+    """The look of a class's dots; all classes after the last of `FILTERS` share one."""
+    if group >= FILTERS:
+        return "background:var(--soft);opacity:.5"
+    return SHAPES[group // len(COLOURS)].format(COLOURS[group % len(COLOURS)])
 
 
 def _dot(drawn: FeatureMap, place: int, group: dict[int, int]) -> str:
@@ -122,8 +123,7 @@ def _rules(drawn: FeatureMap) -> str:
     """Colours, filters and the pictures of the dots; without ``:has`` (before 2023) nothing is hidden."""
     side = ATLAS_SIDE
     rules = [
-        f".mapping:has(#map-{group}:not(:checked)) .m{group}{{display:none}}"
-        f".map .m{group}{{background:{COLOURS[group % len(COLOURS)]}}}"
+        f".mapping:has(#map-{group}:not(:checked)) .m{group}{{display:none}}.map .m{group}{{{_mark(group)}}}"
         for group in range(FILTERS + 1)
     ]
     if drawn.atlas:

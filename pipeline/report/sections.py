@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ..artifacts import ClassScores, ConfusedPair, RunMetrics, RunModel
+from ..evaluate.advice import curve_sentence
+from ..evaluate.chosen import chosen_facts, other_facts, plain, tried
 from ..evaluate.coverage import coverage_sentence
 from ..evaluate.metrics import METRICS
 from ..evaluate.protocol import leak_sentence, uncorrected_sentence
@@ -67,11 +68,11 @@ def _scores(metrics: RunMetrics) -> str:
 
 def _card(name: str, metrics: RunMetrics) -> str:
     metric, bounds = METRICS[name], metrics.metrics.get(f"{name}_ci95")
-    lines = [f"<b>{metric.show(metrics.metrics[name])}</b>"]
+    lines = [f"<b>{page.prose(metric.show(metrics.metrics[name]))}</b>"]
     if isinstance(bounds, list):
         lines.append(f"<span>95&nbsp;%: {metric.show_interval(bounds)}{'&nbsp;%' if metric.is_share else ''}</span>")
     elif (reason := metrics.reasons.get(f"{name}_ci95") or metrics.reasons.get(name)) is not None:
-        lines.append(f"<span>{esc(reason)}</span>")
+        lines.append(f"<span>{page.prose(reason)}</span>")
     if name == "accuracy":
         bar = page.interval_bar(metrics.metrics[name], bounds, mark=metrics.baseline_accuracy)
         lines += [_baseline(metrics), bar]
@@ -83,7 +84,7 @@ def _baseline(metrics: RunMetrics) -> str:
     if metrics.baseline_accuracy is None:
         return f"<span>no baseline: {esc(metrics.reasons.get('baseline_accuracy', 'not known'))}</span>"
     named = f" (always {esc(metrics.baseline_class)})" if metrics.baseline_class is not None else ""
-    return f"<span>baseline{named}: {percent(metrics.baseline_accuracy)}</span>"
+    return f"<span>baseline{named}: {page.prose(percent(metrics.baseline_accuracy))}</span>"
 
 
 def _notes(metrics: RunMetrics) -> str:
@@ -105,26 +106,43 @@ def leaderboard(content: Content) -> str:
     rows = content.metrics.leaderboard
     if not rows:
         return ""
-    headings = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "selected"]
+    named = [{"head": row.get("kind"), "": _role(row)} | _scores_of(row) for row in rows]
+    headings = dict.fromkeys(key for row in named for key in row)
+    shown = [key for key in headings if any(row.get(key) not in (None, "") for row in named)]
     chosen = frozenset(place for place, row in enumerate(rows) if row.get("selected") is True)
-    cells = [[esc(_value(row.get(key))) for key in headings] for row in rows]
-    titles = [heading.replace("_", " ") for heading in headings]
+    cells = [[page.prose(_score_text(key, row.get(key))) for key in shown] for row in named]
     caption = "Scores that chose a head or its settings are a little too good; the reported ones chose nothing."
-    return page.table(titles, cells, caption=f"The chosen head is shaded. {caption}" if chosen else "", chosen=chosen)
+    intro = page.paragraph(f"The chosen head is shaded. {caption}", soft=True) if chosen else ""
+    titles = [LEADERBOARD.get(key, key.replace("_", " ")) for key in shown]
+    minor = frozenset(place for place, key in enumerate(shown) if key.endswith(("log_loss", "seconds")))
+    return intro + page.table(titles, cells, chosen=chosen, minor=minor)
 
 
-def _value(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (str, int)):
-        return str(value)
-    if isinstance(value, list) and all(isinstance(part, (int, float)) for part in value):
-        return ", ".join(_value(part) for part in value)
-    return json.dumps(value, ensure_ascii=False, default=str)
+LEADERBOARD: Final = {
+    "cv_accuracy": "cross-validated",
+    "val_accuracy": "val",
+    "held_out_accuracy": "held out of train",
+    "cv_weighted_accuracy": "weighted, cross-validated",
+    "val_weighted_accuracy": "weighted, val",
+    "cv_log_loss": "log loss, cross-validated",
+    "val_log_loss": "log loss, val",
+    "held_out_log_loss": "log loss, held out",
+    "seconds": "time",
+}
+
+
+def _role(row: Mapping[str, Any]) -> str:
+    return "chosen" if row.get("selected") is True else "baseline" if row.get("baseline") is True else ""
+
+
+def _scores_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in ("kind", "selected", "chosen", "baseline")}
+
+
+def _score_text(key: str, value: Any) -> str:
+    if isinstance(value, float) and key.endswith("accuracy"):
+        return percent(value)
+    return duration(value) if key == "seconds" and isinstance(value, float) else plain(value)
 
 
 # -- classes --------------------------------------------------------------------------------------------------------
@@ -202,7 +220,8 @@ def classes(content: Content) -> str:
     if len(rows) > _SHOWN_CLASSES:
         caption += f" Only {_SHOWN_CLASSES:,} of {len(rows):,} classes; metrics.json has all."
     cells = [_class_row(row, [str(number)] if numbered else []) for number, row in rows[:_SHOWN_CLASSES]]
-    return page.table(headings, cells, caption=caption)
+    minor = frozenset(map(headings.index, ("predicted", "", "F1")))
+    return page.table(headings, cells, caption=caption, minor=minor)
 
 
 def _class_row(row: ClassScores, number: list[str]) -> list[str]:
@@ -227,9 +246,11 @@ def learning_curve(content: Content) -> str:
         return ""
     caption = (
         "Accuracy against the number of training images: the mean of three draws of so many, shaded from the lowest to"
-        " the highest (all of train is one draw). Where it still climbs, more labels help."
+        " the highest (all of train is one draw)."
     )
-    return page.figure(curve_plot(content.metrics.curve), caption)
+    verdict = curve_sentence(content.metrics.curve)
+    said = page.paragraph(verdict) if verdict else ""
+    return said + page.figure(curve_plot(content.metrics.curve), caption)
 
 
 def calibration(content: Content) -> str:
@@ -277,7 +298,7 @@ def feature_map(content: Content) -> str:
 
 
 def making(content: Content) -> str:
-    """What was selected, the data, the backbone, the versions and the params."""
+    """The data, the backbone, the versions and the params."""
     model, data, parameters = content.model, content.model.data, content.model.parameters
     counts = ", ".join(f"{split} {count:,}" for split, count in data.images.items())
     values: dict[str, object] = {
@@ -285,7 +306,7 @@ def making(content: Content) -> str:
         "Backbone": f"{model.backbone.name}, weights {model.backbone.weights}, {model.feature_dim:,} features",
         "Weights digest": model.backbone.digest,
         "Layer, pooling": f"{model.backbone.layer or 'default'}, {model.backbone.pooling}",
-        "Transform": ", ".join(f"{key} {_value(value)}" for key, value in model.transform.items()),
+        "Transform": ", ".join(f"{key} {plain(value)}" for key, value in model.transform.items()),
         "Precision": f"{model.precision}, features stored as {model.storage_dtype}",
         "Feature key": model.feature_key or "–",
         "Parameters": _parameters(parameters.trainable, parameters.total),
@@ -293,11 +314,20 @@ def making(content: Content) -> str:
         "Started from": model.parent or "–",
         "Versions": ", ".join(f"{package} {version}" for package, version in model.versions.items()),
     }
-    chosen = {key: _value(value) for key, value in content.metrics.selected.items()}
-    selected = page.paragraph("Selected", soft=True) + page.facts(chosen) + "<br>" if chosen else ""
     lines = "\n".join(esc(line) for line in content.params_text.splitlines())
     params = page.folded("params.yaml", f"<pre>{lines}</pre>") if content.params_text else ""
-    return selected + page.facts(values) + params
+    return page.facts(values) + params
+
+
+def chosen(content: Content) -> str:
+    """What was chosen, the values that were tried with their scores, and how the solver did."""
+    selected = content.metrics.selected
+    values, others = tried(selected), other_facts(selected)
+    scored = [(esc(value), page.prose(score)) for value, score in values]
+    score = "log loss" if "curve" in selected and "val_accuracy" not in selected else "accuracy"
+    rows = page.folded(f"The {len(values)} values that were tried", page.table(("value", score), scored))
+    rest = page.folded("How the fit went", page.facts(others)) if others else ""
+    return page.facts(chosen_facts(selected)) + (rows if values else "") + rest
 
 
 def _parameters(trainable: int | None, total: int | None) -> str:
@@ -318,5 +348,6 @@ SECTIONS: Final[dict[str, Section]] = {
     "Learning curve": learning_curve,
     "Calibration": calibration,
     "Coverage": coverage,
+    "What was chosen": chosen,
     "How it was made": making,
 }

@@ -159,7 +159,9 @@ def _class_lines(images: Images) -> Iterator[str]:
         named = sorted(zip(counts, samples.class_names, strict=True), key=lambda pair: (-pair[0], pair[1]))
         parts = [f"{name} {count:,}" for count, name in named[:CLASSES]]
         if len(named) > CLASSES:
-            parts.append(f"and {len(named) - CLASSES} more of {named[-1][0]:,} to {named[CLASSES][0]:,}")
+            least, most = named[-1][0], named[CLASSES][0]
+            size = f"of {least:,} to {most:,}" if least < most else f"of {most:,} each"
+            parts.append(f"and {len(named) - CLASSES} more {size}")
         if without := int((among < 0).sum()):
             parts.append(f"{without:,} without a label")
         if len(among):

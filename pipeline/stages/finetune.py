@@ -29,6 +29,7 @@ from ..data.source import SPLITS
 from ..errors import FinetuneError, Interrupted
 from ..evaluate import Provenance, mcnemar_exact, metric_lines, score
 from ..features.cache import FeatureCache, FeatureTable
+from ..features.rows import take_rows
 from ..files import publish_file
 from ..finetune import (
     Callbacks,
@@ -69,7 +70,7 @@ from ..runtime.device import resolve_device
 from ..runtime.distributed import World, from_main, world_from_environment
 from ..runtime.interrupt import Interruption, stop_after_batch
 from ..runtime.progress import ProgressBar
-from .open import open_cache
+from .open import features_in_memory, open_cache
 from .run import BACKBONE_FILE, Run, backbone_record, load_run, make_gallery, publish_run, run_model
 
 Say = Callable[[str], None]
@@ -116,7 +117,8 @@ def finetune(
     with process_group(world, device), _resumable(clock):
         # The images with their cached features, and which of them train, choose and are reported.
         cache = open_cache(params)
-        table, backbone = cache.table(), cache.backbone
+        memory = features_in_memory(params.head)
+        table, backbone = cache.table(memory), cache.backbone
         reported = table.reported_split()
         holdout = hold_out_selection(table, params.finetune, reported=reported)
         train, selection = _labelled(cache, table, holdout.train), _labelled(cache, table, holdout.selection)
@@ -196,7 +198,7 @@ def finetune(
         tuned.fill()
         if not world.is_main:
             return cast(RunSummary, {})
-        features = tuned.read(table.digests)
+        features = tuned.read(table.digests, memory)
         kept = not choice.epoch and probe is not None
         head = probe.head if kept and probe is not None else _head(classifier, start, table, choice.temperature)
 
@@ -257,7 +259,7 @@ def finetune(
 def find_lr(params: Params, say: Say = print, *, from_run: str | None = None) -> dict[str, Any]:
     """Draw loss against learning rate for head and backbone and suggest both rates; nothing is trained for good."""
     section, cache = params.finetune, open_cache(params)
-    table, backbone = cache.table(), cache.backbone
+    table, backbone = cache.table(features_in_memory(params.head)), cache.backbone
     holdout = hold_out_selection(table, section, reported=table.reported_split())
     probe = _find_probe(params, backbone, table, from_run, say)
     device = resolve_device(section.device)
@@ -511,8 +513,8 @@ def _compare(
         tuned: features (n, d) of the table's images under the tuned backbone.
     """
     y = table.targets[rows]
-    before = probe.head.predict(table.features[rows]) == y
-    after = head.predict(tuned[rows]) == y
+    before = probe.head.predict(take_rows(table.features, rows)) == y
+    after = head.predict(take_rows(tuned, rows)) == y
     only_probe, only_tuned = int((before & ~after).sum()), int((after & ~before).sum())
     return {
         "probe_run": probe.folder.name,

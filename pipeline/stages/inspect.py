@@ -20,6 +20,7 @@ from ..data.source import SPLITS, TEST, VAL
 from ..errors import HeadError
 from ..features.cache import FeatureCache, FeatureTable
 from ..features.inventory import list_keys
+from ..features.rows import Rows, take_rows
 from ..features.spec import PLAIN_VIEW
 from ..features.store import FeatureStore
 from ..files import publish_file
@@ -48,7 +49,7 @@ from ..params import Params
 from ..report.survey import SurveyContent, render_survey
 from ..runtime.cores import usable_cores
 from ..runtime.seeds import make_generator
-from .open import open_cache
+from .open import features_in_memory, open_cache
 from .run import Run
 
 Say = Callable[[str], None]
@@ -86,7 +87,7 @@ def inspect(
     opened = partial(open_cache, params, quiet=quiet) if run is None else partial(run.cache, quiet=quiet)
     params = params if run is None else _params_of(run)
     cache = opened(open_images(params.data, params.cache.dir))
-    view = View(cache, quiet)
+    view = View(cache, quiet, features_in_memory(params.head))
     table = view.table
     say(f"{len(table):,} images, {len(view.contents):,} different contents, under {cache.key}")
     judge = _judge(params, table, run)
@@ -124,16 +125,16 @@ class View:
         contents: rows of the first image with each content; ``content`` (n,) is the place of each image's there.
     """
 
-    def __init__(self, cache: FeatureCache, quiet: bool) -> None:
+    def __init__(self, cache: FeatureCache, quiet: bool, memory: int) -> None:
         self.cache, self._quiet = cache, quiet
-        table = cache.table()
+        table = cache.table(memory)
         kept = np.ones(len(table), bool) if table.found is None else (table.targets >= 0) | (table.found < 0)
         self.positions = np.flatnonzero(cache.present)[kept]
-        self.table = table = cache.table_of(self.positions)
+        self.table = table = table if kept.all() else table.take(kept)
         self.contents = np.flatnonzero(first_occurrences(table.digests))
         self.digests = table.digests[self.contents]
         self.content = locate(self.digests, table.digests)
-        self.features = table.features[self.contents]
+        self.features = take_rows(table.features, self.contents)
         decoder, folder = cache.backbone.decoder, cache.store.cache_dir
         self.thumbnails = Thumbnails(cache.images, self.positions, decoder, folder)
 
@@ -255,7 +256,7 @@ def _judge(params: Params, table: FeatureTable, run: Run | None) -> _Judge:
 
 def _fitted_judge(params: Params, table: FeatureTable) -> _Judge:
     head = _head(params, table)
-    head.fit(table.features[table.train], table.targets[table.train], table.groups[table.train])
+    head.fit(take_rows(table.features, table.train), table.targets[table.train], table.groups[table.train])
     rows, logits = _joined(_out_of_fold(head, table), _of_the_rest(head, table))
     return _Judge(rows, logits, head, f"Judged by a {head.kind} head trained on train, train itself out of fold.")
 
@@ -278,7 +279,7 @@ Logits = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 def _out_of_fold(head: Head, table: FeatureTable) -> Logits:
     train = np.flatnonzero(table.train)
-    seen = head.cross_validate(table.features[train], table.targets[train], table.groups[train])
+    seen = head.cross_validate(take_rows(table.features, train), table.targets[train], table.groups[train])
     assert seen.logits is not None
     return train[seen.known], _of_all_classes(seen.logits[seen.known], head, table)
 
@@ -287,7 +288,7 @@ def _of_the_rest(head: Head, table: FeatureTable) -> Logits:
     rest = np.flatnonzero((table.targets >= 0) & ~table.train)
     if not len(rest):
         return rest, np.empty((0, len(table.class_names)))
-    chances = head.predict_proba(table.features[rest])
+    chances = head.predict_proba(take_rows(table.features, rest))
     return rest, _of_all_classes(np.log(np.maximum(chances, LOWEST)), head, table)
 
 
@@ -314,11 +315,11 @@ def _judged(view: View, judge: _Judge, neighbours: Neighbours, params: Params) -
 
 
 def _head(params: Params, table: FeatureTable) -> Head:
-    """The first kind of the params that gives probabilities, else the logistic head."""
+    """The first kind of the params that gives probabilities and bears so many rows, else the logistic head."""
     for kind in (*params.head.kinds, "logistic"):
         section = params.head.model_copy(update={"search": {}})
         head = make_head(kind, section, class_names=table.class_names, jobs=usable_cores())
-        if head.has_probabilities:
+        if head.has_probabilities and (head.by_blocks or not isinstance(table.features, Rows)):
             return head
     raise AssertionError("the logistic head gives probabilities")
 
@@ -344,7 +345,9 @@ def _other_tables(view: View) -> Iterable[tuple[str, FeatureTable]]:
         store = FeatureStore(view.cache.store.cache_dir, spec, entry.feature_dim)
         if store.contains(view.digests).all():
             seen.add((spec.backbone, spec.weights_digest))
-            yield spec.backbone, replace(view.table, features=store.read(view.table.digests), views=())
+            large = isinstance(view.table.features, Rows)
+            features: Any = (store.flat if large else store.read)(view.table.digests)
+            yield spec.backbone, replace(view.table, features=features, views=())
 
 
 # -- what to label next ---------------------------------------------------------------------------------------------

@@ -15,8 +15,12 @@ from ..data.images import Images, open_images
 from ..features.cache import FeatureCache, FeatureTable, Filled
 from ..features.inventory import key_folders, look_at
 from ..features.store import SPEC_FILE, read_spec
-from ..params import Params
+from ..params import HeadParams, Params
 from ..runtime.distributed import World, world_from_environment
+from ..runtime.memory import memory_budget
+
+# What a head holds at most beside features in float32, as many times their size: in float64, scaled, and so on.
+COPIES = 7
 
 
 def open_cache(
@@ -55,6 +59,11 @@ def open_caches(
         images = open_images(params.data, params.cache.dir)
     each = [with_pooling(params, pooling) for pooling in params.backbone.poolings]
     return [open_cache(one, images, begins=begins, world=world, quiet=quiet) for one in each]
+
+
+def features_in_memory(head: HeadParams) -> int:
+    """Bytes of features up to which they and all that is made of them are held in memory, not read from a file."""
+    return memory_budget(head.memory_mb) // COPIES
 
 
 def with_pooling(params: Params, pooling: str) -> Params:

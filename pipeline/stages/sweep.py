@@ -26,9 +26,8 @@ from ..errors import ParamsError, RunError
 from ..features.cache import FeatureCache, FeatureTable
 from ..heads import Score, make_head
 from ..params import Params, load_params
-from ..runtime.memory import memory_budget
-from .open import fill_together, open_caches, with_pooling
-from .train_head import COPIES, judges, train_on
+from .open import features_in_memory, fill_together, open_caches, with_pooling
+from .train_head import judges, train_on
 
 Say = Callable[[str], None]
 Opened = list[tuple[FeatureCache, FeatureTable]]
@@ -119,7 +118,7 @@ def _experiments(group: Sequence[Candidate], images: Images, say: Say, quiet: bo
         cache.backbone.release()  # one network at a time is in memory
     if computed := sum(len(each.computed) for each in filled):
         say(f"{caches[0].store.spec.folder_name}: {computed} features computed")
-    most = memory_budget(group[0].params.head.memory_mb) // COPIES
+    most = features_in_memory(group[0].params.head)
     opened = [(cache, cache.table(most)) for cache in caches]
     found = _runs_on(opened, group[0].params)
     for candidate in group:

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..artifacts import (
     CurvePoint,
     ParameterCounts,
@@ -21,24 +24,37 @@ from ..data.images import Images
 from ..data.source import SPLITS, TEST, VAL
 from ..errors import DataError, HeadError
 from ..evaluate import Provenance, metric_lines, score
+from ..evaluate.advice import curve_sentence
+from ..evaluate.chosen import choice_words, tried_sentence
 from ..features.cache import FeatureCache, FeatureTable
 from ..features.rows import Rows, take_rows
 from ..files import human_bytes
-from ..heads import Choice, Score, choose_among, choose_head, curve_band, head_device, learning_curve, make_head
+from ..heads import (
+    Choice,
+    Entry,
+    Score,
+    choose_among,
+    choose_head,
+    curve_band,
+    head_device,
+    learning_curve,
+    make_head,
+    stratified_sample,
+)
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
 from ..runtime.memory import memory_budget
 from .extract import extracted
-from .open import open_caches, with_pooling
+from .open import features_in_memory, open_caches, with_pooling
 from .prompts import with_texts
 from .run import make_gallery, publish_run, run_model
 
 if TYPE_CHECKING:
     import torch
 
+Features = NDArray[np.float32]
+Ints = NDArray[np.int64]
 Say = Callable[[str], None]
-# What a head holds at most beside features in float32, as many times their size: in float64, scaled, and so on.
-COPIES = 7
 # As much as a classifier of scikit-learn, or a torch head, holds of them: themselves, and scaled.
 COPIES_OF_OTHERS = 3
 
@@ -71,7 +87,7 @@ def train_head(
     else:
         caches = open_caches(params)
         check(caches[0].images)
-    most = memory_budget(params.head.memory_mb) // COPIES
+    most = features_in_memory(params.head)
     return train_on([(cache, cache.table(most)) for cache in caches], params, say, curve=curve, started=started)
 
 
@@ -97,17 +113,21 @@ def train_on(
     reported = table.reported_split()
     for each in tables.values():
         say(_data_line(each))
-    for line in _memory_lines(params.head, table, memory_budget(params.head.memory_mb)):
+    learnt = _learnt_from(params.head, table)
+    for line in _memory_lines(params.head, table, learnt):
         say(line)
     backbone = caches[params.backbone.poolings[0]].backbone
     section = with_texts(params, backbone, table.class_names)
-    choose = partial(_choose, section, reported=reported, several=judged or len(caches) > 1, backbone=backbone)
+    several = judged or len(caches) > 1
+    choose = partial(_choose, section, learnt=learnt, reported=reported, several=several, backbone=backbone)
     choices = {pooling: choose(each) for pooling, each in tables.items()}
     pooling, choice = choose_among(choices, params.head, on_val=judges(table, reported))
     cache, table, params = caches[pooling], tables[pooling], with_pooling(params, pooling)
     head = choice.head
-    points = _learning_curve(section, table, head.kind, reported, backbone.device) if curve else []
-    metrics, predictions = _score(table, choice, reported, points, cache.warnings)
+    if learnt.sum() < table.train.sum():
+        head.selected["sample"] = {"images": int(learnt.sum()), "of": int(table.train.sum())}
+    points = _learning_curve(section, table, learnt, head.kind, reported, backbone.device) if curve else []
+    metrics, predictions = _score(table, learnt, choice, reported, points, cache.warnings)
     model = run_model(cache, table, head)
     model = model.model_copy(update={"seconds": time.perf_counter() - started})
     name = params.runs.name or default_run_name(params.data.root, cache.backbone.identity.name, head.kind)
@@ -140,26 +160,63 @@ def _data_line(table: FeatureTable) -> str:
     return f"{len(table):,} images ({', '.join(counts)}), {size}"
 
 
-def _memory_lines(head: HeadParams, table: FeatureTable, memory: int) -> Iterator[str]:
-    """What features that are larger than the budget mean for each kind.
+def _learnt_from(head: HeadParams, table: FeatureTable) -> NDArray[np.bool_]:
+    """Which rows (n,) heads learn from: train, or the stratified sample of it that ``head.sample`` asks for."""
+    train = np.flatnonzero(table.train)
+    learnt = np.zeros(len(table), bool)
+    if len(train):
+        count = len(train) if head.sample is None else head.sample
+        learnt[train[stratified_sample(table.targets[train], table.groups[train], count, head.seed)]] = True
+    return learnt
+
+
+def _training_rows(head: HeadParams, table: FeatureTable, learnt: NDArray[np.bool_]) -> tuple[Features, Ints, Ints]:
+    """As `FeatureTable.training_rows`, of the rows ``learnt`` from; in memory where they have become few enough."""
+    features, targets, groups = table.training_rows()
+    rows = learnt[table.train]
+    if rows.all():
+        return features, targets, groups
+    features = take_rows(features, rows)
+    if isinstance(features, Rows) and features.nbytes <= features_in_memory(head):
+        features = features[:]
+    return features, targets[rows], groups[rows]
+
+
+def _jobs(head: HeadParams, features: Features) -> int:
+    """How many folds are fitted at once: each holds its own rows, twice, and all together no more than the budget.
+
+    Where that is not enough for one, nothing but heads that read blocks is left.
+    """
+    fit = (memory_budget(head.memory_mb) // max(features.nbytes, 1) - 1) // 2
+    return usable_cores() if fit < 1 else min(usable_cores(), fit)
+
+
+def _memory_lines(head: HeadParams, table: FeatureTable, learnt: NDArray[np.bool_]) -> Iterator[str]:
+    """What a sample, and features that are larger than the budget, mean for each kind.
 
     Raises:
         HeadError: a kind needs all of them in memory, and more than there is.
     """
+    count, of = int(learnt.sum()), int(table.train.sum())
+    if count < of:
+        yield f"Heads learn from {count:,} of the {of:,} images of train, a stratified sample: head.sample"
     features: Any = table.features
     if not isinstance(features, Rows):
         return
+    memory = memory_budget(head.memory_mb)
     yield f"Features are read from {features.file.name}, block by block: head.memory_mb allows {human_bytes(memory)}"
-    need = COPIES_OF_OTHERS * features.nbytes
+    row = COPIES_OF_OTHERS * 4 * features.shape[1]
+    need = count * row
     for kind in head.kinds:
         if make_head(kind, head, class_names=table.class_names).by_blocks:
             continue
         if need > memory:
             raise HeadError(
-                f"{kind} holds all features in memory: at least {human_bytes(need)}.",
+                f"{kind} holds all features that it learns from in memory: at least {human_bytes(need)}.",
                 where="head.memory_mb",
                 why=f"it allows {human_bytes(memory)}",
-                remedy="choose head.kind=logistic, which reads them by blocks; or set head.memory_mb if there is more",
+                remedy=f"set head.sample={max(memory // row, 1)} to learn from a stratified sample of train; or choose "
+                "head.kind=logistic, which reads them by blocks; or set head.memory_mb if there is more",
             )
         yield f"{kind} holds all of them in memory: at least {human_bytes(need)}"
 
@@ -177,14 +234,25 @@ def judges(table: FeatureTable, reported: int) -> bool:
     return reported == TEST and bool(table.labelled(VAL).any())
 
 
-def _choose(params: HeadParams, table: FeatureTable, *, reported: int, several: bool, backbone: Backbone) -> Choice:
+def _choose(
+    params: HeadParams,
+    table: FeatureTable,
+    *,
+    learnt: NDArray[np.bool_],
+    reported: int,
+    several: bool,
+    backbone: Backbone,
+) -> Choice:
     """Fit the kinds of the params on train; the best is chosen on train, or on val where a test split exists."""
     val = table.labelled(VAL)
+    features, targets, groups = _training_rows(params, table, learnt)
     return choose_head(
         params,
-        *table.training_rows(),
+        features,
+        targets,
+        groups,
         class_names=table.class_names,
-        jobs=usable_cores(),
+        jobs=_jobs(params, features),
         several=several,
         device=head_device(backbone.device),
         held_out=(take_rows(table.features, val), table.targets[val]) if judges(table, reported) else None,
@@ -192,13 +260,18 @@ def _choose(params: HeadParams, table: FeatureTable, *, reported: int, several: 
 
 
 def _learning_curve(
-    params: HeadParams, table: FeatureTable, kind: str, reported: int, device: torch.device
+    params: HeadParams,
+    table: FeatureTable,
+    learnt: NDArray[np.bool_],
+    kind: str,
+    reported: int,
+    device: torch.device,
 ) -> list[CurvePoint]:
     """The points of heads fitted to growing parts of train, on the reported split."""
     rows = table.labelled(reported)
     fits = learning_curve(
         lambda: make_head(kind, params, class_names=table.class_names, jobs=usable_cores(), device=head_device(device)),
-        *table.training_rows(),
+        *_training_rows(params, table, learnt),
         take_rows(table.features, rows),
         table.targets[rows],
         seed=params.seed,
@@ -207,19 +280,27 @@ def _learning_curve(
 
 
 def _score(
-    table: FeatureTable, choice: Choice, reported: int, curve: list[CurvePoint], warnings: list[str]
+    table: FeatureTable,
+    learnt: NDArray[np.bool_],
+    choice: Choice,
+    reported: int,
+    curve: list[CurvePoint],
+    warnings: list[str],
 ) -> tuple[RunMetrics, Predictions]:
     head = choice.head
     with_val = head.kind == "logistic" and head.params.logistic.choose_by == "val_accuracy"
-    rows = table.train | table.labelled(VAL) if with_val else table.train
+    rows, splits = (learnt | table.labelled(VAL), "train and val") if with_val else (learnt, "train")
+    sampled = head.selected.get("sample")
     provenance = Provenance(
         fitted=f"the {head.kind} head",
         train_digests=table.digests[rows],
         train_counts=table.class_counts(rows),
-        fitted_on="train and val" if with_val else "train",
+        fitted_on=f"{splits} (a stratified sample of the {sampled['of']:,} of train)" if sampled else splits,
         selections=choice.selections,
         selected=head.selected,
-        leaderboard=[{**row, "selected": row["chosen"]} for row in choice.leaderboard],
+        leaderboard=[
+            {**entry.as_dict(), "settings": _settings(entry), "selected": entry.chosen} for entry in choice.entries
+        ],
         history=head.history,
         curve=curve,
         warnings=[*warnings, *head.warnings],
@@ -228,15 +309,23 @@ def _score(
 
 
 def _leaderboard_lines(choice: Choice) -> list[str]:
-    """One line a kind; those that were only shown beside the chosen one say so."""
+    """One line a kind with what was chosen for it, and the values of a search; baselines were only shown beside it."""
     lines = [f"Heads{', by the scores that chose (the best is a little too good)' if choice.selections else ''}:"]
     width = max(18, *(len(entry.kind) + 2 for entry in choice.entries))
     for entry in choice.entries:
-        scores = [(name, score) for name, score in (("cross-validated", entry.cv), ("val", entry.val)) if score]
+        named = (("cross-validated", entry.cv), ("val", entry.val), ("held out of train", entry.held_out))
+        scores = [(name, score) for name, score in named if score]
         shown = ", ".join(f"{name} {_accuracies(score)}" for name, score in scores)
         mark = "chosen" if entry.chosen else "baseline" if entry.baseline else ""
-        lines.append(f"  {entry.kind:<{width}}{mark:<10}{shown}  {entry.seconds:.1f} s")
-    return lines
+        shown = shown or "alone, so not cross-validated"
+        line = f"  {entry.kind:<{width}}{mark:<10}{shown}  {entry.seconds:.1f} s"
+        lines.append(f"{line}  {_settings(entry)}".rstrip())
+    sentence = tried_sentence(choice.head.kind, choice.head.selected)
+    return [*lines, sentence] if sentence else lines
+
+
+def _settings(entry: Entry) -> str:
+    return "" if entry.head is None else choice_words(entry.head.selected)
 
 
 def _accuracies(score: Score) -> str:
@@ -251,5 +340,9 @@ def _curve_lines(points: list[CurvePoint]) -> list[str]:
     lines = []
     for point in points:
         mean, low, high = 100 * point.accuracy, 100 * point.low, 100 * point.high
-        lines.append(f"  {point.images:>8,} images: {mean:.1f} % ({low:.1f} to {high:.1f})")
-    return ["Learning curve, mean (lowest to highest) of three draws:", *lines] if lines else []
+        band = "all of train" if point.low == point.high else f"{low:.1f} to {high:.1f}"
+        lines.append(f"  {point.images:>8,} images: {mean:.1f} % ({band})")
+    if not lines:
+        return []
+    title = "Learning curve: accuracy with so many images of train, the mean of three draws (the lowest to the highest)"
+    return [title, *lines, *filter(None, [curve_sentence(points)])]

@@ -79,6 +79,9 @@ class ToyZoo:
     def licence(self, name: str) -> str | None:
         return "MIT"
 
+    def published(self, name: str) -> None:
+        return None
+
     def tags(self, name: str) -> Sequence[str]:
         return ["first", "second"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -27,8 +28,29 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 def test_part_of_a_name_or_a_pattern_lists_some(call: Call) -> None:
     out = call("squeezenet", "resnet1?")
-    assert [line.split()[0] for line in out.splitlines()[1:]] == ["resnet18", "squeezenet1_0", "squeezenet1_1"]
+    assert [line.split()[0] for line in out.splitlines()[1:-1]] == ["squeezenet1_1", "resnet18", "squeezenet1_0"]
+    assert re.search(r"resnet18 +69\.8 % +1\.81 +45 MB +11\.2 M +512 +224", out)
     assert "No backbone fits." in call("resnet999")
+
+
+def test_unasked_it_shows_what_helps_to_choose(call: Call) -> None:
+    """One screen: each more accurate than all that compute less, by published figures, the lightest first."""
+    lines = call().splitlines()
+    rows = [line.split() for line in lines if " MB " in line]
+    assert 10 < len(rows) < 24 and lines[1].split()[0] == "starter" and "--all" in lines[len(rows) + 3]
+    accuracies, costs = [float(row[1]) for row in rows], [float(row[3]) for row in rows]
+    assert accuracies == sorted(accuracies) and costs == sorted(costs)
+    assert {"efficientnet_b0", "vit_h_14"} <= {row[0] for row in rows}
+    assert "CC-BY-NC-4.0" in lines[len(rows) + 1]
+    assert max(map(len, lines)) <= 92
+
+
+def test_what_is_published_is_in_the_json_and_on_the_card(call: Call) -> None:
+    (row,) = json.loads(call("resnet50", "--json"))["backbones"]
+    assert (row["accuracy"], row["gflops"], row["download_mb"]) == pytest.approx((0.80858, 4.089, 97.79), rel=1e-3)
+    (starter,) = json.loads(call("starter", "--json"))["backbones"]
+    assert starter["accuracy"] is starter["gflops"] is None
+    assert "ImageNet 80.9 %, GFLOPs 4.09, download 98 MB" in call("resnet50")
 
 
 def test_limits_narrow_the_list(call: Call) -> None:
@@ -52,7 +74,7 @@ def test_one_is_shown_as_a_card(call: Call) -> None:
 def test_more_than_a_screenful_is_said_to_be_more(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verbs_module, "SHOWN", 3)
     out = call("resnet")
-    assert len(out.splitlines()) == 1 + 3 + 1 and "--all" in out
+    assert len(out.splitlines()) == 1 + 3 + 2 and "--all" in out
     assert "--all" not in call("resnet", "--all") and json.loads(call("resnet", "--json"))["more"]
 
 

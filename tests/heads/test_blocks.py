@@ -116,3 +116,63 @@ def test_choosing_and_the_learning_curve_read_it_too(tmp_path: Path) -> None:
         repeats=1,
     )
     assert len(curve) == 2
+
+
+@pytest.mark.parametrize("kind", ["ridge", "lda", "nearest_centroid"])
+@pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_what_sums_determine_is_learnt_from_one_pass(
+    tmp_path: Path, kind: str, standardize: bool, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X, rows, y = in_both(tmp_path, classes)
+    y[: len(y) // 3] = 0  # of unequal size
+    params = HeadParams.model_validate({"kind": kind, "folds": 3, "standardize": standardize})
+    memory = make_head(kind, params, class_names=[]).fit(X, y)
+    longest: list[int] = []
+    monkeypatch.setattr(Rows, "__getitem__", lambda self, where: looked(self, where, longest))
+    head = make_head(kind, params, class_names=[])
+    assert head.by_blocks
+    blocks = head.fit(rows, y)  # type: ignore[arg-type]
+    assert np.allclose(blocks.predict_proba(X), memory.predict_proba(X), atol=3e-4)  # of float32
+    assert (blocks.predict(rows) == memory.predict(X)).all() and max(longest) <= 50  # type: ignore[arg-type]
+
+
+def looked(rows: Rows, where: object, longest: list[int]) -> np.ndarray:
+    """As `Rows` gives them; how many is noted."""
+    found = rows.stored(where).astype(np.float32)
+    longest.append(len(found))
+    return found
+
+
+def test_ridge_weights_classes_in_its_sums(tmp_path: Path) -> None:
+    X, rows, y = in_both(tmp_path, 3)
+    y[:200] = 0
+    params = HeadParams.model_validate({"kind": "ridge", "folds": 3, "class_weight": "balanced"})
+    memory, blocks = (make_head("ridge", params, class_names=[]).fit(given, y) for given in (X, rows))
+    assert np.allclose(blocks.predict_proba(X), memory.predict_proba(X), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "parameters", "by_blocks"),
+    [
+        ("ridge", {"alpha": 3.0}, True),
+        ("ridge", {"class_weight": "balanced"}, False),
+        ("lda", {"solver": "lsqr"}, False),
+        ("nearest_centroid", {"shrink_threshold": 0.1}, False),
+        ("svm", {}, False),
+    ],
+)
+def test_parameters_that_need_every_row_are_known(
+    estimator: str, parameters: dict[str, object], by_blocks: bool
+) -> None:
+    section = {"kind": "sklearn", "sklearn": {"estimator": estimator, "params": parameters}}
+    assert make_head("sklearn", HeadParams.model_validate(section), class_names=[]).by_blocks == by_blocks
+
+
+def test_a_search_may_try_what_needs_every_row(tmp_path: Path) -> None:
+    X, rows, y = in_both(tmp_path, 3)
+    params = HeadParams.model_validate({"kind": "lda", "folds": 2, "search": {"solver": ["svd", "lsqr"]}})
+    memory, blocks = (make_head("lda", params, class_names=[]).fit(given, y) for given in (X, rows))
+    assert [row["cv_accuracy"] for row in blocks.selected["search"]] == [
+        row["cv_accuracy"] for row in memory.selected["search"]
+    ]

@@ -120,6 +120,8 @@ def test_search_finds_the_better_value_whatever_the_number_of_jobs(monkeypatch: 
         fitted = sklearn_head("svm", {"kernel": "rbf"}, jobs, search={"C": [1e-4, 1.0]}).fit(X, y)
         assert fitted.selected["params"] == {"kernel": "rbf", "C": 1.0}
         rows.append(fitted.selected["search"])
+        assert fitted.selected["edges"] == {"C": "largest"}
+        assert any("widen head.search.C to look beyond it" in warning for warning in fitted.warnings)
     assert rows[0] == rows[1] and rows[0][1]["cv_accuracy"] > rows[0][0]["cv_accuracy"]
 
 

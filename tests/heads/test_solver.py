@@ -83,6 +83,17 @@ def test_many_classes_converge_from_a_cold_start(classes: int, shots: int, width
     assert solutions.logits[0].argmax(0).tolist() == y.tolist()
 
 
+def test_a_batch_of_many_classes_is_solved_on_several_threads() -> None:
+    y, threads = np.repeat(np.arange(170), 2), torch.get_num_threads()
+    X = scaled(np.random.default_rng(0).normal(size=(len(y), 20)).astype(np.float32) + y[:, None] % 7)
+    torch.set_num_threads(2)
+    try:
+        _, solutions = solved(X, y, [1e-3, 1e-2, 1e-1])
+    finally:
+        torch.set_num_threads(threads)
+    assert float(solutions.gap.max()) <= 1e-8
+
+
 def test_what_is_not_finite_or_rises_is_no_step() -> None:
     X, y = make_features(classes=3)
     design = Design.build(torch.from_numpy(scaled(X)), torch.from_numpy(y), 3)
@@ -178,6 +189,18 @@ def test_the_weights_of_all_classes_sum_to_zero() -> None:
     solutions = solve(design, problems, torch.from_numpy(start), 1e-8)
     assert float(solutions.weights.sum(1).abs().max()) < 1e-5
     assert not solutions.weights[0, 2].any()
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_rows_that_are_worked_on_by_parts_give_the_same_solution(monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
+    X, y = make_features(300, 24, classes)
+    weight = (np.arange(len(y)) % 5 > 0).astype(np.float64)
+    _, whole = solved(scaled(X), y, [1e-3, 1.0, 100.0], weight)
+    monkeypatch.setattr("pipeline.heads.solver.CELLS", {"cpu": 1})
+    monkeypatch.setattr("pipeline.heads.solver.FEWEST_AT_ONCE", 7)
+    _, parts = solved(scaled(X), y, [1e-3, 1.0, 100.0], weight)
+    assert torch.allclose(parts.objective, whole.objective, rtol=1e-7)
+    assert torch.allclose(parts.weights, whole.weights, rtol=1e-3, atol=1e-3) and float(parts.gap.max()) <= 1e-8
 
 
 @contextmanager

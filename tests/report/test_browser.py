@@ -14,6 +14,7 @@ from pipeline.insight.gallery import ATLAS_SIDE, FeatureMap, Gallery, Mistake, P
 from pipeline.report import page, pictures
 
 from .browser import Page, find_browser
+from .test_report import _metrics, _render
 
 BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
@@ -61,3 +62,21 @@ def test_the_filter_hides_a_class_and_nothing_is_requested(report: Path, tmp_pat
 
         assert shown.ask("document.documentElement.scrollWidth") <= width
         assert [address for address in shown.requests if not address.startswith("data:")] == [report.as_uri()]
+
+
+def test_on_a_phone_numbers_keep_their_units_and_tables_fit(tmp_path: Path) -> None:
+    assert BROWSER is not None
+    names = tuple(f"class {number}" for number in range(10))
+    row = {"kind": "logistic", "cv_accuracy": 0.9, "cv_log_loss": 0.3, "val_accuracy": None, "seconds": 1.0}
+    rows = [{**row, "selected": True, "settings": "C=0.0316"}, {**row, "kind": "nearest_centroid", "baseline": True}]
+    file = tmp_path / "report.html"
+    file.write_text(_render(_metrics(names, 200, leaderboard=rows, selected={"C": 0.1, "x": {"y": [1, 2]}})), "utf-8")
+    with Page(BROWSER, tmp_path / "profile", width=400) as shown:
+        shown.open(file)
+        assert shown.ask("document.documentElement.scrollWidth") <= 400
+        wide = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+        assert shown.ask(wide) == 0
+        high = "[...document.querySelectorAll('.card b')].filter(e => e.getClientRects()[0].height > 80).length"
+        assert shown.ask(high) == 0
+        assert "val" not in shown.ask("document.querySelector('thead').innerText").split("\t")
+        assert '{"' not in shown.ask("document.body.innerText")

@@ -81,6 +81,19 @@ def test_without_a_better_epoch_the_probe_is_kept(probe: Path, make_params: Make
     assert (load_run(summary["run"]).head.layers.weights[0] == kept.layers.weights[0]).all()  # type: ignore[attr-defined]
 
 
+def test_features_in_a_file_start_it_where_those_in_memory_do(
+    probe: Path, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = make_params(*QUICK, "finetune.refit=false")
+    memory = finetune(params, silent)
+    monkeypatch.setattr("pipeline.stages.open.COPIES", 10**12)
+    lines: list[str] = []
+    blocks = finetune(params, lines.append)
+    assert any(line.startswith("Epoch 0 repeats the probe") for line in lines)
+    assert list(params.cache.dir.glob("*/rows-*.npy"))
+    assert blocks["metrics"]["log_loss"] == pytest.approx(memory["metrics"]["log_loss"], rel=1e-2)
+
+
 def test_a_random_head_needs_no_probe(run_extract: Extract, make_params: MakeParams) -> None:
     run_extract()
     lines: list[str] = []

@@ -83,6 +83,17 @@ def test_it_finds_what_was_planted_and_says_so(params: Params) -> None:
     assert [share["n"] for share in summary["accuracy"]] == [17, 16]
 
 
+def test_features_in_a_file_show_the_same(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = rows_of(look(params))
+    for file in params.cache.dir.glob("*/neighbours-*"):
+        file.unlink()
+    monkeypatch.setattr("pipeline.stages.open.COPIES", 10**12)
+    monkeypatch.setattr("pipeline.features.rows.BLOCK_BYTES", 1 << 14)
+    blocks = rows_of(look(params))
+    assert list(params.cache.dir.glob("*/rows-*.npy"))
+    assert [(row["path"], row["finding"]) for row in blocks] == [(row["path"], row["finding"]) for row in memory]
+
+
 def test_it_stands_beside_the_runs_and_is_none(params: Params) -> None:
     summary = look(params)
     folder = Path(summary["report"]).parent

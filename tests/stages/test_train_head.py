@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -328,10 +329,45 @@ def test_learning_curve_and_start_of_a_fine_tuning_are_fitted_where_the_backbone
     )
     gpu, rows = torch.device("cuda:1"), np.arange(12)
     with pytest.raises(HeadError):
-        _learning_curve(HeadParams(), table, "logistic", 0, gpu)
+        _learning_curve(HeadParams(), table, table.train, "logistic", 0, gpu)
     with pytest.raises(HeadError):
         probe_start(table, rows, rows, HeadParams(), "logistic", Setup(gpu), dropout=0.0)
     assert set(devices) == {"cuda:1"} and len(devices) > 1
+
+
+def test_a_sample_is_learnt_from_and_said_everywhere(run_extract: Extract, make_params: MakeParams) -> None:
+    run_extract()
+    lines: list[str] = []
+    whole = train_head(make_params(*QUICK), lines.append)
+    assert "sample" not in whole["selected"]
+    images = int(next(line for line in lines if " train, " in line).split("(")[1].split()[0])
+    lines.clear()
+    summary = train_head(make_params(*QUICK, f"head.sample={images // 2}"), lines.append)
+    sample = summary["selected"]["sample"]
+    assert sample["of"] == images and images // 2 <= sample["images"] < images
+    assert any(f"learn from {sample['images']} of the {images} images of train" in line for line in lines)
+    record = json.loads((Path(summary["run"]) / "model.json").read_text())
+    assert record["head"]["selected"]["sample"] == sample
+    protocol = json.loads((Path(summary["run"]) / "metrics.json").read_text())["protocol"]
+    assert f"fitted on {sample['images']} images of train (a stratified sample of the {images} of train)" in protocol
+    assert summary["n"] == whole["n"]
+
+
+def test_what_is_too_large_for_memory_is_offered_as_a_sample(
+    run_extract: Extract, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_extract()
+    monkeypatch.setattr("pipeline.stages.open.COPIES", 10**6)
+    monkeypatch.setattr("pipeline.stages.train_head.COPIES_OF_OTHERS", 40)
+    params = (*QUICK, "head.memory_mb=1", "head.kind=svm", "head.folds=2")
+    with pytest.raises(HeadError) as caught:
+        train_head(make_params(*params), lambda _line: None)
+    offered = re.search(r"head.sample=\d+", str(caught.value))
+    assert offered
+    lines: list[str] = []
+    summary = train_head(make_params(*params, offered[0]), lines.append)
+    assert summary["selected"]["sample"]["images"] < summary["selected"]["sample"]["of"]
+    assert any(line.startswith("svm holds all of them in memory") for line in lines)
 
 
 def test_features_beyond_the_budget_stay_in_a_file(
@@ -340,7 +376,7 @@ def test_features_beyond_the_budget_stay_in_a_file(
     run_extract()
     params = make_params(*QUICK, "head.memory_mb=1")
     memory = train_head(params, lambda _line: None)
-    monkeypatch.setattr("pipeline.stages.train_head.COPIES", 10**6)
+    monkeypatch.setattr("pipeline.stages.open.COPIES", 10**6)
     lines: list[str] = []
     blocks = train_head(params, lines.append)
     (file,) = params.cache.dir.glob("*/rows-*.npy")
@@ -352,8 +388,8 @@ def test_features_beyond_the_budget_stay_in_a_file(
     assert blocks["selected"]["C"] == memory["selected"]["C"]
     assert load_run(blocks["run"]).head.predict(np.load(file).astype(np.float32)).shape == (len(np.load(file)),)
     lines.clear()
-    train_head(make_params(*QUICK, "head.memory_mb=1", "head.kind=ridge"), lines.append)
-    assert any(line.startswith("ridge holds all of them in memory: at least") for line in lines)
+    train_head(make_params(*QUICK, "head.memory_mb=1", "head.kind=svm"), lines.append)
+    assert any(line.startswith("svm holds all of them in memory: at least") for line in lines)
     monkeypatch.setattr("pipeline.stages.train_head.COPIES_OF_OTHERS", 10**6)
-    with pytest.raises(HeadError, match="ridge holds all features in memory"):
-        train_head(make_params(*QUICK, "head.memory_mb=1", "head.kind=[logistic, ridge]"), lines.append)
+    with pytest.raises(HeadError, match="svm holds all features that it learns from in memory"):
+        train_head(make_params(*QUICK, "head.memory_mb=1", "head.kind=[logistic, svm]"), lines.append)
