@@ -117,6 +117,8 @@ def _reduced(features: Features, seed: int) -> Floats:
     from sklearn.decomposition import PCA
 
     unit = _unit((features - features.mean(axis=0)).astype(np.float64))
+    if len(unit) < 2:
+        return unit
     fit = np.random.default_rng(seed).permutation(len(unit))[:FIT_ROWS]
     size = min(COMPONENTS, len(fit), unit.shape[1])
     components = PCA(size, svd_solver="randomized", random_state=seed).fit(unit[fit])

@@ -46,7 +46,7 @@ def test_pixels_are_those_of_the_weights_own_transform(weights: str, size: tuple
     pixels = transform.pixels(image)
     assert pixels.dtype == np.uint8 and pixels.shape == (3, transform.crop, transform.crop)
     assert np.array_equal(pixels, reference_pixels(weights, image))
-    normalised = transform.normalise(torch.from_numpy(pixels)[None])
+    normalised = transform.normalise(torch.from_numpy(pixels.copy())[None])
     assert torch.equal(normalised[0], get_weight(weights).transforms()(image))
 
 

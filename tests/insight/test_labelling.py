@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 
 from pipeline.insight.labelling import label_next
@@ -40,6 +42,8 @@ def test_small_pools_are_taken_whole() -> None:
     features, _ = blobs(1, 3)
     assert {pick.row for pick in label_next(features, None, (), 20)} == {0, 1, 2}
     assert label_next(features[:0], None, (), 20) == []
+    with warnings.catch_warnings(action="error"):
+        assert [pick.row for pick in label_next(features[:1], None, (), 20)] == [0]
 
 
 def test_the_same_pool_gives_the_same_picks() -> None:
