@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import HeadError
+from ..features.rows import take_rows
 from ..params import HeadParams
 from ..runtime.seeds import make_generator
 from .base import Head, Selection
@@ -258,7 +259,7 @@ def baseline_answers(
 
     def answers(train: Ints, queries: Features) -> Ints:
         train = _part(train, KNN_REFERENCES, generator)
-        near = X[train]
+        near = take_rows(X, train)
         mean, scale = standardisation(near, True)
 
         def scaled(rows: Features) -> Tensor:

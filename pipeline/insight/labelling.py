@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..features.rows import mean_row, row_blocks
+
 if TYPE_CHECKING:
     from .gallery import Curator
 
@@ -116,13 +118,17 @@ def _reduced(features: Features, seed: int) -> Floats:
     """Unit rows (n, k) in the first principal components of the directions from the mean."""
     from sklearn.decomposition import PCA
 
-    unit = _unit((features - features.mean(axis=0)).astype(np.float64))
-    if len(unit) < 2:
-        return unit
-    fit = np.random.default_rng(seed).permutation(len(unit))[:FIT_ROWS]
-    size = min(COMPONENTS, len(fit), unit.shape[1])
-    components = PCA(size, svd_solver="randomized", random_state=seed).fit(unit[fit])
-    return _unit(np.asarray(components.transform(unit), np.float64))
+    mean = mean_row(features)
+
+    def unit(rows: slice | Ints) -> Floats:
+        return _unit((features[rows] - mean).astype(np.float64))
+
+    if len(features) < 2:
+        return unit(slice(None))
+    fit = np.random.default_rng(seed).permutation(len(features))[:FIT_ROWS]
+    size = min(COMPONENTS, len(fit), features.shape[1])
+    components = PCA(size, svd_solver="randomized", random_state=seed).fit(unit(fit))
+    return _unit(np.concatenate([components.transform(unit(rows)) for rows in row_blocks(features)]))
 
 
 def _unit(rows: Floats) -> Floats:

@@ -126,7 +126,7 @@ class View:
     """
 
     def __init__(self, cache: FeatureCache, quiet: bool, memory: int) -> None:
-        self.cache, self._quiet = cache, quiet
+        self.cache, self.memory, self._quiet = cache, memory, quiet
         table = cache.table(memory)
         kept = np.ones(len(table), bool) if table.found is None else (table.targets >= 0) | (table.found < 0)
         self.positions = np.flatnonzero(cache.present)[kept]
@@ -363,7 +363,7 @@ def _label_next(view: View, judge: _Judge, opened: Opened, folder: str, count: i
     labelled = view.table.digests[view.table.targets >= 0]
     new = first_occurrences(images.digests[positions]) & (locate(labelled, images.digests[positions]) < 0)
     positions = positions[new]
-    table = cache.table_of(positions)
+    table = cache.table_of(positions, view.memory)
     chances = None
     if judge.head is not None and len(table):
         chances = np.zeros((len(table), len(view.table.class_names)))

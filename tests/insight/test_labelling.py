@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import numpy as np
+import pytest
 
+from pipeline.features.rows import Rows
 from pipeline.insight.labelling import label_next
 
 
@@ -49,3 +52,11 @@ def test_small_pools_are_taken_whole() -> None:
 def test_the_same_pool_gives_the_same_picks() -> None:
     features, _ = blobs()
     assert label_next(features, None, (), 5) == label_next(features, None, (), 5)
+
+
+def test_a_pool_in_a_file_gives_the_same_picks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "rows.npy", blobs()[0].astype(np.float16))
+    rows = Rows(tmp_path / "rows.npy")
+    picks = label_next(rows[:], None, (), 5)
+    monkeypatch.setattr("pipeline.features.rows.BLOCK_BYTES", 4 * 30 * 50)
+    assert label_next(rows, None, (), 5) == picks  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from pipeline.finetune import Setup, probe_start
 from pipeline.params import HeadParams, Params
 from pipeline.stages.cache import list_cache
 from pipeline.stages.evaluate import evaluate_run
-from pipeline.stages.train_head import _learning_curve, train_head
+from pipeline.stages.train_head import _jobs, _learning_curve, train_head
 
 from .conftest import write_image
 
@@ -393,3 +393,10 @@ def test_features_beyond_the_budget_stay_in_a_file(
     monkeypatch.setattr("pipeline.stages.train_head.COPIES_OF_OTHERS", 10**6)
     with pytest.raises(HeadError, match="svm holds all features that it learns from in memory"):
         train_head(make_params(*QUICK, "head.memory_mb=1", "head.kind=[logistic, svm]"), lines.append)
+
+
+def test_folds_that_are_fitted_at_once_share_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.stages.train_head.usable_cores", lambda: 16)
+    features = np.zeros((1000, 250), np.float32)  # 1 MB
+    assert [_jobs(HeadParams(memory_mb=megabytes), features) for megabytes in (7, 21, 1000)] == [3, 10, 16]
+    assert _jobs(HeadParams(memory_mb=1), features) == 16  # heads that read blocks
