@@ -9,7 +9,7 @@ VENV_LOWEST ?= .venv-lowest
 PARAMS ?= params.yaml
 DEMO_DATA ?= data/demo
 BENCH ?= benchmarks/*.py
-EXTRAS ?= dev,export,openclip,parquet,remote,serve,tensorboard,timm
+EXTRAS ?= dev,export,notebook,openclip,parquet,remote,serve,tensorboard,timm
 FILE ?= model.onnx
 
 VALUES := PYTHON VENV VENV_LOWEST PARAMS DEMO_DATA BENCH EXTRAS SET OVER RUN DATA IMAGES FILE TESTS ARGS
