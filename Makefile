@@ -9,7 +9,7 @@ VENV_LOWEST ?= .venv-lowest
 PARAMS ?= params.yaml
 DEMO_DATA ?= data/demo
 BENCH ?= benchmarks/*.py
-EXTRAS ?= dev,export,openclip,parquet,remote,serve,tensorboard,timm
+EXTRAS ?= dev,export,notebook,openclip,parquet,remote,serve,tensorboard,timm
 FILE ?= model.onnx
 # Test files are shared among processes, each with what its own fixtures made.
 PARALLEL := -n auto --maxprocesses=4 --dist=loadfile

@@ -5,7 +5,9 @@ The names below are the Python interface; they are imported when first used, so 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,15 +16,18 @@ if TYPE_CHECKING:
     from .stages.compare import compare
     from .stages.embed import Embedder
     from .stages.extract import extract
+    from .stages.finetune import finetune
     from .stages.open import load_features
-    from .stages.run import load_run, predict
+    from .stages.run import evaluate, load_run, predict
     from .stages.train_head import train_head
 
 __all__ = [
     "Embedder",
     "advise",
     "compare",
+    "evaluate",
     "extract",
+    "finetune",
     "load_features",
     "load_params",
     "load_run",
@@ -34,7 +39,9 @@ _HOMES = {
     "Embedder": ("stages.embed", "Embedder"),
     "advise": ("stages.advise", "advise_on"),
     "compare": ("stages.compare", "compare"),
+    "evaluate": ("stages.run", "evaluate"),
     "extract": ("stages.extract", "extract"),
+    "finetune": ("stages.finetune", "finetune"),
     "load_features": ("stages.open", "load_features"),
     "load_params": ("params", "load_params"),
     "load_run": ("stages.run", "load_run"),
@@ -52,3 +59,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Interface(ModuleType):
+    """This module, whose `evaluate` and `finetune` stay functions when the folders of these names are imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Interface

@@ -64,8 +64,7 @@ class ParamsError(PipelineError):
             f"The params have {count}.",
             where=where,
             why="\n    " + "\n    ".join(str(problem) for problem in problems),
-            remedy=remedy
-            or "correct the keys named above; params.yaml in the project shows every key with its default",
+            remedy=remedy or "correct the keys named above",
         )
 
     def as_dict(self) -> dict[str, object]:

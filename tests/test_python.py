@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,16 @@ def test_names_are_the_public_ones_and_come_when_they_are_used() -> None:
     assert done.stdout == "False False\n"
 
 
+def test_the_names_of_folders_are_functions_whatever_was_imported_before() -> None:
+    import pipeline.evaluate.compare
+    from pipeline import evaluate, finetune
+    from pipeline.finetune import averaging
+
+    assert inspect.isfunction(evaluate) and inspect.isfunction(finetune) and inspect.ismodule(averaging)
+    hints = typing.get_type_hints(evaluate)["return"], typing.get_type_hints(finetune)["return"]
+    assert hints == (typing.get_type_hints(pipeline.train_head)["return"],) * 2 and typing.is_typeddict(hints[0])
+
+
 def test_from_a_folder_to_scores_and_a_comparison(
     make_params: Callable[..., Params], root: Path, tmp_path: Path
 ) -> None:
@@ -39,5 +51,6 @@ def test_from_a_folder_to_scores_and_a_comparison(
     again: Any = run.evaluate(root)
     assert again["metrics"]["accuracy"] == summary["metrics"]["accuracy"] and set(again) == set(summary)
     assert [each.path for each in pipeline.compare(runs_dir=params.runs.dir).runs] == [run.folder]
+    assert pipeline.evaluate(summary["run"], root)["metrics"] == again["metrics"]
     assert len(pipeline.predict(summary["run"], root / "val")) == summary["n"]
     assert pipeline.advise(params, lines.append)["root"] == str(root)

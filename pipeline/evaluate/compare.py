@@ -8,13 +8,15 @@ without a mark is not shown to differ, which is not shown to be equal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
@@ -22,6 +24,7 @@ from rich.text import Text
 
 from ..artifacts import (
     METRICS_FILE,
+    PARAMS_FILE,
     PREDICTIONS_FILE,
     Predictions,
     RunMetrics,
@@ -59,6 +62,21 @@ class ComparedRun:
     def id(self) -> str:
         """By which every verb takes it, too."""
         return run_id(self.path)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Its params by dotted key, without what says where it lies and those of kinds of head that it is not."""
+        try:
+            sections = yaml.safe_load((self.path / PARAMS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        if not isinstance(sections, dict) or "kind" not in (sections.get("head") or {}):
+            return {}
+        kinds = {name for name, value in sections["head"].items() if isinstance(value, dict)} - {"search"}
+        kinds |= set(sections["head"]["kind"]) if isinstance(sections["head"]["kind"], list) else set()
+        others = [f"head.{part}{kind}." for kind in kinds - {self.model.head.kind} for part in ("", "search.")]
+        left_out = (*others, "runs.", "cache.dir", "head.kind")
+        return {key: value for key, value in _flat(sections, "") if not key.startswith(left_out) and value != {}}
 
     def value(self, column: str) -> Any:
         """The value of a column of `sort_columns`."""
@@ -377,19 +395,22 @@ def _group(
     title = [f"{runs[0].value('data')} ({runs[0].metrics.split}, n = {runs[0].metrics.n:,})"]
     title += [f"{column} {runs[0].value(column)}" for column in shared] if len(runs) > 1 else []
     names = [column for column in ("backbone", "head") if column not in shared or len(runs) == 1]
+    differing = _differing(runs)
+    extra = ["settings"] if any(differing) else []
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for heading in ("#", "", metric.heading, "id", "run", *names, _MARK_TITLE):
+    for heading in ("#", "", metric.heading, "id", "run", *names, *extra, _MARK_TITLE):
         table.add_column(heading, no_wrap=True, overflow="ellipsis")
-    for place, run in zip(lines, runs, strict=True):
+    for place, run, settings in zip(lines, runs, differing, strict=True):
         interval = metric.show_interval(run.metrics.metrics.get(f"{name}_ci95"), between="–")
         shown = metric.show(run.value(name)) + (f" [{interval}]" if interval else "")
         reruns = f" ×{len(lines[place])}" if len(lines[place]) > 1 else ""
         mark = "*" if best is not None and run.value(name) == best else ""
         marks = ", ".join(str(other + 1) for other in comparison.better_than(place) if other in lines)
-        cells = [str(place + 1), mark, shown, run.id, f"{_when_or_name(run)}{reruns}", *map(run.value, names), marks]
+        cells = [str(place + 1), mark, shown, run.id, f"{_when_or_name(run)}{reruns}", *map(run.value, names)]
+        cells += [*([settings] if extra else []), marks]
         table.add_row(*(Text(printable(str(cell))) for cell in cells), style="bold" if mark else None)
     if width is not None:
-        _cut(table, width, range(4, 5 + len(names)))
+        _cut(table, width, range(4, len(table.columns) - 1))
     return printable(", ".join(title)), table
 
 
@@ -400,8 +421,31 @@ def _joined(comparison: Comparison, places: list[int]) -> dict[int, list[int]]:
         run = comparison.runs[place]
         own = "" if _when_or_name(run) != run.path.name else run.path.name  # a name was given for a reason
         same = (own, run.model.verb, run.model.backbone, run.model.transform, run.model.head.kind)
-        found.setdefault(repr((*same, run.metrics.metrics)), []).append(place)
+        found.setdefault(repr((*same, run.metrics.metrics, run.settings)), []).append(place)
     return {same[0]: same for same in found.values()}
+
+
+def _differing(runs: Sequence[ComparedRun]) -> list[str]:
+    """For each run the settings in which it differs from others of its backbone and head, as ``key=value``."""
+    texts = []
+    for run in runs:
+        alike = [each for each in runs if _kind(each) == _kind(run)]
+        keys = dict.fromkeys(key for each in alike for key in each.settings)
+        told = [key for key in keys if any(each.settings.get(key) != run.settings.get(key) for each in alike)]
+        texts.append(", ".join(f"{key.rpartition('.')[2]}={run.settings[key]}" for key in told if key in run.settings))
+    return texts
+
+
+def _kind(run: ComparedRun) -> tuple[Any, Any]:
+    return run.value("backbone"), run.value("head")
+
+
+def _flat(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _when_or_name(run: ComparedRun) -> str:

@@ -312,7 +312,7 @@ class FeatureCache:
             raise MissingFeaturesError(
                 f"View {self.view.number} of the training images is not in the cache: {error.what}",
                 where=error.where,
-                remedy="run `pipeline extract` with the same params (make train-head does so by itself)",
+                remedy="run `pipeline extract` with the same params (`pipeline train-head --extract` does both)",
             ) from error
         self.store.touch()
         return features
@@ -325,7 +325,7 @@ class FeatureCache:
             f"{len(missing)} of {len(images)} images have no feature yet.",
             where=f"{images.root}: {examples}{' ...' if len(missing) > EXAMPLES else ''}",
             why=f"unreadable now: {failures[0]}" if failures else f"{self.store.spec.folder_name} does not hold them",
-            remedy="run `pipeline extract` with the same params (make train-head does so by itself)",
+            remedy="run `pipeline extract` with the same params (`pipeline train-head --extract` does both)",
         )
 
     # -- how it gets there ------------------------------------------------------------------------------------------

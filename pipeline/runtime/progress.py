@@ -1,4 +1,5 @@
-"""A progress bar with rate and time left on a terminal; plain lines, now and then, when piped.
+"""A progress bar with rate and time left on a terminal; one line that is written over in a notebook; plain lines, now
+and then, when piped.
 
 On a terminal a bar is gone when its step ends, and lines that are told meanwhile stand above it.
 """
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-LINE_SECONDS = 10.0
+LINE_SECONDS, NOTEBOOK_SECONDS = 10.0, 0.5
 STDERR = 2
 
 
@@ -96,13 +97,15 @@ class ProgressBar:
         if self._bar:
             _shown.remove(self._bar)
             self._bar.stop()
+        elif self._console.is_jupyter and self._last_line > self._started:
+            print(f"\r{'':<60}\r", end="", file=sys.stderr)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count ``count`` more items as done; ``note`` is shown after the label."""
         self._done += count
         if self._bar:
             self._bar.update(self._bar.task_ids[0], advance=count, description=f"{self._label} {note}".rstrip())
-        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+        elif time.monotonic() - self._last_line >= (NOTEBOOK_SECONDS if self._console.is_jupyter else LINE_SECONDS):
             self._last_line = time.monotonic()
             self._print_line(note)
 
@@ -112,4 +115,8 @@ class ProgressBar:
         total = self._done if self._total is None else self._total
         left = (total - self._done) / rate if rate else float("inf")
         label = f"{self._label} {note}".rstrip()
-        self._console.print(f"{label}: {self._done}/{total}, {rate:.1f}/s, {left:.0f} s left", soft_wrap=True)
+        line = f"{label}: {self._done}/{total}, {rate:.1f}/s, {left:.0f} s left"
+        if self._console.is_jupyter and not self._console.quiet:
+            print(f"\r{line:<60}", end="", file=sys.stderr)  # over the last one
+        else:
+            self._console.print(line, soft_wrap=True)

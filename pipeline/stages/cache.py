@@ -266,13 +266,29 @@ def _lines(new_paths: list[str], nearest: list[dict[str, Any]], *, is_begun: boo
         if len(near["differences"]) > fewest:
             continue  # what made the miss is told by the nearest
         fields = ", ".join(
-            f"{each['field']} {_short(each['cached'])} -> {_short(each['wanted'])}" for each in near["differences"]
+            f"{each['field']} {_short(each['cached'])} -> {_short(each['wanted'])}"
+            for each in _causes(near["differences"])
         )
         lines.append(f"{near['folder']} holds {near['holds']} of them, under another key: {fields}")
     if not nearest:
         lines.append("No other key is in this cache.")
     lines.append("`pipeline extract` with the same params computes them.")
     return lines
+
+
+# What follows another backbone or layer by itself: its tensors, and what `auto` and presets say of it.
+FOLLOWING = {
+    "backbone": ("weights_digest", "precision", "code", "transform."),
+    "layer": ("weights_digest", "precision"),
+    "weights_digest": ("precision",),
+}
+
+
+def _causes(fields: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the differing fields that are not the mere consequence of another one."""
+    names = {each["field"] for each in fields}
+    following = tuple(part for cause, parts in FOLLOWING.items() if cause in names for part in parts)
+    return [each for each in fields if not each["field"].startswith(following)] if following else fields
 
 
 def _short(value: object) -> str:

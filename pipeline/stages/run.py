@@ -215,6 +215,11 @@ def predict(run: Run | Path | str, images: Given | Iterable[Given], *, top: int 
     return (run if isinstance(run, Run) else load_run(run)).predict(images, top=top)
 
 
+def evaluate(run: Run | Path | str, data: Place | None = None, *, quiet: bool = True) -> RunSummary:
+    """The scores of a run, or of the run in that folder, on ``data`` or on its own images; as `Run.evaluate`."""
+    return (run if isinstance(run, Run) else load_run(run)).evaluate(data, quiet=quiet)
+
+
 def load_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     """A run folder as an object that predicts; nothing in it is unpickled or imported.
 

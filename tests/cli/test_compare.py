@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -101,6 +102,13 @@ def test_ids_name_runs_and_reruns_share_a_line(run: Run, project: Path, tmp_path
     (joined,) = (line for line in lines if "×2" in line)
     assert "knn" in joined and "logistic" not in joined
     assert any("*" in line for line in lines[2:4])
+
+    other = tmp_path / "20260102-000000-b" / "params.yaml"
+    params = yaml.safe_load(other.read_text())
+    params["head"]["folds"] = 7
+    other.write_text(yaml.safe_dump(params))
+    apart = run(runs=tmp_path)[1]
+    assert "×2" not in apart and "folds=7" in apart and "settings" in apart.splitlines()[1]
     assert "macro" not in lines[1].lower() and "macro" in run("--wide", runs=tmp_path)[1].lower()
 
 

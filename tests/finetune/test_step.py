@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -103,7 +105,7 @@ def test_only_statistics_that_move_are_synchronised(
     seen: list[bool] = []
     monkeypatch.setattr(nn.SyncBatchNorm, "convert_sync_batchnorm", lambda module: seen.append(True) or module)
     monkeypatch.setattr(nn.Module, "to", lambda module, *_a, **_k: module)
-    monkeypatch.setattr("pipeline.finetune.step.DistributedDataParallel", lambda module, **_k: module)
+    monkeypatch.setattr(sys.modules["pipeline.finetune.step"], "DistributedDataParallel", lambda module, **_k: module)
     setup = Setup(torch.device("cuda:0"), batchnorm=batchnorm, world=World(size=2))  # type: ignore[arg-type]
     TrainableClassifier(tiny_classifier(), tiny_params(sync_batchnorm=True), setup)
     assert bool(seen) == converted

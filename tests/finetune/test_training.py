@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -229,7 +230,9 @@ def test_the_pace_is_measured_on_a_copy() -> None:
 
 def test_between_gpus_a_wish_to_stop_is_heard_a_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """By all processes at the same step, and without waiting for what the GPU has still to do."""
-    monkeypatch.setattr("pipeline.finetune.training.Wishes", lambda count: SimpleNamespace(any=lambda: count.wish))
+    monkeypatch.setattr(
+        sys.modules["pipeline.finetune.training"], "Wishes", lambda count: SimpleNamespace(any=lambda: count.wish)
+    )
     run = _Training.__new__(_Training)
     run._wishes = None
     gpu, wishes = SimpleNamespace(type="cuda"), (False, True, False)

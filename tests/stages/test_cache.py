@@ -21,7 +21,7 @@ from pipeline.features.inventory import DAY
 from pipeline.features.parts import build_part, part_name
 from pipeline.features.store import read_spec
 from pipeline.params import Params, load_params
-from pipeline.stages.cache import collect_garbage, explain_cache, export_features, list_cache, verify_cache
+from pipeline.stages.cache import _causes, collect_garbage, explain_cache, export_features, list_cache, verify_cache
 from pipeline.stages.extract import extract
 from pipeline.stages.open import load_features
 
@@ -250,6 +250,19 @@ def test_why_names_the_field_that_made_another_key(
     assert found["with_feature"] == 0 and said in say.text
     (near,) = found["nearest"]
     assert (near["folder"], near["holds"]) == (key_folder(summary).name, 24) and len(near["differences"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (["backbone", "precision", "transform.resize", "weights_digest"], ["backbone"]),
+        (["layer", "pooling", "weights_digest"], ["layer", "pooling"]),
+        (["precision", "weights_digest"], ["weights_digest"]),
+        (["dtype", "transform.crop"], ["dtype", "transform.crop"]),
+    ],
+)
+def test_why_leaves_out_what_follows_another_field(fields: list[str], told: list[str]) -> None:
+    assert [each["field"] for each in _causes([{"field": name} for name in fields])] == told
 
 
 def test_why_names_the_nearest_key_first(run_extract: Extract, make_params: MakeParams) -> None:

@@ -219,7 +219,7 @@ def test_a_fine_tuned_run_that_kept_its_probe_is_no_start_for_the_next(probe: Pa
 def test_the_share_of_the_mix_is_in_the_protocol(
     probe: Path, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.finetune.averaging.SHARES", (0.5, 1.0))  # the probe is no choice
+    monkeypatch.setattr(sys.modules["pipeline.finetune.averaging"], "SHARES", (0.5, 1.0))  # the probe is no choice
     summary = finetune(make_params(*QUICK, "finetune.interpolate=true", "finetune.backbone_lr=1e-3"), silent)
     assert summary["selected"]["share"] in (0.5, 1.0)
     assert "the mix with the probe was chosen" in metrics_of(summary)["protocol"]
@@ -228,8 +228,10 @@ def test_the_share_of_the_mix_is_in_the_protocol(
 def test_a_tuned_head_is_calibrated_where_the_params_ask_for_it(
     probe: Path, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.finetune.averaging.SHARES", (1.0,))  # the probe is no choice
-    monkeypatch.setattr("pipeline.finetune.training.selection_temperature", lambda _logits, _targets: 2.0)
+    monkeypatch.setattr(sys.modules["pipeline.finetune.averaging"], "SHARES", (1.0,))  # the probe is no choice
+    monkeypatch.setattr(
+        sys.modules["pipeline.finetune.training"], "selection_temperature", lambda _logits, _targets: 2.0
+    )
     quick = (*QUICK, *MOVING, "finetune.calibrate=none", "finetune.refit=false")
     plain, cooled = (finetune(make_params(*quick, f"head.calibrate={how}"), silent) for how in ("none", "temperature"))
     temperature = cooled["selected"]["temperature"]
@@ -244,7 +246,7 @@ def test_what_was_chosen_is_trained_on_all_of_train(
     probe: Path, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while it trains on all of train, it goes on to the same weights; the protocol says what was fitted."""
-    monkeypatch.setattr("pipeline.finetune.averaging.SHARES", (0.5, 1.0))  # the probe is no choice
+    monkeypatch.setattr(sys.modules["pipeline.finetune.averaging"], "SHARES", (0.5, 1.0))  # the probe is no choice
     whole = finetune(make_params(*QUICK, *MOVING, "runs.name=whole"), silent)
     real, refits = stage.train_classifier, 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,7 +315,7 @@ def test_learning_curve_and_start_of_a_fine_tuning_are_fitted_where_the_backbone
         raise HeadError("enough")
 
     monkeypatch.setattr("pipeline.stages.train_head.make_head", make)
-    monkeypatch.setattr("pipeline.finetune.start.make_head", make)
+    monkeypatch.setattr(sys.modules["pipeline.finetune.start"], "make_head", make)
     y = np.arange(12) % 2
     features = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
     table = FeatureTable(
