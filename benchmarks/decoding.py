@@ -2,7 +2,7 @@
 
     python benchmarks/decoding.py --data FOLDER --rounds 5
 
-Prints two Markdown tables. The first: milliseconds for which an image holds that lock, from the listing to the full
+Prints three Markdown tables. The first: milliseconds for which an image holds that lock, from the listing to the full
 batch, where the threads decode and where helper processes decode for them. It is the extracting process's own CPU time
 less that of what lets go of the lock: Pillow's kernels, digests, files, sockets, copies into the batch. It is an upper
 bound, as reading, which lets go of it too, and the clock are counted in. Its inverse bounds the images a second on any
@@ -11,6 +11,9 @@ number of cores.
 The second: 16 threads with a helper each. What lets go of the lock (reading, digest, a helper's answer) is replaced
 by a sleep of its length, so that few cores do: images a second, beside what the sleeps alone allow, and CPU time of an
 image, nearly all of it under the lock.
+
+The third: `extract.decoder=torchvision` beside Pillow, one image after the other, on the device; and how far apart
+their pixels are.
 """
 
 from __future__ import annotations
@@ -36,10 +39,10 @@ from pipeline.backbones import Features, Pixels
 from pipeline.backbones.pipe import stack_pixels
 from pipeline.data import folder as folder_module
 from pipeline.data import images as images_module
-from pipeline.data.decode import Decoder
+from pipeline.data.decode import PlainJpegsElsewhere
 from pipeline.data.framing import Framing
 from pipeline.data.images import open_images
-from pipeline.features.decoding import PIXELS, Decoding, Helpers, _Helper
+from pipeline.features.decoding import PIXELS, Decoding, DecodingOnDevice, Helpers, _Helper
 from pipeline.features.extractor import extract_features
 from pipeline.features.journal import journal
 from pipeline.features.prepare import Decode, Preparation
@@ -48,10 +51,10 @@ from pipeline.features.views import PLAIN
 from pipeline.params.sections import DataParams
 from pipeline.runtime.interrupt import Interruption
 
-WORKERS, BATCH = 1, 64
+WORKERS, BATCH, FEW = 1, 64, 120
 # Seconds without the lock: to read a file of 100 kB from memory, to digest it, to decode and resize it; many threads.
 READ, DIGEST, DECODE, MANY_WORKERS = 1e-4, 1e-4, 3e-3, 16
-DECODING = Decoding(Decoder((255, 255, 255), True, 10**9), PLAIN, Framing(256, 224, "bilinear"))
+DECODING = Decoding(PlainJpegsElsewhere((255, 255, 255), True, 10**9), PLAIN, Framing(256, 224, "bilinear"))
 
 
 def main() -> None:
@@ -76,6 +79,7 @@ def main() -> None:
     rate, allowed = statistics.median(rates), MANY_WORKERS / (READ + DIGEST + DECODE)
     cells = [f"{rate:.0f}", f"{min(rates):.0f} to {max(rates):.0f}", f"{100 * rate / allowed:.0f} %"]
     print(f"| {MANY_WORKERS} threads, sleeps for kernels | {' | '.join(cells)} | {statistics.median(cpus):.3f} |")
+    print_beside_pillow(arguments.data, torch.device(arguments.device), arguments.rounds)
 
 
 def _arguments() -> argparse.Namespace:
@@ -83,7 +87,7 @@ def _arguments() -> argparse.Namespace:
     shared = Path(os.environ.get("PIPELINE_SHARED", "../shared"))
     parser.add_argument("--data", type=Path, default=shared / "data" / "hymenoptera_data")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", help="not used: the device is replaced by a full batch in memory")
+    parser.add_argument("--device", default="cpu", help="where torchvision decodes; else a full batch in memory")
     return parser.parse_args()
 
 
@@ -198,6 +202,28 @@ def unlocked_on_a_clock(helpers: Helpers) -> Iterator[list[float]]:
         ):
             patched.enter_context(mock.patch.object(home, name, value))
         yield seconds
+
+
+def print_beside_pillow(data: Path, device: torch.device, rounds: int) -> None:
+    """The third table; every image is decoded once a round by both."""
+    contents = [path.read_bytes() for path in sorted(data.rglob("*.jpg"))[:FEW]]
+    ways = {"Pillow": DECODING, f"torchvision, {device}": DecodingOnDevice(DECODING, device)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    pixels: dict[str, list[Pixels]] = {}
+    torch.set_num_threads(1)
+    for _ in range(rounds + 1):  # the first loads what the others use
+        for name, decode in ways.items():
+            started = time.perf_counter()
+            pixels[name] = [decode(content, bytes(16)) for content in contents]
+            seconds[name].append((time.perf_counter() - started) / len(contents))
+    medians = [statistics.median(values[1:]) for values in seconds.values()]
+    left, right = (np.stack(values).astype(int) for values in pixels.values())
+    print("\n| | ms an image (median) | min to max | against Pillow | largest, mean difference of 255 |")
+    print("| :-- | --: | --: | --: | --: |")
+    for (name, values), median in zip(seconds.items(), medians, strict=True):
+        spread, apart = f"{1000 * min(values[1:]):.2f} to {1000 * max(values[1:]):.2f}", np.abs(left - right)
+        told = "" if name == "Pillow" else f"{apart.max()}, {apart.mean():.4f}"
+        print(f"| {name} | {1000 * median:.2f} | {spread} | {medians[0] / median:.2f} x | {told} |")
 
 
 if __name__ == "__main__":

@@ -204,17 +204,35 @@ class TrainableClassifier:
 
         Where processes compute the statistics together they are those of all their images, and the others would wait
         for ever for one that took no part.
+
+        Raises:
+            FinetuneError: the step was to be compiled and cannot be.
         """
         if len(images) > 1:
-            return cast(Tensor, self._forward(images))
+            return self._logits(images)
         alone = [norm for norm in batchnorm_modules(self.classifier) if not isinstance(norm, nn.SyncBatchNorm)]
         moving = [norm for norm in alone if norm.training]
         for norm in moving:
             norm.eval()
-        logits = cast(Tensor, self._forward(images))
+        logits = self._logits(images)
         for norm in moving:
             norm.train()
         return logits
+
+    def _logits(self, images: Tensor) -> Tensor:
+        if not self.params.compile:
+            return cast(Tensor, self._forward(images))
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return cast(Tensor, self._forward(images))
+        except TorchDynamoException as error:
+            raise FinetuneError(
+                "The steps cannot be compiled.",
+                where="finetune.compile",
+                why=str(error).partition("\n")[0],
+                remedy="install a C++ compiler (apt-get install g++), or set finetune.compile=false",
+            ) from error
 
     def gradient_sync(self, closes: bool) -> AbstractContextManager[object]:
         """Processes exchange gradients in the batch that closes a step only."""

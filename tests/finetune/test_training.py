@@ -245,7 +245,7 @@ def test_compiled_steps_lead_to_the_same_weights(tmp_path: Path, monkeypatch: py
 
     def compile_(module: nn.Module, *, dynamic: bool) -> Any:
         compiled.append(module)
-        return plain(module, backend="aot_eager", dynamic=dynamic)
+        return plain(module, backend="eager", dynamic=dynamic)
 
     plain = torch.compile
     monkeypatch.setattr(torch, "compile", compile_)
@@ -269,6 +269,21 @@ def test_compiled_steps_lead_to_the_same_weights(tmp_path: Path, monkeypatch: py
     assert ends[0].keys() == ends[1].keys()
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    def compile_(_module: nn.Module, *, dynamic: bool) -> Any:
+        def fails(_images: torch.Tensor) -> None:
+            raise TorchDynamoException("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    with pytest.raises(FinetuneError, match="cannot be compiled") as caught:
+        train_tiny(tmp_path, tiny_params(compile=True, epochs=1))
+    assert "compiler found" in str(caught.value) and "VERBOSE" not in str(caught.value)
 
 
 @pytest.mark.slow
