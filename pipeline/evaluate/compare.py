@@ -65,7 +65,7 @@ class ComparedRun:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Its params by dotted key, without what says where it lies and those of kinds of head that it is not."""
+        """Its params by dotted key, without where it was made and lies and what it did not use: other heads, stages."""
         try:
             sections = yaml.safe_load((self.path / PARAMS_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
@@ -76,7 +76,10 @@ class ComparedRun:
         kinds |= set(sections["head"]["kind"]) if isinstance(sections["head"]["kind"], list) else set()
         others = [f"head.{part}{kind}." for kind in kinds - {self.model.head.kind} for part in ("", "search.")]
         left_out = (*others, "runs.", "cache.dir", "head.kind")
-        return {key: value for key, value in _flat(sections, "") if not key.startswith(left_out) and value != {}}
+        left_out += () if self.model.verb == "finetune" else ("finetune.",)
+        places = (".device", ".workers")
+        flat = ((key, value) for key, value in _flat(sections, "") if not key.startswith(left_out) and value != {})
+        return {key: value for key, value in flat if not key.endswith(places)}
 
     def value(self, column: str) -> Any:
         """The value of a column of `sort_columns`."""
@@ -426,18 +429,25 @@ def _joined(comparison: Comparison, places: list[int]) -> dict[int, list[int]]:
 
 
 def _differing(runs: Sequence[ComparedRun]) -> list[str]:
-    """For each run the settings in which it differs from others of its backbone and head, as ``key=value``."""
-    texts = []
+    """For each run the settings in which others of its verb, backbone and head differ from it, as ``key=value``.
+
+    What a run of an earlier version lacks tells nothing. Beside probes a fine-tuned one says so.
+    """
+    texts, verbs = [], {run.model.verb for run in runs}
     for run in runs:
         alike = [each for each in runs if _kind(each) == _kind(run)]
-        keys = dict.fromkeys(key for each in alike for key in each.settings)
-        told = [key for key in keys if any(each.settings.get(key) != run.settings.get(key) for each in alike)]
-        texts.append(", ".join(f"{key.rpartition('.')[2]}={run.settings[key]}" for key in told if key in run.settings))
+        told = ["fine-tuned"] if len(verbs) > 1 and run.model.verb == "finetune" else []
+        told += [
+            f"{key.rpartition('.')[2]}={value}"
+            for key, value in run.settings.items()
+            if any(each.settings.get(key, value) != value for each in alike)
+        ]
+        texts.append(", ".join(dict.fromkeys(told)))
     return texts
 
 
-def _kind(run: ComparedRun) -> tuple[Any, Any]:
-    return run.value("backbone"), run.value("head")
+def _kind(run: ComparedRun) -> tuple[Any, ...]:
+    return run.model.verb, run.value("backbone"), run.value("head")
 
 
 def _flat(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -109,6 +109,10 @@ def test_ids_name_runs_and_reruns_share_a_line(run: Run, project: Path, tmp_path
     other.write_text(yaml.safe_dump(params))
     apart = run(runs=tmp_path)[1]
     assert "×2" not in apart and "folds=7" in apart and "settings" in apart.splitlines()[1]
+    model = json.loads((other.parent / "model.json").read_text())
+    (other.parent / "model.json").write_text(json.dumps({**model, "verb": "finetune"}))
+    (tuned,) = (line for line in run(runs=tmp_path)[1].splitlines() if "fine-tuned" in line)
+    assert "folds" not in tuned  # of none of its kind does it differ
     assert "macro" not in lines[1].lower() and "macro" in run("--wide", runs=tmp_path)[1].lower()
 
 
