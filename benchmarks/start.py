@@ -21,6 +21,8 @@ from pathlib import Path
 
 from pipeline.data.demo import write_demo_data
 
+PROJECT = Path(__file__).resolve().parent.parent
+
 
 def timed(command: list[str], folder: Path) -> tuple[float, float]:
     """Wall and processor seconds of one command that must succeed."""
@@ -52,12 +54,13 @@ def main() -> None:
             "import torch": [sys.executable, "-c", "import torch"],
             "extract, nothing to do": [*pipeline, "extract"],
             "train-head": [*pipeline, "train-head"],
+            "make train-head": ["make", "train-head", f"PARAMS={folder / 'params.yaml'}", f"VENV={sys.prefix}"],
             "predict, one cached image": [*pipeline, "predict", "latest", str(image)],
         }
         seconds: dict[str, list[tuple[float, float]]] = {what: [] for what in commands}
         for _ in range(arguments.rounds):
             for what, command in commands.items():
-                seconds[what].append(timed(command, folder))
+                seconds[what].append(timed(command, PROJECT if command[0] == "make" else folder))
     base = [statistics.median(column) for column in zip(*seconds["import torch"], strict=True)]
     print(f"{'command':<28}{'wall s':>8}{'ratio':>7}{'cpu s':>8}{'ratio':>7}")
     for what, rounds in seconds.items():
