@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from .rounding import Features
 
 BLOCK_BYTES = 16 << 20
+# Rows that are not neighbours and are looked up through one map: the system maps some 64 kB around each.
+SCATTERED = 256
 PREFIX, SUFFIX = "rows-", ".npy"
 
 
@@ -63,7 +65,11 @@ class Rows:
         stored = np.load(self.file, mmap_mode="c")
         if len(chosen) and chosen[-1] - chosen[0] == len(chosen) - 1 and (np.diff(chosen) == 1).all():
             return np.asarray(stored[chosen[0] : chosen[-1] + 1])
-        return np.asarray(stored[chosen])
+        found = np.empty((len(chosen), stored.shape[1]), stored.dtype)
+        for start in range(0, len(chosen), SCATTERED):
+            part = slice(start, start + SCATTERED)
+            found[part] = np.load(self.file, mmap_mode="c")[chosen[part]]
+        return found
 
     def take(self, rows: Any) -> Rows:
         """The rows of a slice, a mask or positions, none of them read yet."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..features.cache import FeatureTable
-from ..features.rows import mean_row
+from ..features.rows import mean_row, row_blocks, take_rows
 from ..heads.common import one_library_thread
 from .thumbnails import Thumbnails
 
@@ -169,8 +169,10 @@ class Curator:
         train = train[np.linspace(0, len(train) - 1, min(len(train), NEAREST_ROWS)).astype(np.int64)]
         if not len(train) or not len(rows):
             return np.empty((len(rows), 0), np.int64)
-        mean = self.table.features[train].mean(axis=0)
-        near = _unit(self.table.features[rows] - mean) @ _unit(self.table.features[train] - mean).T
+        others = take_rows(self.table.features, train)
+        mean = mean_row(others)
+        unit = _unit(self.table.features[rows] - mean)
+        near = np.concatenate([unit @ _unit(others[block] - mean).T for block in row_blocks(others)], axis=1)
         near[rows[:, None] == train[None, :]] = -np.inf
         return np.asarray(train[np.argsort(-near, axis=1, kind="stable")[:, :count]])
 
@@ -238,12 +240,13 @@ def _two_dimensions(features: Features, rows: Ints, method: str, seed: int) -> F
 
 
 def _principal_components(X: Features, count: int, generator: np.random.Generator) -> tuple[Features, Features]:
-    """The mean (d,) of X (n, d), and about its leading principal components (d, count): Halko et al. 2011, 4.4.
+    """The mean (d,) of X (n, d), which is then taken from it, and about its leading principal components (d, count).
 
+    Halko et al. 2011, 4.4.
     As scikit-learn's randomized PCA, which takes longer to import than this takes to run.
     """
     mean = X.mean(axis=0)
-    X = X - mean
+    X -= mean
     sample = generator.normal(size=(X.shape[1], count + 10)).astype(np.float32)
     with one_library_thread():
         for _ in range(7):

@@ -22,11 +22,12 @@ def flat_of(cache: Path, digests: np.ndarray) -> Rows:
     return make_store(cache).flat(digests)
 
 
-def test_rows_stand_in_the_order_that_was_asked_for(tmp_path: Path) -> None:
+def test_rows_stand_in_the_order_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digests = make_digests(40)
     for start in range(0, 40, 7):
         fill(make_store(tmp_path), digests[start : start + 7])
     order = np.random.default_rng(3).integers(0, 40, 60)  # some contents twice
+    monkeypatch.setattr("pipeline.features.rows.SCATTERED", 7)
     rows, expected = flat_of(tmp_path, digests[order]), features_of(digests[order])
     assert rows.shape == (60, DIM) and rows.stored_dtype == np.float16
     assert (np.asarray(rows) == expected).all()
