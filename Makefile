@@ -11,6 +11,8 @@ DEMO_DATA ?= data/demo
 BENCH ?= benchmarks/*.py
 EXTRAS ?= dev,export,notebook,openclip,parquet,remote,serve,tensorboard,timm
 FILE ?= model.onnx
+# Test files are shared among processes, each with what its own fixtures made.
+PARALLEL := -n auto --maxprocesses=4 --dist=loadfile
 
 VALUES := PYTHON VENV VENV_LOWEST PARAMS DEMO_DATA BENCH EXTRAS SET OVER RUN DATA IMAGES FILE TESTS ARGS
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
@@ -129,11 +131,11 @@ demo: setup ## every stage on the demo images, then extract again: it costs noth
 	@$(load) set -- -s "data.root=$$DEMO_DATA" "$$@"; verb demo "$$@"
 
 test: setup ## run the tests (TESTS=tests/heads for some)
-	@"$$VENV/bin/python" -m pytest $$TESTS $$ARGS
+	@"$$VENV/bin/python" -m pytest $(PARALLEL) $$TESTS $$ARGS
 
 test-extras: setup ## run the tests with all extras installed
 	@"$$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-input -e ".[$$EXTRAS]"
-	@"$$VENV/bin/python" -m pytest $$TESTS $$ARGS
+	@"$$VENV/bin/python" -m pytest $(PARALLEL) $$TESTS $$ARGS
 
 test-lowest: ## run the tests with the lowest versions that pyproject.toml allows
 	@set -e; mkdir -p "$$VENV_LOWEST"; \
@@ -141,7 +143,7 @@ test-lowest: ## run the tests with the lowest versions that pyproject.toml allow
 	"$$VENV_LOWEST/bin/python" tests/lowest.py > "$$VENV_LOWEST/lowest.txt"; \
 	"$$VENV_LOWEST/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
 		-c "$$VENV_LOWEST/lowest.txt" -e '.[dev]'; \
-	"$$VENV_LOWEST/bin/python" -m pytest $$TESTS $$ARGS
+	"$$VENV_LOWEST/bin/python" -m pytest $(PARALLEL) $$TESTS $$ARGS
 
 torture: setup ## run the slow tests: kills, many writers, large folders
 	@"$$VENV/bin/python" -m pytest -m slow $$TESTS $$ARGS

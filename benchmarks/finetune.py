@@ -78,6 +78,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=244, help="of one epoch")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--batchnorm", choices=("frozen", "train"), default="frozen", help="of ours; plain: train")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="ours, by torch.compile"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -145,6 +148,10 @@ def _positions(available: int, wanted: int) -> list[int]:
     return [
         position * available // wanted if wanted < available else position % available for position in range(wanted)
     ]
+
+
+def _params(arguments: argparse.Namespace) -> FinetuneParams:
+    return FinetuneParams(batch_size=arguments.batch_size, batchnorm=arguments.batchnorm, compile=arguments.compile)
 
 
 def _build(arguments: argparse.Namespace, classes: int) -> tuple[Classifier, Transform]:
@@ -217,9 +224,7 @@ def _run_ours(arguments: argparse.Namespace, device: torch.device) -> None:
         next(turns, None)
 
     with tempfile.TemporaryDirectory() as scratch:
-        params = FinetuneParams(
-            epochs=arguments.rounds + 1, batch_size=arguments.batch_size, batchnorm=arguments.batchnorm
-        )
+        params = _params(arguments).model_copy(update={"epochs": arguments.rounds + 1})
         train_classifier(
             classifier,
             images,
@@ -237,7 +242,7 @@ def _run_alone(arguments: argparse.Namespace, device: torch.device) -> None:
     """The same network on one batch that lies on the device already."""
     reuse_freed_memory()
     classifier, transform = _build(arguments, 2)
-    params = FinetuneParams(batch_size=arguments.batch_size, batchnorm=arguments.batchnorm)
+    params = _params(arguments)
     setup = resolve_setup(params, device, targets=np.arange(2), class_names=("0", "1"))
     model = TrainableClassifier(classifier, params, setup)
     model.train_mode()

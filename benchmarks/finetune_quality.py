@@ -52,6 +52,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
         *("finetune.start=random", "finetune.batchnorm=train", "finetune.optimizer=sgd", "finetune.weight_decay=0"),
         *("finetune.backbone_lr=1e-3", "finetune.head_lr=1e-3", "finetune.schedule=step", "finetune.epochs=25"),
         *("finetune.select=accuracy", "finetune.refit=false", "finetune.calibrate=none", "finetune.batch_size=4"),
+        *("finetune.clip_norm=0", "finetune.augment.crop_scale=[0.08, 1.0]", "finetune.augment.horizontal_flip=0.5"),
     ),
 }
 

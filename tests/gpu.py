@@ -23,6 +23,7 @@ from PIL import Image
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESNET, SMALL = ("--backbone", "resnet50"), ("--backbone", "squeezenet1_1")
+TUNED = (*RESNET, "--images", "2048", "--batch-size", "128", "--rounds", "1")
 FEW_STRENGTHS = ("--strengths", "15", "--gap-stride", "7")
 # Name, script or module, its arguments; the earlier ones say more.
 STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -30,8 +31,9 @@ STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("forward", ("benchmarks/extract.py", *RESNET, "--forward")),
     ("extract", ("benchmarks/extract.py", *RESNET, "--images", "12000", "--rounds", "1", "--torchvision")),
     ("decoding", ("benchmarks/decoding.py", "--rounds", "3")),
-    ("finetune", ("benchmarks/finetune.py", *RESNET, "--images", "2048", "--batch-size", "128", "--rounds", "1")),
+    ("finetune", ("benchmarks/finetune.py", *TUNED)),
     ("heads", ("benchmarks/heads.py", "--rows", "20000", "--classes", "20", "--rounds", "1", *FEW_STRENGTHS)),
+    ("compiled", ("benchmarks/finetune.py", *TUNED, "--compile")),
 )
 WITHOUT_IMAGES = ("tests", "heads")
 # What overrides these arguments, or is added to them.
@@ -41,6 +43,7 @@ TINY: dict[str, tuple[str, ...]] = {
     "extract": (*SMALL, "--images", "16"),
     "decoding": ("--rounds", "1"),
     "finetune": (*SMALL, "--images", "16", "--batch-size", "8"),
+    "compiled": (*SMALL, "--images", "16", "--batch-size", "8", "--no-compile"),
     "heads": ("--rows", "200", "--classes", "3", "--strengths", "3", "--gap-stride", "0", "--folds", "2", "--tensors"),
 }
 

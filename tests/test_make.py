@@ -15,6 +15,7 @@ from .conftest import PROJECT
 from .lowest import lowest_versions
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+PARALLEL = ["-n", "auto", "--maxprocesses=4", "--dist=loadfile"]
 
 # Stands for the interpreter: notes what it is asked, makes environments of itself, fails where FAIL says so.
 FAKE = """#!/bin/sh
@@ -84,7 +85,7 @@ class TestSetup:
         assert len(clone.asked("-m", "pip", "install")) == 1
         assert clone.make("test").returncode == 0
         assert clone.asked("-m", "pip") == clone.asked("-m", "venv") == []
-        assert clone.asked("-m", "pytest") == [[]]
+        assert clone.asked("-m", "pytest") == [PARALLEL]
 
     def test_happens_again_when_dependencies_change_and_only_then(self, ready: Clone) -> None:
         pyproject = ready.folder / "pyproject.toml"
@@ -136,7 +137,7 @@ class TestSetup:
         extras = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         wanted = install[-1].removeprefix(".[").removesuffix("]").split(",")
         assert install[-2] == "-e" and set(wanted) == set(extras)
-        assert ready.asked("-m", "pytest") == [["tests/export"]]
+        assert ready.asked("-m", "pytest") == [[*PARALLEL, "tests/export"]]
 
     def test_of_the_lowest_versions_is_apart(self, ready: Clone) -> None:
         assert ready.make("test-lowest", "TESTS=tests/params").returncode == 0
@@ -144,7 +145,7 @@ class TestSetup:
         assert install[-4:] == ["-c", ".venv-lowest/lowest.txt", "-e", ".[dev]"]
         assert ready.asked("-m", "venv") == [[".venv-lowest"]]
         assert ready.asked("tests/lowest.py") == [[]]
-        assert ready.asked("-m", "pytest") == [["tests/params"]]
+        assert ready.asked("-m", "pytest") == [[*PARALLEL, "tests/params"]]
 
     def test_help_needs_none(self, clone: Clone) -> None:
         done = clone.make()

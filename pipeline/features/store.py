@@ -22,7 +22,15 @@ from numpy.typing import NDArray
 
 from ..data.digests import Digests, DigestTable, empty_digests, first_occurrences
 from ..errors import CacheError, MissingFeaturesError
-from ..files import digest_bytes, digest_file, file_lock, publish_file, publish_written, temporary_name
+from ..files import (
+    TEMPORARY_PREFIX,
+    digest_bytes,
+    digest_file,
+    file_lock,
+    publish_file,
+    publish_written,
+    temporary_name,
+)
 from .merge import merge_parts, parts_to_merge
 from .parts import (
     HDF5_ERRORS,
@@ -43,7 +51,7 @@ from .spec import FeatureSpec
 
 SPEC_FILE = "spec.json"
 USED_FILE = "used"
-LOCK_FILE = ".lock"
+LOCK_FILE, ROWS_LOCK = ".lock", ".rows-lock"
 READ_AGAIN = 3
 
 
@@ -203,12 +211,8 @@ class FeatureStore:
             CacheError: the file cannot be written.
         """
         name = f"{ROWS_PREFIX}{digest_bytes(digests.tobytes()).hex()[:16]}-"
-        for file in self.folder.glob(f"{name}*{ROWS_SUFFIX}"):
-            with suppress(OSError, ValueError):
-                rows = Rows(file)
-                if rows.shape == (len(digests), self.feature_dim):
-                    os.utime(file)
-                    return rows
+        if made := self._made_flat(name, len(digests)):
+            return made
         try:
             for _ in range(READ_AGAIN):
                 with suppress(FileNotFoundError):
@@ -218,20 +222,35 @@ class FeatureStore:
         except OSError as error:
             raise cannot_write(self.folder, error) from error
 
+    def _made_flat(self, name: str, count: int) -> Rows | None:
+        for file in self.folder.glob(f"{name}*{ROWS_SUFFIX}"):
+            with suppress(OSError, ValueError):
+                rows = Rows(file)
+                if rows.shape == (count, self.feature_dim):
+                    os.utime(file)
+                    return rows
+        return None
+
     def _make_flat(self, name: str, digests: Digests) -> Rows:
         places = self._places(digests)
         dtype = np.result_type(np.float16, *(np.dtype(part.dtype) for part, *_ in places))
-        temporary = temporary_name(self.folder / f"{name}{ROWS_SUFFIX}")
-        try:
-            np.lib.format.open_memmap(temporary, "w+", dtype, (len(digests), self.feature_dim)).flush()
-            for part, mine, rows in places:
-                # A map for each part: what was written need not stay in memory.
-                np.load(temporary, mmap_mode="r+")[mine] = self._rows(part, rows)
-            file = self.folder / f"{name}{digest_file(temporary).hex()}{ROWS_SUFFIX}"
-            publish_written(temporary, file)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with file_lock(self.folder / ROWS_LOCK, shared=False) as held:
+            if held:  # by whoever makes such a file: what lies there unfinished is of processes that were killed
+                for left in self.folder.glob(f"{TEMPORARY_PREFIX}*-{ROWS_PREFIX}*"):
+                    left.unlink(missing_ok=True)
+                if made := self._made_flat(name, len(digests)):
+                    return made
+            temporary = temporary_name(self.folder / f"{name}{ROWS_SUFFIX}")
+            try:
+                np.lib.format.open_memmap(temporary, "w+", dtype, (len(digests), self.feature_dim)).flush()
+                for part, mine, rows in places:
+                    # A map for each part: what was written need not stay in memory.
+                    np.load(temporary, mmap_mode="r+")[mine] = self._rows(part, rows)
+                file = self.folder / f"{name}{digest_file(temporary).hex()}{ROWS_SUFFIX}"
+                publish_written(temporary, file)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
         return Rows(file)
 
     def _rows(self, part: Part, rows: NDArray[np.int64]) -> np.ndarray:

@@ -50,8 +50,10 @@ def training_fingerprint(
         head: what training starts from.
     """
     layers = [array.tolist() for layer in zip(head.weights, head.biases, strict=True) for array in layer]
+    # What came later is left out at its default, so that trainings begun before it can go on.
+    left_out = WITHOUT_EFFECT | ({"compile"} if not params.compile else set())
     facts = {
-        "params": params.model_dump(mode="json", exclude=WITHOUT_EFFECT),
+        "params": params.model_dump(mode="json", exclude=left_out),
         "backbone": backbone,
         "transform": transform,
         "images": digest_bytes(images.tobytes()).hex(),

@@ -173,7 +173,8 @@ class TrainableClassifier:
         self.epoch, self.open = 1, self._opened(1)
         self.groups: list[Group] = first_groups(self.classifier, params)
         self.optimizer = make_optimizer(self.groups, params, setup.device)
-        self._forward: nn.Module = self.classifier
+        self._wrapped: nn.Module = self.classifier
+        self._forward = self._compiled()
         self._unfreeze(self.groups)
 
     def advance(self, epoch: int) -> None:
@@ -217,8 +218,8 @@ class TrainableClassifier:
 
     def gradient_sync(self, closes: bool) -> AbstractContextManager[object]:
         """Processes exchange gradients in the batch that closes a step only."""
-        wrapped = isinstance(self._forward, DistributedDataParallel)
-        return self._forward.no_sync() if wrapped and not closes else nullcontext()  # type: ignore[operator]
+        wrapped = self._wrapped
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not closes else nullcontext()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -242,7 +243,12 @@ class TrainableClassifier:
         if self.setup.world.size > 1 and groups:
             # Reduces the gradients of what needs them when it is built: built anew when more is opened.
             ids = [self.setup.device.index] if self.setup.device.type == "cuda" else None
-            self._forward = DistributedDataParallel(self.classifier, device_ids=ids)
+            self._wrapped = DistributedDataParallel(self.classifier, device_ids=ids)
+            self._forward = self._compiled()
+
+    def _compiled(self) -> nn.Module:
+        """What computes the steps: compiled once for each size of a batch and each set of open blocks."""
+        return cast(nn.Module, torch.compile(self._wrapped, dynamic=False)) if self.params.compile else self._wrapped
 
 
 # -- the step --------------------------------------------------------------------------------------------------------

@@ -217,7 +217,11 @@ def plan_epochs(params: FinetuneParams, seconds: float, refit_seconds: float) ->
 def seconds_per_image(
     classifier: Classifier, train: LabelledImages, transform: PixelTransform, params: FinetuneParams, setup: Setup
 ) -> float:
-    """What an image of an epoch takes here, as the first process sees it; measured on a copy with part of a batch."""
+    """What an image of an epoch takes here, as the first process sees it; measured on a copy with part of a batch.
+
+    Not compiled, which takes longer than what is measured.
+    """
+    params = params.model_copy(update={"compile": False})
     model = TrainableClassifier(copy.deepcopy(classifier), params, setup)
     stepper = Stepper(model, train, transform)
     model.train_mode()

@@ -23,7 +23,7 @@ from ..files import read_regular_file
 from ..runtime.seeds import derive_seed
 from .base import Head
 from .common import CHUNK_ROWS, LOG_FLOOR, Features, Floats, Ints, near, one_library_thread, standardisation
-from .sums import Sums, fit_to_sums, learns_from_sums
+from .sums import fit_to_sums, learns_from_sums
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -110,7 +110,9 @@ class SklearnHead(Head):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 if isinstance(X, Rows):
-                    self._fit_to_sums(estimator, X, index, scaler)
+                    moments = standardisation(X, False) if scaler is None else (scaler.mean_, scaler.scale_)
+                    centred = scaler is not None
+                    fit_to_sums(estimator, X, index, self._class_weights(index), moments, centred=centred)
                 else:
                     estimator.fit(X if scaler is None else scaler.transform(X), index, **arguments)
         except (ValueError, TypeError, AttributeError, np.linalg.LinAlgError) as error:
@@ -125,14 +127,6 @@ class SklearnHead(Head):
         if "n_jobs" in estimator.get_params():
             estimator.set_params(n_jobs=1)
         return Pipeline([*([("scale", scaler)] if scaler is not None else []), ("classify", estimator)])
-
-    def _fit_to_sums(self, estimator: Any, X: Any, index: Ints, scaler: Any) -> None:
-        weights = self._class_weights(index)
-        if scaler is None:
-            mean, scale = standardisation(X, False)
-            fit_to_sums(estimator, Sums.read(X, index, weights, mean, scale), mean)
-        else:
-            fit_to_sums(estimator, Sums.read(X, index, weights, scaler.mean_, scaler.scale_))
 
     def _make_estimator(self, index: Ints) -> tuple[Any, dict[str, Any]]:
         """An unfitted estimator, and the arguments for its `fit`."""

@@ -339,6 +339,7 @@ class FinetuneParams(Section):
     unfreeze: str = Field("all", pattern=UNFREEZE_PATTERN)
     batchnorm: Literal["auto", "frozen", "train"] = "auto"
     sync_batchnorm: bool = False
+    compile: bool = False
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegative = 0.01

@@ -13,6 +13,7 @@ from pipeline.errors import MissingFeaturesError
 from pipeline.features.inventory import find_garbage, verify_key
 from pipeline.features.merge import MERGE_AT
 from pipeline.features.rows import Rows, take_rows
+from pipeline.files import temporary_name
 
 from .examples import DIM, features_of, fill, make_digests, make_store
 
@@ -58,6 +59,14 @@ def test_the_file_is_made_once_and_whatever_the_parts(tmp_path: Path) -> None:
     assert again.file == first.file and again.file.stat().st_ino == written[1]
     assert again.file.stat().st_mtime > 1  # it was of use
     assert len(list(again.file.parent.glob("rows-*"))) == 1
+
+
+def test_what_a_killed_process_left_unfinished_goes(tmp_path: Path) -> None:
+    digests = make_digests(5)
+    fill(make_store(tmp_path), digests)
+    left = temporary_name(make_store(tmp_path).folder / "rows-ab-.npy")
+    left.write_bytes(b"half")
+    assert (flat_of(tmp_path, digests)[:] == features_of(digests)).all() and not left.exists()
 
 
 def test_missing_rows_are_told_and_leave_nothing(tmp_path: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pipeline.errors import FinetuneError, Interrupted
 from pipeline.files import file_lock
@@ -233,3 +237,57 @@ def test_between_gpus_a_wish_to_stop_is_heard_a_step_later(monkeypatch: pytest.M
     run._wishes = None
     gpu, wishes = SimpleNamespace(type="cuda"), (False, True, False)
     assert [run._stops(SimpleNamespace(device=gpu, wish=wish)) for wish in wishes] == [False, False, True]
+
+
+def test_compiled_steps_lead_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the compiler sees the network, but without a C compiler; batches of 8 and a last one of 1."""
+    compiled: list[nn.Module] = []
+
+    def compile_(module: nn.Module, *, dynamic: bool) -> Any:
+        compiled.append(module)
+        return plain(module, backend="aot_eager", dynamic=dynamic)
+
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_)
+    torch._dynamo.reset()
+    ends = []
+    for name, own in (("plain", False), ("compiled", True)):
+        params = tiny_params(compile=own, unfreeze="gradual", epochs=2, batchnorm="frozen")
+        classifier = tiny_classifier()
+        result = train_classifier(
+            classifier,
+            labelled(25),
+            labelled(9, seed=1),
+            TRANSFORM,
+            params,
+            Setup(),
+            folder=tmp_path / name,
+            fingerprint="",
+        )
+        ends.append(result.tuned)
+    assert compiled
+    assert ends[0].keys() == ends[1].keys()
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_steps_run_where_there_is_a_compiler(tmp_path: Path) -> None:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    ends = []
+    for own in (False, True):
+        params = tiny_params(compile=own, epochs=2)
+        result = train_classifier(
+            tiny_classifier(),
+            labelled(24),
+            None,
+            TRANSFORM,
+            params,
+            Setup(),
+            folder=tmp_path / str(own),
+            fingerprint="",
+        )
+        ends.append(result.tuned)
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-3, atol=1e-4)

@@ -297,7 +297,7 @@ def test_minutes_leave_fewer_epochs(probe: Path, make_params: MakeParams) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["probe", "random"])
-def test_two_processes_fit_the_probe_once_and_share_the_tuned_features(
+def test_two_processes_train_on_all_of_train_what_they_chose_and_share_the_tuned_features(
     probe: Path, make_params: MakeParams, tmp_path: Path, start: str
 ) -> None:
     file = tmp_path / "two.yaml"
@@ -310,8 +310,9 @@ def test_two_processes_fit_the_probe_once_and_share_the_tuned_features(
         env={**os.environ, "PYTHONPATH": str(PROJECT)},
     )
     assert done.returncode == 0, done.stderr
-    run = load_run(tmp_path / "runs" / "two")
-    assert json.loads(done.stdout)["run"] == str(run.folder.resolve())
+    run, summary = load_run(tmp_path / "runs" / "two"), json.loads(done.stdout)
+    assert summary["run"] == str(run.folder.resolve())
     if start == "random":  # any epoch is better than that
+        assert summary["selected"]["refit"] and "was fitted on 16 images of train" in metrics_of(summary)["protocol"]
         assert run.model.feature_key != load_run(probe).model.feature_key
         assert len(list((tmp_path / "cache").glob(f"*-{run.model.feature_key}/*.h5"))) == 2  # one part of each process

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import load_run
+from pipeline import load_run, stages
 from pipeline.errors import CacheError
+from pipeline.features import rows
 from pipeline.features.parts import build_part, part_name
 from pipeline.files import publish_file
 from pipeline.params import Params, load_params
@@ -50,6 +51,12 @@ def verify_job(settings: list[str]) -> dict[str, Any]:
 def train_job(settings: list[str]) -> dict[str, Any]:
     """Train a head; the metrics."""
     return dict(train_head(params_of([*settings, *HEAD]), silent)["metrics"])
+
+
+def train_by_blocks_job(settings: list[str]) -> dict[str, Any]:
+    """As `train_job`, with features that are read from a file, some rows at a time."""
+    stages.open.COPIES, rows.BLOCK_BYTES = 10**12, 1 << 14
+    return train_job(settings)
 
 
 def collect_job(settings: list[str]) -> str | None:

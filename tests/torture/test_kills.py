@@ -18,8 +18,9 @@ from .children import Fate, fates
 from .conftest import IMAGES, Ground, Tally
 
 Begin = Callable[[str], Tally]
-EXTRACT, CLOCK, TRAIN, COLLECT, TUNE = 200, 40, 60, 40, 20
+EXTRACT, CLOCK, TRAIN, BLOCKS, COLLECT, TUNE = 200, 40, 60, 24, 40, 20
 SEED = 20_260_101
+EARLY = 80  # events before a head is trained
 
 
 def assert_complete(ground: Ground, settings: list[str], cache: Path, tally: Tally) -> None:
@@ -63,6 +64,27 @@ def test_extract_killed_by_the_clock(ground: Ground, tmp_path: Path, tally: Begi
             assert_complete(ground, settings, cache, count)
             ground.run(jobs.verify_job, settings)
             shutil.rmtree(cache)
+
+
+def test_train_head_by_blocks_killed_at_any_event_starts_again(ground: Ground, tmp_path: Path, tally: Begin) -> None:
+    count, phases = tally("train-head by blocks killed at an event"), Counter[str]()
+    cache, runs = tmp_path / "cache", tmp_path / "runs"
+    shutil.copytree(ground.folder / "cache", cache)
+    settings = ground.settings(cache, "head.memory_mb=1")
+    whole = ground.run(jobs.train_by_blocks_job, settings)
+    # Most events are blocks that are read; among the first ones the file is made.
+    for fate in [*fates(SEED, BLOCKS // 2, whole["events"]), *fates(SEED, BLOCKS // 2, EARLY)]:
+        if count.tries % 2 == 0:
+            for file in cache.glob("*/rows-*.npy"):
+                file.unlink()
+        phases[ground.run(jobs.train_by_blocks_job, settings, fate=fate)["phase"]] += 1
+        count.tries += 1
+        if count.tries % 2 == 0:
+            assert ground.run(jobs.train_by_blocks_job, settings)["result"] == whole["result"]
+            assert len(list(cache.glob("*/*rows-*.npy"))) == 1, "a half file is left"
+        ground.judge(cache, count, complete=True)
+    assert {"part write", "training"} <= set(phases), phases
+    assert all((run / "report.html").exists() for run in runs.glob("[!.]*"))
 
 
 def test_train_head_killed_at_any_event_publishes_a_whole_run_or_none(
