@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import subprocess
 import sys
 import typing
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 
 import pipeline
+from pipeline.cli.verbs import VERBS
 from pipeline.errors import RunError
 from pipeline.params import Params
 
+from .conftest import PROJECT
 from .stages.conftest import make_params, root
 
 __all__ = ["make_params", "root"]  # fixtures
@@ -54,3 +57,16 @@ def test_from_a_folder_to_scores_and_a_comparison(
     assert pipeline.evaluate(summary["run"], root)["metrics"] == again["metrics"]
     assert len(pipeline.predict(summary["run"], root / "val")) == summary["n"]
     assert pipeline.advise(params, lines.append)["root"] == str(root)
+
+
+def test_what_comes_after_the_demo_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a clone by make, elsewhere by the command; each line is one that the verbs take."""
+    from pipeline.stages.demo import _next_commands
+
+    monkeypatch.chdir(PROJECT)
+    assert [line.split()[:2] for line in _next_commands()] == [["make", "train-head"], ["make", "predict"]]
+    monkeypatch.chdir(tmp_path)
+    for line in _next_commands():
+        verb, *arguments = shlex.split(line)[1:]
+        VERBS[verb].make_context(verb, arguments, resilient_parsing=True)
+        assert line.startswith("pipeline ")

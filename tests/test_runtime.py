@@ -214,6 +214,15 @@ class TestProgress:
         assert re.fullmatch(r"embedding \(decode-bound\): \d+/100, \d+\.\d/s, \d+ s left", lines[0]), lines[0]
         assert "\x1b" not in captured.err
 
+    def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "dumb")
+        with ProgressBar("embedding", 10) as bar:
+            bar.advance(10)
+        assert capsys.readouterr() == ("", "")
+
     def test_quick_or_quiet_steps_print_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
         with ProgressBar("embedding", 10) as bar:
             bar.advance(10)

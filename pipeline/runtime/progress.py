@@ -75,7 +75,8 @@ class ProgressBar:
     def __init__(self, label: str, total: int | None = None, *, quiet: bool = False) -> None:
         self._label, self._total, self._done = label, total, 0
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
-        self._bar = None if quiet or not self._console.is_terminal else self._make_bar()
+        moves = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._bar = self._make_bar() if moves and not quiet else None
         self._started = self._last_line = time.monotonic()
 
     def _make_bar(self) -> Progress:

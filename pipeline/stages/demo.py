@@ -36,7 +36,7 @@ def demo(params: Params, say: Say = print, *, quiet: bool = False) -> dict[str, 
     root = Path(params.data.root)
     timed("demo data", lambda: write_demo_data(root))
     first = timed("extract", lambda: extract(params, say, quiet=quiet))
-    probe = timed("train-head", lambda: train_head(params, say))
+    probe = timed("train-head", lambda: train_head(params, say, quiet=quiet))
     tuned = timed("finetune", lambda: finetune(params, say, from_run=probe["run"], quiet=quiet))
     again = timed("extract again", lambda: extract(params, say, quiet=quiet))
     for line in _screen(params, seconds, first, probe, tuned, again):
@@ -70,12 +70,19 @@ def _screen(
         f"tuned run     {tuned['run']}",
         f"report        {Path(tuned['run']) / REPORT_FILE}",
         "",
-        "Next, on your own images (a folder with one folder of images a class):",
-        '  make train-head SET="data.root=PATH/TO/IMAGES"',
-        '  make train-head SET="data.root=PATH/TO/IMAGES head.kind=[logistic, svm, knn]"',
-        '  make predict IMAGES="PATH/TO/NEW/IMAGES"',
+        "Next, on your own photographs: one folder of images a class in PHOTOS",
+        "(98 MB of weights are downloaded once):",
+        *(f"  {line}" for line in _next_commands()),
         "=" * width,
     ]
+
+
+def _next_commands() -> list[str]:
+    """For who came by make, in a clone, or by pip."""
+    settings = ("data.root=PHOTOS", "backbone.name=resnet50", "backbone.weights=DEFAULT")
+    if Path("Makefile").is_file() and Path("pipeline").is_dir():
+        return [f'make train-head SET="{" ".join(settings)}"', 'make predict IMAGES="NEW_PHOTOS"']
+    return [f"pipeline train-head --extract -s {' -s '.join(settings)}", "pipeline predict latest NEW_PHOTOS"]
 
 
 def _score(summary: Mapping[str, Any]) -> str:

@@ -423,7 +423,8 @@ def _summary(survey: Survey) -> dict[str, Any]:
 def _lines(survey: Survey) -> Iterable[str]:
     bar, judged = survey.bar, survey.judged
     images = sum(len(group.rows) for group in survey.groups)
-    yield f"Near-duplicates: {len(survey.groups)} groups of {images} images, {len(survey.leaks)} across splits"
+    groups = "1 group" if len(survey.groups) == 1 else f"{len(survey.groups)} groups"
+    yield f"Near-duplicates: {groups} of {images} images, {len(survey.leaks)} across splits"
     if bar.copies:
         yield (
             f"  of {bar.copies} copies made for a test {100 * bar.miss_rate:.1f} % are missed; "

@@ -44,6 +44,7 @@ from ..heads import (
 from ..params import HeadParams, Params
 from ..runtime.cores import usable_cores
 from ..runtime.memory import memory_budget
+from ..runtime.progress import ProgressBar
 from .extract import extracted
 from .open import features_in_memory, open_caches, with_pooling
 from .prompts import with_texts
@@ -88,7 +89,8 @@ def train_head(
         caches = open_caches(params)
         check(caches[0].images)
     most = features_in_memory(params.head)
-    return train_on([(cache, cache.table(most)) for cache in caches], params, say, curve=curve, started=started)
+    opened = [(cache, cache.table(most)) for cache in caches]
+    return train_on(opened, params, say, curve=curve, started=started, quiet=quiet)
 
 
 def train_on(
@@ -99,6 +101,7 @@ def train_on(
     curve: bool = False,
     judged: bool = False,
     started: float,
+    quiet: bool = True,
 ) -> RunSummary:
     """As `train_head`, on features that are there: a cache and its table for each pooling of the params.
 
@@ -106,6 +109,7 @@ def train_on(
         judged: cross-validate a single kind of head too, so that the run can be compared with others before it is
             reported.
         started: when the work for this run began, by `time.perf_counter`.
+        quiet: do not show that it goes on.
     """
     caches = {cache.backbone.identity.pooling: cache for cache, _ in opened}
     tables = dict(zip(caches, (table for _, table in opened), strict=True))
@@ -120,19 +124,25 @@ def train_on(
     section = with_texts(params, backbone, table.class_names)
     several = judged or len(caches) > 1
     choose = partial(_choose, section, learnt=learnt, reported=reported, several=several, backbone=backbone)
-    choices = {pooling: choose(each) for pooling, each in tables.items()}
+    with ProgressBar(f"training {' and '.join(params.head.kinds)}", quiet=quiet):
+        choices = {pooling: choose(each) for pooling, each in tables.items()}
     pooling, choice = choose_among(choices, params.head, on_val=judges(table, reported))
     cache, table, params = caches[pooling], tables[pooling], with_pooling(params, pooling)
     head = choice.head
     if learnt.sum() < table.train.sum():
         head.selected["sample"] = {"images": int(learnt.sum()), "of": int(table.train.sum())}
-    points = _learning_curve(section, table, learnt, head.kind, reported, backbone.device) if curve else []
-    metrics, predictions = _score(table, learnt, choice, reported, points, cache.warnings)
+    with ProgressBar("training on growing parts of train", quiet=quiet or not curve):
+        points = _learning_curve(section, table, learnt, head.kind, reported, backbone.device) if curve else []
+    with ProgressBar("scoring", quiet=quiet):
+        metrics, predictions = _score(table, learnt, choice, reported, points, cache.warnings)
     model = run_model(cache, table, head)
     model = model.model_copy(update={"seconds": time.perf_counter() - started})
     name = params.runs.name or default_run_name(params.data.root, cache.backbone.identity.name, head.kind)
-    gallery = make_gallery(cache, table, SPLITS[reported], predictions)
-    path = publish_run(params, name, head=head, model=model, metrics=metrics, predictions=predictions, gallery=gallery)
+    with ProgressBar("publishing the run and its report", quiet=quiet):
+        pictures = make_gallery(cache, table, SPLITS[reported], predictions)
+        path = publish_run(
+            params, name, head=head, model=model, metrics=metrics, predictions=predictions, gallery=pictures
+        )
     for line in [_parameter_line(model.parameters), *_leaderboard_lines(choice), *metric_lines(metrics)]:
         say(line)
     for line in _curve_lines(points):
