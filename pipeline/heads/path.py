@@ -18,7 +18,7 @@ ON_GPU_TOGETHER = 4
 RISES_TO_STOP = 3
 COARSE_TOLERANCE = 1e-2
 LOOSE_TOLERANCE = 1e-4
-CHOOSING_TOLERANCE = 1e-4
+CHOOSING_TOLERANCE = 1e-5
 ROWS_AHEAD = 150
 FLAT = 1e-4
 WOBBLE = 1e-3
@@ -119,8 +119,8 @@ class StrengthPath:
 
         The first fold goes ahead and finds about where the valley lies; all folds do where it holds out so few rows
         that its own valley may lie elsewhere, or has none, and on a GPU. From there the best and its neighbours are
-        solved on every fold, to `CHOOSING_TOLERANCE`: what that leaves open of a loss is a small part of its standard
-        error.
+        solved on every fold, to `CHOOSING_TOLERANCE` and `LOOSE_TOLERANCE`: what that leaves open of a loss is a small
+        part of its standard error.
         """
         one, tolerance = torch.ones_like(self.row_weight[:1]), max(self.tolerance, CHOOSING_TOLERANCE)
         ahead = StrengthPath(self.design, self.strengths, self.row_weight[0], one, self.scored[:1], tolerance)
@@ -130,7 +130,7 @@ class StrengthPath:
                 best, self.ahead, self.points = path.best(), path.points, {}
                 self.solves += 0 if path is self else path.solves
                 self.solve_at(self._inside(best - 1, best, best + 1) if self.design.on_gpu else [best], tolerance)
-                self._settle(tolerance)
+                self._settle(tolerance, beside=LOOSE_TOLERANCE)
                 if self._is_flat():
                     self._settle(self.tolerance)
                 return "coarse"
@@ -175,11 +175,12 @@ class StrengthPath:
         for number in numbers:
             del self.points[number]
 
-    def _settle(self, tolerance: float) -> None:
-        """Solve the best and its neighbours to the tolerance, until that changes the best no more."""
+    def _settle(self, tolerance: float, *, beside: float = 0.0) -> None:
+        """Solve the best and its neighbours, these at most to ``beside``, until that changes the best no more."""
         best = None
         while best != (best := self.best()):
-            self.solve_at(self._inside(best - 1, best, best + 1), tolerance)
+            self.solve_at(self._inside(best - 1, best, best + 1), max(tolerance, beside))
+            self.solve_at([best], tolerance)
 
     def _hopeless(self, number: int) -> bool:
         """Whether the loss at ``number`` is so far above the lowest that a weaker penalty will hardly be the best."""
