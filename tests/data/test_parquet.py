@@ -86,7 +86,8 @@ def test_large_row_groups_lie_in_files_and_only_a_few_are_kept(tmp_path: Path, m
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(images.read, range(400)))
         assert found == [f"image {n}".encode() for n in range(400)]
-        assert len(made) == 20 and len(images.source._groups._made) == parquet.GROUPS_KEPT  # type: ignore[attr-defined]
+        # A thread that was held up may find its group gone and read it again.
+        assert 20 <= len(made) < 60 and len(images.source._groups._made) == parquet.GROUPS_KEPT  # type: ignore[attr-defined]
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_file()] == []
 
 
