@@ -434,13 +434,16 @@ def _differing(runs: Sequence[ComparedRun]) -> list[str]:
     What a run of an earlier version lacks tells nothing. Beside probes a fine-tuned one says so.
     """
     texts, verbs = [], {run.model.verb for run in runs}
+    found: dict[tuple[Any, ...], set[str]] = {}
     for run in runs:
-        alike = [each for each in runs if _kind(each) == _kind(run)]
+        for key, value in run.settings.items():
+            found.setdefault((*_kind(run), key), set()).add(repr(value))
+    for run in runs:
         told = ["fine-tuned"] if len(verbs) > 1 and run.model.verb == "finetune" else []
         told += [
             f"{key.rpartition('.')[2]}={value}"
             for key, value in run.settings.items()
-            if any(each.settings.get(key, value) != value for each in alike)
+            if len(found[(*_kind(run), key)]) > 1
         ]
         texts.append(", ".join(dict.fromkeys(told)))
     return texts
