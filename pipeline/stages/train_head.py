@@ -278,10 +278,11 @@ def _learning_curve(
     device: torch.device,
 ) -> list[CurvePoint]:
     """The points of heads fitted to growing parts of train, on the reported split."""
-    rows = table.labelled(reported)
+    rows, learning = table.labelled(reported), _training_rows(params, table, learnt)
+    jobs, on = _jobs(params, learning[0]), head_device(device)
     fits = learning_curve(
-        lambda: make_head(kind, params, class_names=table.class_names, jobs=usable_cores(), device=head_device(device)),
-        *_training_rows(params, table, learnt),
+        lambda: make_head(kind, params, class_names=table.class_names, jobs=jobs, device=on),
+        *learning,
         take_rows(table.features, rows),
         table.targets[rows],
         seed=params.seed,
