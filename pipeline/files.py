@@ -85,6 +85,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def reserve(path: Path) -> None:
+    """Give a sparse file the space that its size claims: where the disk is full, a write to its map ends the process.
+
+    Raises:
+        OSError: there is too little.
+    """
+    size = path.stat().st_size
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        if shutil.disk_usage(path.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
 def temporary_name(path: Path) -> Path:
     """A fresh hidden name beside ``path``, carrying the process id so that leftovers can be told apart."""
     return path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"

@@ -29,6 +29,7 @@ from ..files import (
     file_lock,
     publish_file,
     publish_written,
+    reserve,
     temporary_name,
 )
 from .merge import merge_parts, parts_to_merge
@@ -243,6 +244,7 @@ class FeatureStore:
             temporary = temporary_name(self.folder / f"{name}{ROWS_SUFFIX}")
             try:
                 np.lib.format.open_memmap(temporary, "w+", dtype, (len(digests), self.feature_dim)).flush()
+                reserve(temporary)
                 for part, mine, rows in places:
                     # A map for each part: what was written need not stay in memory.
                     np.load(temporary, mmap_mode="r+")[mine] = self._rows(part, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import MissingFeaturesError
+from pipeline.errors import CacheError, MissingFeaturesError
 from pipeline.features.inventory import find_garbage, verify_key
 from pipeline.features.merge import MERGE_AT
 from pipeline.features.rows import Rows, take_rows
@@ -75,6 +76,22 @@ def test_missing_rows_are_told_and_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(MissingFeaturesError):
         flat_of(tmp_path, make_digests(5))
     assert not [path for path in make_store(tmp_path).folder.iterdir() if "rows-" in path.name]
+
+
+def test_a_full_disk_is_told_before_anything_is_written_through_a_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = make_digests(40)
+    fill(make_store(tmp_path), digests)
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        assert (offset, size) == (0, os.fstat(descriptor).st_size) and size > 40 * DIM * 2
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(CacheError, match="free space"):
+        flat_of(tmp_path, digests)
+    assert not list(tmp_path.rglob("*rows-*.npy"))
 
 
 def test_damage_is_found_and_disuse_is_garbage(tmp_path: Path) -> None:
