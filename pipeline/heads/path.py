@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .common import Floats
-from .solver import MAX_ITERATIONS, Design, Problems, Solutions, parts_of_rows, residuals_and_losses, solve
+from .solver import MAX_ITERATIONS, Design, Problems, Search, Solutions, parts_of_rows, residuals_and_losses, solve
 
 COARSE_STEP = 4
 ON_GPU_TOGETHER = 4
@@ -70,6 +70,8 @@ class StrengthPath:
         self.row_weight, self.scored = row_weight * train, scored
         self.points: dict[int, Point] = {}
         self.ahead: dict[int, Point] = {}
+        self.all_rows = row_weight
+        self.whole: tuple[int, Tensor] | None = None
         self.solves = 0
 
     def solve_full(self) -> None:
@@ -118,17 +120,21 @@ class StrengthPath:
         """Solve what is needed to know the best strength: ``coarse`` to fine, or ``full`` where losses have no valley.
 
         The first fold goes ahead and finds about where the valley lies; all folds do where it holds out so few rows
-        that its own valley may lie elsewhere, or has none, and on a GPU. From there the best and its neighbours are
-        solved on every fold, to `CHOOSING_TOLERANCE` and `LOOSE_TOLERANCE`: what that leaves open of a loss is a small
-        part of its standard error.
+        that its own valley may lie elsewhere, or has none, and on a GPU. There all rows are solved, from which the
+        folds have only to forget what they hold out: several times as near as one fold is to another. The best and its
+        neighbours are solved on every fold to `LOOSE_TOLERANCE`: what that leaves open of a loss is about a
+        hundredth of its standard error.
         """
-        one, tolerance = torch.ones_like(self.row_weight[:1]), max(self.tolerance, CHOOSING_TOLERANCE)
-        ahead = StrengthPath(self.design, self.strengths, self.row_weight[0], one, self.scored[:1], tolerance)
+        tolerance = max(self.tolerance, CHOOSING_TOLERANCE)
+        rows, one, scored = self.row_weight[0].float(), torch.ones_like(self.row_weight[:1]), self.scored[:1].float()
+        ahead = StrengthPath(self.design, self.strengths, rows, one.float(), scored, tolerance)
         one_leads = not self.design.on_gpu and int((self.scored[0] > 0).sum()) >= ROWS_AHEAD
         for path in (ahead, self) if one_leads else (self,):
             if path.locate():
                 best, self.ahead, self.points = path.best(), path.points, {}
-                self.solves += 0 if path is self else path.solves
+                if path is ahead:
+                    self.solves += path.solves
+                    self.whole = best, self._on_all_rows(best, path.points[best].weights)
                 self.solve_at(self._inside(best - 1, best, best + 1) if self.design.on_gpu else [best], tolerance)
                 self._settle(tolerance, beside=LOOSE_TOLERANCE)
                 if self._is_flat():
@@ -193,18 +199,19 @@ class StrengthPath:
         return min(self.points, key=lambda number: (self.points[number].loss, number))
 
     def refit_start(self, best: int) -> Tensor:
-        """Where to start on all rows at the strength ``best``, (1, k, r + 1).
+        """Where to start on all rows at the strength ``best``, (1, k, r + 1)."""
+        mean = self.points[best].weights.mean(0, keepdim=True)
+        if self.whole is None:
+            return mean
+        near, weights = self.whole
+        return weights + mean - self.points[near].weights.mean(0, keepdim=True)
 
-        All rows are ``f / (f - 1)`` as many as a fold trains on, and weigh as much as a fold at a strength higher by
-        that factor.
-        """
-        folds, steps = len(self.row_weight), self._inside(best, best + 1)
-        exact = [number for number in steps if number in self.points]
-        number = float(best)
-        if len(exact) == 2 and folds > 1:
-            ratio = math.log(self.strengths[best + 1] / self.strengths[best])
-            number += min(1.0, math.log(folds / (folds - 1)) / ratio)
-        return self._interpolated(number, exact).mean(0, keepdim=True)
+    def _on_all_rows(self, number: int, start: Tensor) -> Tensor:
+        """About the solution (1, k, r + 1) on all rows."""
+        strength = torch.full_like(self.all_rows[:1], self.strengths[number])
+        problems = Problems.build(self.design, strength, self.all_rows[None])
+        self.solves += 1
+        return Search(self.design, problems.to(torch.float32), start).run(COARSE_TOLERANCE)[0].double()
 
     def _inside(self, *numbers: int) -> list[int]:
         return [number for number in numbers if 0 <= number < len(self.strengths)]
@@ -232,7 +239,7 @@ class StrengthPath:
 
     def _solve_batch(self, numbers: list[int], tolerance: float, limit: int) -> None:
         folds = len(self.row_weight)
-        strength = torch.from_numpy(self.strengths[numbers]).to(self.row_weight.device).repeat_interleave(folds)
+        strength = torch.from_numpy(self.strengths[numbers]).to(self.row_weight).repeat_interleave(folds)
         problems = Problems.build(self.design, strength, self.row_weight.repeat(len(numbers), 1))
         start = torch.cat([self._start(number, tolerance) for number in numbers])
         solutions = solve(self.design, problems, start, tolerance, limit)
@@ -269,8 +276,7 @@ class StrengthPath:
             return self._interpolated(number, nodes)
         below = sorted(other for other in self.points if other < number)[-2:]
         if not below:
-            shape = (len(self.row_weight), self.design.outputs, self.design.shape[1])
-            return torch.zeros(shape, dtype=torch.float64, device=self.row_weight.device)
+            return self.row_weight.new_zeros(len(self.row_weight), self.design.outputs, self.design.shape[1])
         far = len(below) == 2 and number - below[1] > below[1] - below[0]
         return self._interpolated(number, below[-1:] if far else below)
 
@@ -279,7 +285,7 @@ class StrengthPath:
         weights = self.ahead[number].weights
         shared = [other for other in self.points if other in self.ahead]
         if not shared:
-            return weights.expand(len(self.row_weight), -1, -1)
+            return (weights if self.whole is None else self.whole[1]).expand(len(self.row_weight), -1, -1)
         nearest = min(shared, key=lambda other: abs(other - number))
         return self.points[nearest].weights + weights - self.ahead[nearest].weights
 

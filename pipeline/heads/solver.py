@@ -1,4 +1,4 @@
-"""Logistic regression with L2 for many strengths and folds at once: a batched, preconditioned L-BFGS.
+"""Logistic regression with L2 for many strengths and folds at once: a batched, preconditioned Newton method.
 
 Each problem minimises scikit-learn's objective ``C * sum_i s_i loss_i + 0.5 * ||w||^2`` over weights and an
 unpenalised intercept; with two classes over one weight vector (logistic loss), else over one a class (softmax).
@@ -7,15 +7,17 @@ What makes it fast:
 
 - All problems of a batch share the two matrix products of an iteration (`Search`), which run several times faster with
   fifty columns than with five. A problem that has converged drops out.
+- A Newton step is found by conjugate gradients, only as exactly as it is worth (Dembo, Eisenstat and Steihaug 1982,
+  "Inexact Newton methods"). Their products may be rounded: that makes a step a little longer or shorter, no more. They
+  run in whatever the device is fastest at, several times as fast as plain float32.
 - The Hessian ``C X'DX + I`` is bounded by a multiple of the Gram matrix (Böhning 1992), at every strength and fold:
   its eigenvectors, found once, precondition them all (`Design`).
 - A step along a direction needs no further product, since the logits along it are known: the line search is free.
 
-What makes it exact: iterations run in float32 (on a GPU first in TF32, several times as fast, as far as that leads),
-and each solution is then measured in float64, its intercepts solved to rounding first. What is left is a function of
-the weights alone, least over the intercepts, which the penalty makes
+What makes it exact: gradients are of float32, and each solution is then measured in float64, its intercepts solved to
+rounding first. What is left is a function of the weights alone, least over the intercepts, which the penalty makes
 1-strongly convex: ``objective - optimum <= 0.5 * ||gradient of the weights||^2``, a bound that is proven, no estimate.
-Solutions whose bound is above the tolerance are polished in float64.
+Solutions whose bound is above the tolerance are polished with gradients of float64.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..features.rows import Rows
-from ..runtime.device import tf32
+from ..runtime.device import fast_products
 from .crossval import ABSENT
 
 RANK_TOLERANCE = 1e-13
@@ -37,11 +39,12 @@ FEW_ROWS = 0.75
 MANY_OUTPUTS = 50
 SKETCH_WIDTH = 64
 SKETCH_SPARE = 16
-HISTORY = 20
 MAX_ITERATIONS = 1000
 MAX_POLISHES = 5
-# A relative gap that products of factors with 11 bits, as TF32's, reach: from there on they only make steps shorter.
-TF32_GAP = 1e-4
+# A Newton step is solved until its residual is this part of the gradient: the less, the nearer the optimum is; or until
+# it is this part of the gap that is asked for.
+FORCING = (0.1, 0.5)
+ENOUGH = 0.3
 MAX_TRIALS = 20
 INTERCEPT_FACTOR = 15
 ROUNDING_OF_OBJECTIVE = 1e-6
@@ -139,22 +142,6 @@ class Design:
     def feature_weights(self, weights: Tensor) -> Tensor:
         """Weights (..., d) of the features, without intercepts, from weights (..., r + 1) of the columns."""
         return weights[..., :-1] if self.basis is None else weights[..., :-1] @ self.basis.T
-
-    def precondition(self, vector: Tensor, spread: Tensor) -> Tensor:
-        """The product with ``vector`` (p, k, r + 1) of the inverse of ``spread * gram / n + penalty`` of each class.
-
-        ``spread`` (p, k) is what the mean squares of the features are to be multiplied by.
-        """
-        spread = spread[:, :, None]
-        diagonal = spread * self.curvature.to(spread.dtype)
-        diagonal[..., :-1] += 1
-        result = vector / diagonal
-        if len(self.leading):
-            leading = self.leading.to(spread.dtype)
-            correction = 1 / (spread * self.leading_curvature.to(spread.dtype) + 1) - 1 / diagonal[:, :, :1]
-            along = (vector.flatten(0, 1) @ leading.T).view_as(correction)
-            result.flatten(0, 1).addmm_((along * correction).flatten(0, 1), leading)
-        return result
 
 
 @dataclass(frozen=True)
@@ -382,8 +369,8 @@ class Problems:
 
     @classmethod
     def build(cls, design: Design, strength: Tensor, row_weight: Tensor) -> Problems:
-        """Offsets from the rows that take part; ``strength`` (p,) and ``row_weight`` (p, n) are float64."""
-        offset = torch.zeros(len(strength), design.outputs, 1, dtype=torch.float64, device=strength.device)
+        """Offsets from the rows that take part; ``strength`` (p,) and ``row_weight`` (p, n) are of one precision."""
+        offset = strength.new_zeros(len(strength), design.outputs, 1)
         if design.outputs > 1:
             taking_part = row_weight.new_zeros(offset.shape[:2]).index_add_(1, design.target, row_weight)
             offset[taking_part <= 0] = ABSENT
@@ -410,8 +397,70 @@ class Problems:
         return Problems(self.strength.to(dtype), self.row_weight.to(dtype), self.offset.to(dtype))
 
 
+class Preconditioner:
+    """About the inverse of the Hessian of each problem: that of ``spread * gram / n + penalty`` of each class.
+
+    Args:
+        spread: what the mean squares of the features are to be multiplied by (p, k).
+
+    The Hessian of a softmax has no data term along weights that are equal in all classes, so their mean is taken out:
+    without that, steps leave the plane in which the weights of the classes sum to zero, where the optimum is.
+    """
+
+    def __init__(self, design: Design, problems: Problems, spread: Tensor) -> None:
+        self.problems, self.leading = problems, design.leading.to(spread.dtype)
+        diagonal = spread[:, :, None] * design.curvature.to(spread.dtype)
+        diagonal[..., :-1] += 1
+        self.inverse = diagonal.reciprocal_()
+        along = spread[:, :, None] * design.leading_curvature.to(spread.dtype) + 1
+        self.correction = (1 / along - self.inverse[:, :, :1]).flatten(0, 1)
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """The product with ``vector`` (p, k, r + 1)."""
+        result = vector * self.inverse
+        if len(self.leading):
+            along = (vector.flatten(0, 1) @ self.leading.T).mul_(self.correction)
+            result.flatten(0, 1).addmm_(along, self.leading)
+        return self.problems.centred(result)
+
+
+class Hessian:
+    """The second derivative ``C X'DX + penalty`` of each problem where it has these residuals (p, k, n), in float32."""
+
+    def __init__(self, design: Design, problems: Problems, residuals: Tensor) -> None:
+        self.design = design
+        self.scale = (problems.strength[:, None] * problems.row_weight).to(residuals.dtype)[:, None]
+        self.inverse = torch.where(self.scale > 0, 1 / self.scale, 0.0).float()
+        self.own = design.target.expand(len(residuals), 1, -1)
+        mass = residuals * problems.strength[:, None, None].to(residuals.dtype)
+        if residuals.shape[1] == 1:
+            mass = mass.abs_().mul_(1 - mass * self.inverse)
+        else:
+            mass.scatter_add_(1, self.own, self.scale)
+        self.mass = mass.float()  # strength times row weight times probability (of two classes: and its complement)
+
+    def product(self, vector: Tensor) -> Tensor:
+        """The product with ``vector`` (p, k, r + 1)."""
+        logits = self.design.logits(vector)
+        if vector.shape[1] == 1:
+            logits *= self.mass
+        else:
+            for rows in parts_of_rows(logits):
+                part, mass = logits[..., rows], self.mass[..., rows]
+                # From a row's own class on: where it is all but certain the others' share does not drown in it.
+                part -= part.gather(1, self.own[..., rows])
+                mean = torch.linalg.vecdot(mass, part, dim=1)[:, None] * self.inverse[..., rows]
+                part.sub_(mean).mul_(mass)
+        result = self.design.backward(logits)
+        result[..., :-1] += vector[..., :-1]
+        return result
+
+
 class Search:
-    """L-BFGS over a batch; problems that are done or stuck leave it when that makes it clearly smaller."""
+    """Newton's method over a batch; problems that are done or stuck leave it when that makes it clearly smaller.
+
+    An iteration is two products with the features: one of the conjugate gradients, or a step and the gradient there.
+    """
 
     def __init__(self, design: Design, problems: Problems, start: Tensor) -> None:
         self.design, self.problems = design, problems
@@ -423,11 +472,10 @@ class Search:
         self.place = torch.arange(len(start), device=start.device)
         self.weights = start.clone()
         self.logits = design.logits(start).add_(problems.offset)
-        self.history: list[tuple[Tensor, Tensor, Tensor]] = []
         self.stuck = torch.zeros_like(self.place, dtype=torch.bool)
         self.residuals = torch.empty_like(self.logits)
         self.losses, _ = self._look(self.logits, torch.zeros_like(start[:, 0, 0]))
-        self.gradient = self._gradient(self.residuals, self.weights)
+        self.gradient = self._gradient()
 
     @property
     def objective(self) -> Tensor:
@@ -435,25 +483,28 @@ class Search:
         penalised = self.weights[..., :-1].square().sum((1, 2), dtype=torch.float64)
         return self.problems.strength * self.losses + 0.5 * penalised
 
-    def _gradient(self, residuals: Tensor, weights: Tensor) -> Tensor:
-        gradient = self.design.backward(residuals).mul_(self.problems.strength[:, None, None])
-        return gradient.addcmul_(self.penalty, weights)
+    def _gradient(self) -> Tensor:
+        gradient = self.design.backward(self.residuals).mul_(self.problems.strength[:, None, None])
+        return gradient.addcmul_(self.penalty, self.weights)
 
     def run(self, tolerance: float, limit: int = MAX_ITERATIONS) -> tuple[Tensor, Tensor]:
-        """Weights (p, k, r + 1) and iterations (p,), after at most ``limit`` of them."""
-        for _ in range(limit):
+        """Weights (p, k, r + 1) and iterations (p,), after about ``limit`` of them at most."""
+        while limit > 0:
             objective = self.objective
             spread = self._spread(objective)
-            done = (self._gap(spread) <= tolerance * objective) | self.stuck
-            active = torch.nonzero(~done).squeeze(1)
+            distance = gap(self.gradient, spread)
+            active = torch.nonzero(~((distance <= tolerance * objective) | self.stuck)).squeeze(1)
+            if not len(active):
+                break
             if len(active) <= 0.75 * len(self.place):
                 self._retire(active)
-                spread = spread[active]
-            if not len(active):
-                return self.result, self.iterations
-            self._step(spread)
-            self.iterations[self.place] += 1
-        self._retire(torch.empty(0, dtype=torch.long, device=self.place.device))
+                continue
+            forcing = (distance / objective).float().pow(0.25).clamp(*FORCING)
+            direction, iterations = self._newton_step(spread, forcing, tolerance * objective, limit)
+            self._step(direction, spread, distance, objective)
+            self.iterations[self.place] += iterations + 1
+            limit -= int(iterations.max()) + 1
+        self.result[self.place] = self.weights
         return self.result, self.iterations
 
     def _spread(self, objective: Tensor) -> Tensor:
@@ -465,61 +516,61 @@ class Search:
         spread = self.problems.strength[:, None] * spreads(self.residuals, self.problems.row_weight)
         return spread.maximum((SMALLEST_SPREAD / spread.shape[1] * objective)[:, None].to(spread.dtype))
 
-    def _gap(self, spread: Tensor) -> Tensor:
-        """About how far the objective lies above its optimum (p,).
-
-        The intercepts count for more than if they moved alone, since the weights will move with them.
-        """
-        weights, intercepts = self.gradient[..., :-1], self.gradient[..., -1]
-        return 0.5 * weights.square().sum((1, 2)) + INTERCEPT_FACTOR * (intercepts.square() / spread).sum(1)
-
     def _retire(self, active: Tensor) -> None:
         self.result[self.place] = self.weights
         self.place, self.problems = self.place[active], self.problems.take(active)
         for name in ("weights", "logits", "residuals", "losses", "gradient", "stuck"):
             setattr(self, name, getattr(self, name)[active])
-        self.history = [(step[active], change[active], scale[active]) for step, change, scale in self.history]
 
-    def _step(self, spread: Tensor) -> None:
-        direction = self._direction(spread)
+    def _newton_step(self, spread: Tensor, forcing: Tensor, goal: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+        """About minus the inverse Hessian times the gradient, and how many conjugate gradients it took (p,).
+
+        They end where the residual is ``forcing`` (p,) of the gradient, or leaves a gap well below ``goal`` (p,).
+        Directions and products are float32, whatever the gradient is.
+        """
+        spread = spread.float()
+        precondition = Preconditioner(self.design, self.problems.to(torch.float32), spread)
+        hessian = Hessian(self.design, self.problems, self.residuals)
+        residual = self.gradient.to(torch.float32, copy=True)
+        step, conjugate = torch.zeros_like(residual), precondition(residual)
+        slope = _dot(residual, conjugate)
+        smallest, iterations = forcing**2 * slope, torch.zeros_like(self.place)
+        active = torch.ones_like(self.stuck)
+        with fast_products(self.design.device):
+            for _ in range(limit):
+                product = hessian.product(conjugate)
+                iterations += active
+                curvature = _dot(conjugate, product)
+                active &= curvature > 0
+                length = torch.where(active, slope / curvature, 0.0)[:, None, None]
+                step.addcmul_(length, conjugate)
+                residual.addcmul_(length, product, value=-1)
+                vector = precondition(residual)
+                before, slope = slope, _dot(residual, vector)
+                active &= (slope > smallest) & (gap(residual, spread) > ENOUGH * goal)
+                if not active.any():
+                    break
+                conjugate = vector.addcmul_(torch.where(active, slope / before, 0.0)[:, None, None], conjugate)
+        step = step.to(self.gradient.dtype)
+        downhill = _dot(self.gradient, step) > 0
+        if not downhill.all():
+            steepest = precondition(self.gradient.float()).to(step.dtype)
+            step = torch.where(downhill[:, None, None], step, steepest)
+        return step.neg_(), iterations
+
+    def _step(self, direction: Tensor, spread: Tensor, distance: Tensor, objective: Tensor) -> None:
+        """Along a direction; ``distance`` (p,) and ``objective`` (p,) are those of now.
+
+        A problem whose objective falls no more, and its gradient hardly, has met rounding.
+        """
         along = self.design.logits(direction)
         length, self.losses = self._line_search(direction, along)
         self.logits.addcmul_(along, length[:, None, None])
         del along
-        self.stuck = length == 0
-        step = length[:, None, None] * direction
-        self.weights = self.weights + step
-        gradient = self._gradient(self.residuals, self.weights)
-        change = gradient - self.gradient
-        product = _dot(step, change)
-        scale = torch.where(product > 0, 1 / product, 0.0)
-        self.history = [*self.history[-(HISTORY - 1) :], (step, change, scale)]
-        self.gradient = gradient
-
-    def _direction(self, spread: Tensor) -> Tensor:
-        """Minus the two-loop estimate of inverse Hessian times gradient, on top of the preconditioner."""
-        vector, factors = self.gradient.clone(), []
-        for step, change, scale in reversed(self.history):
-            factor = (scale * _dot(step, vector))[:, None, None]
-            vector.addcmul_(factor, change, value=-1)
-            factors.append(factor)
-        vector = self._precondition(vector, spread)
-        if self.history:
-            _, change, scale = self.history[-1]
-            length = 1 / (scale * _dot(change, self._precondition(change, spread)))
-            vector *= torch.where(torch.isfinite(length) & (length > 0), length, 1.0)[:, None, None]
-        for (step, change, scale), factor in zip(self.history, reversed(factors), strict=True):
-            vector.addcmul_(factor - (scale * _dot(change, vector))[:, None, None], step)
-        downhill = _dot(self.gradient, vector) > 0
-        if not downhill.all():
-            vector = torch.where(downhill[:, None, None], vector, self._precondition(self.gradient, spread))
-        return vector.neg_()
-
-    def _precondition(self, vector: Tensor, spread: Tensor) -> Tensor:
-        """The Hessian of a softmax has no data term along weights that are equal in all classes, so their mean is taken
-        out: without that, steps leave the plane in which the weights of the classes sum to zero, where the optimum is.
-        """
-        return self.problems.centred(self.design.precondition(vector, spread))
+        self.weights = self.weights + length[:, None, None] * direction
+        self.gradient = self._gradient()
+        at_rounding = objective - self.objective <= ROUNDING_OF_OBJECTIVE * objective
+        self.stuck = (length == 0) | (at_rounding & (gap(self.gradient, spread) > 0.5 * distance))
 
     def _line_search(self, direction: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
         """Step lengths (p,) where the slope has fallen enough, and the losses there, as are the residuals then.
@@ -568,6 +619,15 @@ class Search:
         return losses, slope
 
 
+def gap(gradient: Tensor, spread: Tensor) -> Tensor:
+    """About how far an objective of this gradient (p, k, r + 1) lies above its optimum (p,).
+
+    The intercepts count for more than if they moved alone, since the weights will move with them.
+    """
+    weights, intercepts = gradient[..., :-1], gradient[..., -1]
+    return 0.5 * weights.square().sum((1, 2)) + INTERCEPT_FACTOR * (intercepts.square() / spread).sum(1)
+
+
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     product: Tensor = torch.linalg.vecdot(left.flatten(1), right.flatten(1))
     return product
@@ -599,8 +659,8 @@ def solve(
 
     Below `MAX_ITERATIONS`, ``limit`` ends the iterations in float32, and none follow in float64.
     """
-    weights, iterations = _search_fast(design, problems.to(torch.float32), start.float(), 0.8 * tolerance, limit)
-    solutions = certify(design, problems, weights.double(), iterations)
+    weights, iterations = Search(design, problems.to(torch.float32), start.float()).run(0.8 * tolerance, limit)
+    solutions = certify(design, problems, weights.to(problems.strength.dtype), iterations)
     for _ in range(MAX_POLISHES if limit >= MAX_ITERATIONS else 0):
         open_ = torch.nonzero(~(solutions.gap <= tolerance)).squeeze(1)
         if not len(open_):
@@ -611,18 +671,6 @@ def solve(
         for value, better in zip(vars(solutions).values(), vars(polished).values(), strict=True):
             value[open_] = better
     return solutions
-
-
-def _search_fast(
-    design: Design, problems: Problems, start: Tensor, tolerance: float, limit: int
-) -> tuple[Tensor, Tensor]:
-    """As `Search.run`, in float32; on a GPU after a search in TF32, from whose errors it starts anew."""
-    rough: Tensor | int = 0
-    if design.on_gpu:
-        with tf32():
-            start, rough = Search(design, problems, start).run(max(tolerance, TF32_GAP), limit)
-    weights, iterations = Search(design, problems, start).run(tolerance, limit)
-    return weights, iterations + rough
 
 
 def certify(design: Design, problems: Problems, weights: Tensor, iterations: Tensor) -> Solutions:
