@@ -75,11 +75,11 @@ class StrengthPath:
         self.solves = 0
 
     def solve_full(self) -> None:
-        """Every strength: a few far apart from the smallest up, then those halfway between them, and so on.
+        """Every strength: two a decade from the smallest up, then those in between.
 
-        Solutions vary so smoothly with the logarithm of the strength that most of those in between need no iteration
-        at all, only their certificate. Between the few, which lie two decades apart, a loose solution leads the way.
-        Problems so small that several strengths fit into a batch are solved from the smallest up.
+        Solutions vary so smoothly with the logarithm of the strength that most of those in between need few iterations
+        or none, only their certificate. Problems so small that several strengths fit into a batch are solved from the
+        smallest up.
 
         A nearly unpenalised problem can take thousands of iterations. Where the loss has grown so much that the best
         hardly lies beyond, it is solved loosely, in at most `HOPELESS_ITERATIONS`, with a certificate that says how far
@@ -89,17 +89,12 @@ class StrengthPath:
         if self._strengths_per_batch() > 1:
             self.solve_at(range(last + 1), self.tolerance)
             return
-        step, top = self._decade(), 0
-        for number in [*range(0, last, step), last]:
+        top = 0
+        for number in [*range(0, last, max(1, self._decade() // 2)), last]:
             if self._hopeless(top):
                 break
-            tight = number % (2 * step) == 0 or number == last
-            self.solve_at([number], self.tolerance if tight else LOOSE_TOLERANCE)
+            self.solve_at([number], self.tolerance)
             top = number
-        self.solve_at([top], self.tolerance)
-        while step > 1:
-            step //= 2
-            self.solve_at(range(0, top, step), self.tolerance, WIDE_COLUMNS)
         self.solve_at(range(0, top), self.tolerance, WIDE_COLUMNS)
         self.solve_at(range(top + 1, last + 1), LOOSE_TOLERANCE, iterations=HOPELESS_ITERATIONS)
         self._settle(self.tolerance)
@@ -211,7 +206,7 @@ class StrengthPath:
         strength = torch.full_like(self.all_rows[:1], self.strengths[number])
         problems = Problems.build(self.design, strength, self.all_rows[None])
         self.solves += 1
-        return Search(self.design, problems.to(torch.float32), start).run(COARSE_TOLERANCE)[0].double()
+        return Search(self.design, problems.to(torch.float32), start).run(LOOSE_TOLERANCE)[0].double()
 
     def _inside(self, *numbers: int) -> list[int]:
         return [number for number in numbers if 0 <= number < len(self.strengths)]
@@ -274,20 +269,22 @@ class StrengthPath:
             return self.points[number].weights
         if nodes := self._around(number, self.points):
             return self._interpolated(number, nodes)
-        below = sorted(other for other in self.points if other < number)[-2:]
+        below = sorted(other for other in self.points if other < number)[-NODES_A_SIDE:]
         if not below:
             return self.row_weight.new_zeros(len(self.row_weight), self.design.outputs, self.design.shape[1])
-        far = len(below) == 2 and number - below[1] > below[1] - below[0]
+        far = len(below) > 1 and number - below[-1] > below[-1] - below[-2]
         return self._interpolated(number, below[-1:] if far else below)
 
     def _beside(self, number: int) -> Tensor:
-        """As far from the nearest strength solved as what went ahead is from itself there."""
+        """What went ahead, as far from it as it is at the nearest strengths solved; or what all rows gave."""
+        shared = sorted(self.points.keys() & self.ahead.keys(), key=lambda other: abs(other - number))[:2]
         weights = self.ahead[number].weights
-        shared = [other for other in self.points if other in self.ahead]
         if not shared:
             return (weights if self.whole is None else self.whole[1]).expand(len(self.row_weight), -1, -1)
-        nearest = min(shared, key=lambda other: abs(other - number))
-        return self.points[nearest].weights + weights - self.ahead[nearest].weights
+        return weights + sum(
+            factor * (self.points[node].weights - self.ahead[node].weights)
+            for node, factor in zip(shared, lagrange(number, shared), strict=True)
+        )
 
     def _around(self, number: int, solved: Collection[int]) -> list[int]:
         """The nearest on both sides of ``number``, or none."""
@@ -297,9 +294,15 @@ class StrengthPath:
 
     def _interpolated(self, number: float, nodes: list[int]) -> Tensor:
         """Lagrange's polynomial through the solutions at ``nodes``."""
-        factors = [math.prod((number - b) / (a - b) for b in nodes if b != a) for a in nodes]
-        weights = [factor * self.points[node].weights for factor, node in zip(factors, nodes, strict=True)]
-        return torch.stack(weights).sum(0)
+        result = torch.zeros_like(self.points[nodes[0]].weights)
+        for node, factor in zip(nodes, lagrange(number, nodes), strict=True):
+            result.add_(self.points[node].weights, alpha=factor)
+        return result
+
+
+def lagrange(number: float, nodes: list[int]) -> list[float]:
+    """What each of the ``nodes`` counts for at ``number`` in the polynomial through all of them."""
+    return [math.prod((number - other) / (node - other) for other in nodes if other != node) for node in nodes]
 
 
 def held_out_loss(logits: Tensor, target: Tensor, scored: Tensor) -> float:

@@ -44,7 +44,7 @@ MAX_POLISHES = 5
 # A Newton step is solved until its residual is this part of the gradient: the less, the nearer the optimum is; or until
 # it is this part of the gap that is asked for.
 FORCING = (0.1, 0.5)
-ENOUGH = 0.3
+ENOUGH = 0.5
 MAX_TRIALS = 20
 INTERCEPT_FACTOR = 15
 ROUNDING_OF_OBJECTIVE = 1e-6
@@ -128,16 +128,21 @@ class Design:
         """The features (n, r + 1) in float32 or float64."""
         return self.fast if dtype == torch.float32 else self.exact
 
-    def logits(self, weights: Tensor) -> Tensor:
-        """Logits (p, k, n) for weights (p, k, r + 1), in the precision of the weights."""
+    def logits(self, weights: Tensor, *, rounded: bool = False) -> Tensor:
+        """Logits (p, k, n) for weights (p, k, r + 1), in the precision of the weights; of factors that may be
+        ``rounded`` where that is faster.
+        """
         problems, outputs, width = weights.shape
-        product = weights.reshape(problems * outputs, width) @ self.rows(weights.dtype).T
+        with fast_products(self.device, rounded=rounded):
+            product = weights.reshape(problems * outputs, width) @ self.rows(weights.dtype).T
         return product.view(problems, outputs, -1)
 
-    def backward(self, residuals: Tensor) -> Tensor:
-        """Sums (p, k, r + 1) over rows of features times residuals (p, k, n)."""
+    def backward(self, residuals: Tensor, *, rounded: bool = False) -> Tensor:
+        """Sums (p, k, r + 1) over rows of features times residuals (p, k, n), as `logits`."""
         problems, outputs, n = residuals.shape
-        return (residuals.reshape(problems * outputs, n) @ self.rows(residuals.dtype)).view(problems, outputs, -1)
+        with fast_products(self.device, rounded=rounded):
+            sums = residuals.reshape(problems * outputs, n) @ self.rows(residuals.dtype)
+        return sums.view(problems, outputs, -1)
 
     def feature_weights(self, weights: Tensor) -> Tensor:
         """Weights (..., d) of the features, without intercepts, from weights (..., r + 1) of the columns."""
@@ -204,21 +209,23 @@ class BlockDesign(Design):
         for rows in self.source.blocks():
             yield rows, torch.from_numpy(self.source.stored(rows)).to(self.device).to(dtype).sub_(mean)
 
-    def logits(self, weights: Tensor) -> Tensor:
+    def logits(self, weights: Tensor, *, rounded: bool = False) -> Tensor:
         """As in `Design`."""
         flat = weights.flatten(0, 1)
         scaled = flat[:, :-1] * self.inverse_scale.to(flat.dtype)
         product = flat.new_empty(len(flat), self.shape[0])
-        for rows, block in self._blocks(flat.dtype):
-            product[:, rows] = scaled @ block.T
+        with fast_products(self.device, rounded=rounded):
+            for rows, block in self._blocks(flat.dtype):
+                product[:, rows] = scaled @ block.T
         return product.add_(flat[:, -1:]).view(*weights.shape[:2], -1)
 
-    def backward(self, residuals: Tensor) -> Tensor:
+    def backward(self, residuals: Tensor, *, rounded: bool = False) -> Tensor:
         """As in `Design`."""
         flat = residuals.flatten(0, 1)
         sums = flat.new_zeros(len(flat), self.source.shape[1])
-        for rows, block in self._blocks(flat.dtype):
-            sums.addmm_(flat[:, rows], block)
+        with fast_products(self.device, rounded=rounded):
+            for rows, block in self._blocks(flat.dtype):
+                sums.addmm_(flat[:, rows], block)
         return torch.cat([sums * self.inverse_scale.to(flat.dtype), flat.sum(1)[:, None]], dim=1).view(
             *residuals.shape[:2], -1
         )
@@ -441,7 +448,7 @@ class Hessian:
 
     def product(self, vector: Tensor) -> Tensor:
         """The product with ``vector`` (p, k, r + 1)."""
-        logits = self.design.logits(vector)
+        logits = self.design.logits(vector, rounded=True)
         if vector.shape[1] == 1:
             logits *= self.mass
         else:
@@ -451,7 +458,7 @@ class Hessian:
                 part -= part.gather(1, self.own[..., rows])
                 mean = torch.linalg.vecdot(mass, part, dim=1)[:, None] * self.inverse[..., rows]
                 part.sub_(mean).mul_(mass)
-        result = self.design.backward(logits)
+        result = self.design.backward(logits, rounded=True)
         result[..., :-1] += vector[..., :-1]
         return result
 
@@ -536,21 +543,20 @@ class Search:
         slope = _dot(residual, conjugate)
         smallest, iterations = forcing**2 * slope, torch.zeros_like(self.place)
         active = torch.ones_like(self.stuck)
-        with fast_products(self.design.device):
-            for _ in range(limit):
-                product = hessian.product(conjugate)
-                iterations += active
-                curvature = _dot(conjugate, product)
-                active &= curvature > 0
-                length = torch.where(active, slope / curvature, 0.0)[:, None, None]
-                step.addcmul_(length, conjugate)
-                residual.addcmul_(length, product, value=-1)
-                vector = precondition(residual)
-                before, slope = slope, _dot(residual, vector)
-                active &= (slope > smallest) & (gap(residual, spread) > ENOUGH * goal)
-                if not active.any():
-                    break
-                conjugate = vector.addcmul_(torch.where(active, slope / before, 0.0)[:, None, None], conjugate)
+        for _ in range(limit):
+            product = hessian.product(conjugate)
+            iterations += active
+            curvature = _dot(conjugate, product)
+            active &= curvature > 0
+            length = torch.where(active, slope / curvature, 0.0)[:, None, None]
+            step.addcmul_(length, conjugate)
+            residual.addcmul_(length, product, value=-1)
+            vector = precondition(residual)
+            before, slope = slope, _dot(residual, vector)
+            active &= (slope > smallest) & (gap(residual, spread) > ENOUGH * goal)
+            if not active.any():
+                break
+            conjugate = vector.addcmul_(torch.where(active, slope / before, 0.0)[:, None, None], conjugate)
         step = step.to(self.gradient.dtype)
         downhill = _dot(self.gradient, step) > 0
         if not downhill.all():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,25 +84,43 @@ def tf32() -> Iterator[None]:
 
 
 @contextmanager
-def fast_products(device: torch.device) -> Iterator[None]:
-    """Inside the block float32 products take the fastest way there is, in all threads: their factors may be rounded.
+def fast_products(device: torch.device, *, rounded: bool) -> Iterator[None]:
+    """Inside the block float32 products take the fastest way there is, in all threads of the process.
 
-    To TF32 on CUDA. On a CPU to bfloat16 where it has matrix units for that (AMX); where not they stay float32, by
-    oneDNN, which does them twice as fast as MKL does on a CPU that is not Intel's.
+    With ``rounded`` their factors may be rounded: to TF32 on CUDA, on a CPU to bfloat16 where it has matrix units for
+    that (AMX). On a CPU without such units oneDNN does the same products in float32, twice as fast as MKL where the CPU
+    is not Intel's: then it does those that are not to be rounded, too.
     """
+    if device.type == "cuda":
+        with tf32() if rounded else nullcontext():
+            yield
+    elif rounded or _onednn_is_exact():
+        with _onednn():
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _onednn() -> Iterator[None]:
     import torch
 
-    if device.type == "cuda":
-        with tf32():
-            yield
-        return
-    onednn: Any = torch.backends.mkldnn  # whose attributes torch does not declare
-    products = onednn.matmul
-    before, products.fp32_precision = products.fp32_precision, "bf16"
+    backend: Any = torch.backends.mkldnn  # torch declares no types of it
+    before, backend.matmul.fp32_precision = backend.matmul.fp32_precision, "bf16"
     try:
         yield
     finally:
-        products.fp32_precision = before
+        backend.matmul.fp32_precision = before
+
+
+@cache
+def _onednn_is_exact() -> bool:
+    """Whether this CPU's fast products are of float32: factors with more bits than bfloat16 has are told from 1."""
+    import torch
+
+    factor = torch.full((64, 64), 1 + 2.0**-12)
+    with _onednn():
+        return bool((factor @ factor > len(factor)).all())
 
 
 def _allow_tf32(convolutions: bool, products: bool) -> None:
