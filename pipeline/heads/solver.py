@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -404,63 +405,121 @@ class Problems:
         return Problems(self.strength.to(dtype), self.row_weight.to(dtype), self.offset.to(dtype))
 
 
-class Preconditioner:
-    """About the inverse of the Hessian of each problem: that of ``spread * gram / n + penalty`` of each class.
+@dataclass(frozen=True)
+class Model:
+    """The quadratic model of each problem where it stands, in float32: its least point is Newton's step away.
 
-    Args:
-        spread: what the mean squares of the features are to be multiplied by (p, k).
-
-    The Hessian of a softmax has no data term along weights that are equal in all classes, so their mean is taken out:
-    without that, steps leave the plane in which the weights of the classes sum to zero, where the optimum is.
+    ``gradient`` (p, k, r + 1), ``spread`` (p, k) the mean curvature of each class, ``mass`` (p, k, n) strength times
+    row weight times probability (of two classes: times its complement, too), ``inverse_weight`` (p, 1, n) one over
+    strength times row weight, or 0; and what preconditions: ``inverse_diagonal`` (p, k, r + 1) and ``correction``
+    (p, k, m) of the inverse of ``spread * gram / n + penalty`` of each class.
     """
 
-    def __init__(self, design: Design, problems: Problems, spread: Tensor) -> None:
-        self.problems, self.leading = problems, design.leading.to(spread.dtype)
-        diagonal = spread[:, :, None] * design.curvature.to(spread.dtype)
-        diagonal[..., :-1] += 1
-        self.inverse = diagonal.reciprocal_()
-        along = spread[:, :, None] * design.leading_curvature.to(spread.dtype) + 1
-        self.correction = (1 / along - self.inverse[:, :, :1]).flatten(0, 1)
+    design: Design
+    problems: Problems
+    gradient: Tensor
+    spread: Tensor
+    mass: Tensor
+    inverse_weight: Tensor
+    inverse_diagonal: Tensor
+    correction: Tensor
 
-    def __call__(self, vector: Tensor) -> Tensor:
-        """The product with ``vector`` (p, k, r + 1)."""
-        result = vector * self.inverse
-        if len(self.leading):
-            along = (vector.flatten(0, 1) @ self.leading.T).mul_(self.correction)
-            result.flatten(0, 1).addmm_(along, self.leading)
-        return self.problems.centred(result)
-
-
-class Hessian:
-    """The second derivative ``C X'DX + penalty`` of each problem where it has these residuals (p, k, n), in float32."""
-
-    def __init__(self, design: Design, problems: Problems, residuals: Tensor) -> None:
-        self.design = design
-        self.scale = (problems.strength[:, None] * problems.row_weight).to(residuals.dtype)[:, None]
-        self.inverse = torch.where(self.scale > 0, 1 / self.scale, 0.0).float()
-        self.own = design.target.expand(len(residuals), 1, -1)
-        mass = residuals * problems.strength[:, None, None].to(residuals.dtype)
+    @classmethod
+    def build(cls, design: Design, problems: Problems, gradient: Tensor, spread: Tensor, residuals: Tensor) -> Model:
+        """From what `Search` knows of the problems, in its precision."""
+        strength, spread = problems.strength[:, None, None], spread.float()
+        weight = strength * problems.row_weight[:, None]
+        inverse_weight = torch.where(weight > 0, 1 / weight, 0.0)
+        mass = residuals * strength
         if residuals.shape[1] == 1:
-            mass = mass.abs_().mul_(1 - mass * self.inverse)
+            mass.abs_().mul_(1 - mass * inverse_weight)
         else:
-            mass.scatter_add_(1, self.own, self.scale)
-        self.mass = mass.float()  # strength times row weight times probability (of two classes: and its complement)
+            mass.scatter_add_(1, design.target.expand_as(weight), weight)
+        diagonal = spread[:, :, None] * design.curvature.float()
+        diagonal[..., :-1] += 1
+        inverse_diagonal = diagonal.reciprocal_()
+        along = spread[:, :, None] * design.leading_curvature.float() + 1
+        return cls(
+            design,
+            problems.to(torch.float32),
+            gradient.float(),
+            spread,
+            mass.float(),
+            inverse_weight.float(),
+            inverse_diagonal,
+            1 / along - inverse_diagonal[:, :, :1],
+        )
 
-    def product(self, vector: Tensor) -> Tensor:
-        """The product with ``vector`` (p, k, r + 1)."""
+    def take(self, index: Tensor) -> Model:
+        """The problems at ``index``."""
+        parts: dict[str, Any] = {name: part[index] for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, problems=self.problems.take(index), **parts)
+
+    def hessian(self, vector: Tensor) -> Tensor:
+        """The product with ``vector`` (p, k, r + 1) of the second derivative ``C X'DX + penalty``."""
         logits = self.design.logits(vector, rounded=True)
         if vector.shape[1] == 1:
             logits *= self.mass
         else:
+            own = self.design.target.expand_as(self.inverse_weight)
             for rows in parts_of_rows(logits):
                 part, mass = logits[..., rows], self.mass[..., rows]
                 # From a row's own class on: where it is all but certain the others' share does not drown in it.
-                part -= part.gather(1, self.own[..., rows])
-                mean = torch.linalg.vecdot(mass, part, dim=1)[:, None] * self.inverse[..., rows]
+                part -= part.gather(1, own[..., rows])
+                mean = torch.linalg.vecdot(mass, part, dim=1)[:, None] * self.inverse_weight[..., rows]
                 part.sub_(mean).mul_(mass)
         result = self.design.backward(logits, rounded=True)
         result[..., :-1] += vector[..., :-1]
         return result
+
+    def precondition(self, vector: Tensor) -> Tensor:
+        """The product with ``vector`` (p, k, r + 1) of about the inverse of the second derivative.
+
+        The Hessian of a softmax has no data term along weights that are equal in all classes, so their mean is taken
+        out: without that, steps leave the plane in which the weights of the classes sum to zero, where the optimum is.
+        """
+        result = vector * self.inverse_diagonal
+        if len(self.design.leading):
+            leading = self.design.leading.float()
+            along = (vector.flatten(0, 1) @ leading.T).mul_(self.correction.flatten(0, 1))
+            result.flatten(0, 1).addmm_(along, leading)
+        return self.problems.centred(result)
+
+
+def conjugate_gradients(model: Model, forcing: Tensor, goal: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """About the inverse Hessian times the gradient (p, k, r + 1), and how many iterations it took (p,).
+
+    They end where the residual is ``forcing`` (p,) of the gradient, or leaves a gap of at most ``goal`` (p,). Problems
+    that are done leave the batch when that makes it clearly smaller.
+    """
+    result, iterations = torch.zeros_like(model.gradient), torch.zeros_like(goal, dtype=torch.long)
+    place, active = torch.arange(len(goal), device=goal.device), torch.ones_like(goal, dtype=torch.bool)
+    step, residual, conjugate = result.clone(), model.gradient.clone(), model.precondition(model.gradient)
+    slope = _dot(residual, conjugate)
+    smallest = forcing**2 * slope
+    for _ in range(limit):
+        product = model.hessian(conjugate)
+        iterations[place] += active
+        curvature = _dot(conjugate, product)
+        active &= curvature > 0
+        length = torch.where(active, slope / curvature, 0.0)[:, None, None]
+        step.addcmul_(length, conjugate)
+        residual.addcmul_(length, product, value=-1)
+        vector = model.precondition(residual)
+        before, slope = slope, _dot(residual, vector)
+        active &= (slope > smallest) & (gap(residual, model.spread) > goal)
+        kept = torch.nonzero(active).squeeze(1)
+        if not len(kept):
+            break
+        conjugate = vector.addcmul_(torch.where(active, slope / before, 0.0)[:, None, None], conjugate)
+        if len(kept) <= 0.75 * len(active):
+            result[place] = step
+            model, place, active, step, residual, conjugate, slope, smallest, goal = (
+                model.take(kept),
+                *(v[kept] for v in (place, active, step, residual, conjugate, slope, smallest, goal)),
+            )
+    result[place] = step
+    return result, iterations
 
 
 class Search:
@@ -507,7 +566,8 @@ class Search:
                 self._retire(active)
                 continue
             forcing = (distance / objective).float().pow(0.25).clamp(*FORCING)
-            direction, iterations = self._newton_step(spread, forcing, tolerance * objective, limit)
+            model = Model.build(self.design, self.problems, self.gradient, spread, self.residuals)
+            direction, iterations = self._newton_step(model, forcing, ENOUGH * tolerance * objective, limit)
             self._step(direction, spread, distance, objective)
             self.iterations[self.place] += iterations + 1
             limit -= int(iterations.max()) + 1
@@ -529,38 +589,13 @@ class Search:
         for name in ("weights", "logits", "residuals", "losses", "gradient", "stuck"):
             setattr(self, name, getattr(self, name)[active])
 
-    def _newton_step(self, spread: Tensor, forcing: Tensor, goal: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-        """About minus the inverse Hessian times the gradient, and how many conjugate gradients it took (p,).
-
-        They end where the residual is ``forcing`` (p,) of the gradient, or leaves a gap well below ``goal`` (p,).
-        Directions and products are float32, whatever the gradient is.
-        """
-        spread = spread.float()
-        precondition = Preconditioner(self.design, self.problems.to(torch.float32), spread)
-        hessian = Hessian(self.design, self.problems, self.residuals)
-        residual = self.gradient.to(torch.float32, copy=True)
-        step, conjugate = torch.zeros_like(residual), precondition(residual)
-        slope = _dot(residual, conjugate)
-        smallest, iterations = forcing**2 * slope, torch.zeros_like(self.place)
-        active = torch.ones_like(self.stuck)
-        for _ in range(limit):
-            product = hessian.product(conjugate)
-            iterations += active
-            curvature = _dot(conjugate, product)
-            active &= curvature > 0
-            length = torch.where(active, slope / curvature, 0.0)[:, None, None]
-            step.addcmul_(length, conjugate)
-            residual.addcmul_(length, product, value=-1)
-            vector = precondition(residual)
-            before, slope = slope, _dot(residual, vector)
-            active &= (slope > smallest) & (gap(residual, spread) > ENOUGH * goal)
-            if not active.any():
-                break
-            conjugate = vector.addcmul_(torch.where(active, slope / before, 0.0)[:, None, None], conjugate)
+    def _newton_step(self, model: Model, forcing: Tensor, goal: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+        """A direction downhill (p, k, r + 1): about Newton's step; and the iterations it took (p,)."""
+        step, iterations = conjugate_gradients(model, forcing, goal, limit)
         step = step.to(self.gradient.dtype)
         downhill = _dot(self.gradient, step) > 0
         if not downhill.all():
-            steepest = precondition(self.gradient.float()).to(step.dtype)
+            steepest = model.precondition(model.gradient).to(step.dtype)
             step = torch.where(downhill[:, None, None], step, steepest)
         return step.neg_(), iterations
 
