@@ -88,3 +88,16 @@ def test_other_weights_are_noticed(project: Path, tmp_path: Path) -> None:
     weights.write_bytes(content)
     assert "torch" in imported_by(project, "extract", *setting)
     assert len(list((project / "cache").glob("shufflenet_v2_x1_0-*"))) == 2
+
+
+def test_nothing_is_searched_for_garbage_at_the_exit() -> None:
+    script = f"""
+import atexit, gc, sys
+sys.path.insert(0, {str(PACKAGE)!r})
+atexit.register(lambda: print("FROZEN", gc.get_freeze_count(), gc.get_threshold()[0]))
+from pipeline.cli import main
+main(["--version"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    frozen, threshold = map(int, done.stdout.rpartition("FROZEN")[2].split())
+    assert frozen > 10_000 and threshold > 10_000

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import gc
 import json
 import sys
 import traceback
@@ -14,6 +16,7 @@ from ..errors import PipelineError
 from .options import Reporter, hang_up
 
 USAGE, INTERRUPTED = 2, 130
+OBJECTS_BEFORE_COLLECTION = 50_000
 
 
 class _LazyGroup(click.Group):
@@ -50,8 +53,17 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 the work failed, 2 usage or params, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _collect_seldom()
     reporter = Reporter(as_json="--json" in arguments, verbose=bool({"-v", "--verbose"} & set(arguments)))
     sys.exit(_run(arguments, reporter))
+
+
+def _collect_seldom() -> None:
+    """Importing torch makes objects by the hundred thousand, none of them garbage: searching them for some, again and
+    again on the way and once more at the exit, would take a fifth of a short command.
+    """
+    gc.set_threshold(OBJECTS_BEFORE_COLLECTION)
+    atexit.register(gc.freeze)
 
 
 def _run(arguments: list[str], reporter: Reporter) -> int:
