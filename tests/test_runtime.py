@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pipeline.errors import DeviceError
 from pipeline.runtime import progress
 from pipeline.runtime.cores import usable_cores, worker_count
-from pipeline.runtime.device import resolve_device, tf32
+from pipeline.runtime.device import fast_products, resolve_device, tf32
 from pipeline.runtime.distributed import World, from_main, gather, world_from_environment
 from pipeline.runtime.interrupt import stop_after_batch
 from pipeline.runtime.progress import ProgressBar
@@ -72,6 +72,24 @@ class TestDevice:
         with tf32():
             assert flags() == (True, True)
         assert flags() == (False, False)
+
+    def test_fast_products_are_of_float32_unless_they_may_be_rounded_and_end_with_their_block(self) -> None:
+        mode = lambda: torch.backends.mkldnn.matmul.fp32_precision  # noqa: E731
+        before, cpu = mode(), torch.device("cpu")
+        factor = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
+        with fast_products(cpu, rounded=False):
+            product = factor @ factor
+        assert torch.allclose(product.double(), factor.double() @ factor.double(), rtol=0, atol=1e-4)
+        with pytest.raises(KeyError), fast_products(cpu, rounded=True):
+            assert mode() == "bf16"
+            raise KeyError
+        assert mode() == before
+
+    def test_a_cpu_that_would_round_is_not_asked_for_exact_products(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.runtime.device._onednn_is_exact", lambda: False)
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        with fast_products(torch.device("cpu"), rounded=False):
+            assert torch.backends.mkldnn.matmul.fp32_precision == before
 
     @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
     def test_a_device_that_is_missing_is_named_with_a_way_out(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
