@@ -116,9 +116,9 @@ class StrengthPath:
 
         The first fold goes ahead and finds about where the valley lies; all folds do where it holds out so few rows
         that its own valley may lie elsewhere, or has none, and on a GPU. There all rows are solved, from which the
-        folds have only to forget what they hold out: several times as near as one fold is to another. The best and its
-        neighbours are solved on every fold to `LOOSE_TOLERANCE`: what that leaves open of a loss is about a
-        hundredth of its standard error.
+        folds have only to forget what they hold out: that is nearer than one fold is to another. The best is solved on
+        every fold to `CHOOSING_TOLERANCE`, its neighbours to `LOOSE_TOLERANCE`: what that leaves open of a loss is some
+        hundredths of its standard error.
         """
         tolerance = max(self.tolerance, CHOOSING_TOLERANCE)
         rows, one, scored = self.row_weight[0].float(), torch.ones_like(self.row_weight[:1]), self.scored[:1].float()

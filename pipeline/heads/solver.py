@@ -394,7 +394,8 @@ class Problems:
         if weights.shape[1] == 1:
             return weights
         present = self.present[:, :, None]
-        return weights - present * (present / present.sum(1, keepdim=True) * weights).sum(1, keepdim=True)
+        mean = torch.bmm((present / present.sum(1, keepdim=True)).mT, weights)
+        return torch.addcmul(weights, present, mean, value=-1)
 
     def take(self, index: Tensor) -> Problems:
         """The problems at ``index``."""
@@ -610,7 +611,7 @@ class Search:
         del along
         self.weights = self.weights + length[:, None, None] * direction
         self.gradient = self._gradient()
-        at_rounding = objective - self.objective <= ROUNDING_OF_OBJECTIVE * objective
+        at_rounding = objective - self.objective <= 10 * torch.finfo(direction.dtype).eps * objective
         self.stuck = (length == 0) | (at_rounding & (gap(self.gradient, spread) > 0.5 * distance))
 
     def _line_search(self, direction: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
@@ -732,4 +733,5 @@ def certify(design: Design, problems: Problems, weights: Tensor, iterations: Ten
     gradient = problems.strength[:, None, None] * design.backward(residuals)[..., :-1] + penalised
     squared = gradient.square().sum((1, 2))
     weights = problems.centred(torch.cat([penalised, weights[..., -1:] + shift], dim=2))
-    return Solutions(weights, logits, objective, squared.sqrt(), 0.5 * squared / objective, iterations)
+    proven = (0.5 * squared / objective).clamp(max=1)  # no objective is below 0
+    return Solutions(weights, logits, objective, squared.sqrt(), proven, iterations)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 # What CUDA, cuDNN (8 and 9), cuBLAS and MPS say when memory runs out; not all of it comes as torch's own error.
 OUT_OF_MEMORY = ("out of memory", "alloc_failed", "allocation_failed", "unable to find an engine")
+
+_blocks: list[str] = []  # what each block of fast products found set
+_blocks_lock = Lock()
 
 
 def resolve_device(name: str, world: World | None = None) -> torch.device:
@@ -106,11 +110,16 @@ def _onednn() -> Iterator[None]:
     import torch
 
     backend: Any = torch.backends.mkldnn  # torch declares no types of it
-    before, backend.matmul.fp32_precision = backend.matmul.fp32_precision, "bf16"
+    with _blocks_lock:
+        _blocks.append(backend.matmul.fp32_precision)
+        backend.matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
-        backend.matmul.fp32_precision = before
+        with _blocks_lock:
+            before = _blocks.pop()
+            if not _blocks:  # the last of all threads to leave finds what the first had found
+                backend.matmul.fp32_precision = before
 
 
 @cache
