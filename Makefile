@@ -161,7 +161,7 @@ format: setup ## format the code and mend what can be mended
 	@"$$VENV/bin/python" -m ruff format
 
 bench: setup ## run the benchmarks (BENCH=benchmarks/NAME.py for one)
-	@set -e; for file in $$BENCH; do echo "== $$file"; OMP_WAIT_POLICY=PASSIVE "$$VENV/bin/python" "$$file" $$ARGS; done
+	@set -e; for file in $$BENCH; do echo "== $$file"; OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=1000 "$$VENV/bin/python" "$$file" $$ARGS; done
 
 gpu: setup ## on a GPU: its tests, then the benchmarks; ten minutes at most
 	@"$$VENV/bin/python" tests/gpu.py $$ARGS

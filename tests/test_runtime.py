@@ -30,14 +30,17 @@ from pipeline.runtime.progress import ProgressBar
 from pipeline.runtime.seeds import derive_seed, make_generator
 
 
-@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
-def test_threads_that_wait_sleep_under_the_command_line_unless_told_otherwise(chosen: str | None) -> None:
+@pytest.mark.parametrize(("chosen", "expected"), [(None, ["PASSIVE", "1000"]), ("ACTIVE", ["ACTIVE", "None"])])
+def test_threads_that_wait_soon_sleep_under_the_command_line_unless_told_otherwise(
+    chosen: str | None, expected: list[str]
+) -> None:
     """The library of threads reads the policy when torch loads it, so it must be there before."""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
     environment |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
-    code = "import os, sys, pipeline.cli; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    code = f"import os, sys, pipeline.cli; print(*map(os.environ.get, {names}), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [chosen or "PASSIVE", "False"]
+    assert done.stdout.split() == [*expected, "False"]
 
 
 class TestDevice:

@@ -427,11 +427,11 @@ class Model:
 
     @classmethod
     def build(cls, design: Design, problems: Problems, gradient: Tensor, spread: Tensor, residuals: Tensor) -> Model:
-        """From what `Search` knows of the problems, in its precision."""
+        """From what `Search` knows of the problems, in its precision; ``residuals`` (p, k, n) become the mass."""
         strength, spread = problems.strength[:, None, None], spread.float()
         weight = strength * problems.row_weight[:, None]
         inverse_weight = torch.where(weight > 0, 1 / weight, 0.0)
-        mass = residuals * strength
+        mass = residuals.mul_(strength)
         if residuals.shape[1] == 1:
             mass.abs_().mul_(1 - mass * inverse_weight)
         else:

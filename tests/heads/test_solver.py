@@ -282,3 +282,13 @@ def test_a_device_with_too_little_memory_leaves_the_head_to_the_cpu(monkeypatch:
     head = make_head("logistic", HeadParams(), class_names=names, device="meta").fit(X, y)
     assert np.array_equal(head.predict_proba(X), expected.predict_proba(X))
     assert any("meta has too little memory" in warning for warning in head.warnings)
+
+
+def test_a_batch_gives_what_each_of_its_problems_gives_alone() -> None:
+    X, y = make_features(300, 40, 4)
+    strengths = [1e-5, 1e-2, 1.0, 1e3]  # some take a few iterations, others many
+    _, together = solved(scaled(X), y, strengths)
+    alone = [solved(scaled(X), y, [strength])[1] for strength in strengths]
+    assert together.iterations.max() > 3 * together.iterations.min()
+    assert torch.allclose(together.objective, torch.cat([one.objective for one in alone]), rtol=1e-7)
+    assert torch.allclose(together.iterations, torch.cat([one.iterations for one in alone]), atol=2, rtol=0)
