@@ -224,7 +224,7 @@ def _stat_for_memo(source: WeightsSource) -> Stat | None:
         raise WeightsError(
             "The weights file is not there.",
             where=source.path,
-            remedy="check backbone.weights; a relative path is relative to params.yaml",
+            remedy="check backbone.weights; a file of params names paths from where it lies",
         )
     return stat
 

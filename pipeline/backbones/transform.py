@@ -88,7 +88,7 @@ class Transform:
                 "The transform that is stored there cannot be used.",
                 where=where,
                 why=problem,
-                remedy="write it again, or leave the key `transform` out and set the section transform in params.yaml",
+                remedy="write it again, or leave the key `transform` out and set the section transform of the params",
             )
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()

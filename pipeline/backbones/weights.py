@@ -178,7 +178,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         with open(path, "rb") as file:
             head = file.read(200)
     except OSError as error:
-        _fail(path, error.strerror or str(error), "check backbone.weights; a relative path is relative to params.yaml")
+        _fail(
+            path,
+            error.strerror or str(error),
+            "check backbone.weights; a file of params names paths from where it lies",
+        )
     if head.startswith(b"version ") and b"git-lfs" in head:
         _fail(path, "it is a git-LFS pointer, not the file itself", "run `git lfs pull`")
     if head.lstrip()[:1] == b"<":

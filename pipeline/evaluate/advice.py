@@ -153,6 +153,8 @@ def _commands(step: Row, settings: list[str], options: TypedOptions) -> Row:
     make = ["make", verbs[-1], *([f"PARAMS={shlex.quote(options.file)}"] if options.file else [])]
     make += [f"{name}={_quoted(text)}" for name, text in variables.items() if text]
     common = [*(["-p", options.file] if options.file else []), *(word for each in every for word in ("-s", each))]
+    if verbs == ["extract", "train-head"]:
+        verbs, own = verbs[1:], f"--extract {own}"
     lines = [shlex.join(["pipeline", verb, *(own.split() if verb == verbs[-1] else []), *common]) for verb in verbs]
     made = " ".join(make) if step.get("make", True) else None
     return {"what": step["what"], "settings": settings, "make": made, "shell": " && ".join(lines)}

@@ -180,7 +180,7 @@ def test_commands_repeat_what_the_user_typed_and_survive_the_shell() -> None:
     assert "ARGS=--curve" in shlex.split(make)
     assert r"SET=data.root=my photos data.group_pattern=^(P\d+)_" in shlex.split(make)
     words = ["-p", "my params.yaml", "-s", "data.root=my photos", "-s", r"data.group_pattern=^(P\d+)_"]
-    assert shlex.split(shell) == ["pipeline", "extract", *words, "&&", "pipeline", "train-head", "--curve", *words]
+    assert shlex.split(shell) == ["pipeline", "train-head", "--extract", "--curve", *words]
 
 
 def test_the_screen_shows_shared_steps_once_and_fits_a_page() -> None:
