@@ -76,25 +76,23 @@ class TestDevice:
             assert flags() == (True, True)
         assert flags() == (False, False)
 
-    def test_fast_products_are_of_float32_unless_they_may_be_rounded_and_end_with_their_block(self) -> None:
-        mode = lambda: torch.backends.mkldnn.matmul.fp32_precision  # noqa: E731
-        before, cpu = mode(), torch.device("cpu")
-        factor = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
-        with fast_products(cpu, rounded=False):
-            product = factor @ factor
-        assert torch.allclose(product.double(), factor.double() @ factor.double(), rtol=0, atol=1e-4)
-        with fast_products(cpu, rounded=True):
-            assert mode() == "bf16"
-            with fast_products(cpu, rounded=False):
-                pass
-            assert mode() == "bf16"
-        assert mode() == before
-
-    def test_a_cpu_that_would_round_is_not_asked_for_exact_products(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("pipeline.runtime.device._onednn_is_exact", lambda: False)
+    def test_fast_products_on_a_cpu_are_of_float32_and_end_with_their_block(self) -> None:
         before = torch.backends.mkldnn.matmul.fp32_precision
-        with fast_products(torch.device("cpu"), rounded=False):
-            assert torch.backends.mkldnn.matmul.fp32_precision == before
+        factor = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
+        with fast_products(torch.device("cpu"), rounded=True):
+            with fast_products(torch.device("cpu"), rounded=False):
+                inside = torch.backends.mkldnn.matmul.fp32_precision
+            product = factor @ factor
+            assert torch.backends.mkldnn.matmul.fp32_precision == inside
+        assert torch.allclose(product.double(), factor.double() @ factor.double(), rtol=0, atol=1e-4)
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+    @pytest.mark.parametrize("exact", [True, False])
+    def test_a_cpu_that_would_round_is_left_as_it_is(self, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.runtime.device._onednn_is_exact", lambda: exact)
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        with fast_products(torch.device("cpu"), rounded=True):
+            assert torch.backends.mkldnn.matmul.fp32_precision == ("bf16" if exact else before)
 
     @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
     def test_a_device_that_is_missing_is_named_with_a_way_out(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:

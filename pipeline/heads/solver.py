@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..features.rows import Rows
-from ..runtime.device import fast_products
+from ..runtime.device import bfloat16_is_fast, fast_products
 from .crossval import ABSENT
 
 RANK_TOLERANCE = 1e-13
@@ -129,21 +130,32 @@ class Design:
         """The features (n, r + 1) in float32 or float64."""
         return self.fast if dtype == torch.float32 else self.exact
 
+    @cached_property
+    def rough(self) -> Tensor | None:
+        """The features (n, r + 1) in bfloat16, where the processor multiplies that faster than float32."""
+        return self.fast.bfloat16() if bfloat16_is_fast(self.device) else None
+
     def logits(self, weights: Tensor, *, rounded: bool = False) -> Tensor:
         """Logits (p, k, n) for weights (p, k, r + 1), in the precision of the weights; of factors that may be
         ``rounded`` where that is faster.
         """
-        problems, outputs, width = weights.shape
-        with fast_products(self.device, rounded=rounded):
-            product = weights.reshape(problems * outputs, width) @ self.rows(weights.dtype).T
-        return product.view(problems, outputs, -1)
+        flat = weights.flatten(0, 1)
+        if rounded and self.rough is not None:
+            product = (flat.bfloat16() @ self.rough.T).float()
+        else:
+            with fast_products(self.device, rounded=rounded):
+                product = flat @ self.rows(flat.dtype).T
+        return product.view(*weights.shape[:2], -1)
 
     def backward(self, residuals: Tensor, *, rounded: bool = False) -> Tensor:
         """Sums (p, k, r + 1) over rows of features times residuals (p, k, n), as `logits`."""
-        problems, outputs, n = residuals.shape
-        with fast_products(self.device, rounded=rounded):
-            sums = residuals.reshape(problems * outputs, n) @ self.rows(residuals.dtype)
-        return sums.view(problems, outputs, -1)
+        flat = residuals.flatten(0, 1)
+        if rounded and self.rough is not None:
+            sums = (flat.bfloat16() @ self.rough).float()
+        else:
+            with fast_products(self.device, rounded=rounded):
+                sums = flat @ self.rows(flat.dtype)
+        return sums.view(*residuals.shape[:2], -1)
 
     def feature_weights(self, weights: Tensor) -> Tensor:
         """Weights (..., d) of the features, without intercepts, from weights (..., r + 1) of the columns."""

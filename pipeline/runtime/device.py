@@ -91,18 +91,25 @@ def tf32() -> Iterator[None]:
 def fast_products(device: torch.device, *, rounded: bool) -> Iterator[None]:
     """Inside the block float32 products take the fastest way there is, in all threads of the process.
 
-    With ``rounded`` their factors may be rounded: to TF32 on CUDA, on a CPU to bfloat16 where it has matrix units for
-    that (AMX). On a CPU without such units oneDNN does the same products in float32, twice as fast as MKL where the CPU
-    is not Intel's: then it does those that are not to be rounded, too.
+    On CUDA their factors are rounded to TF32, if ``rounded``. On a CPU they stay float32, by oneDNN, which does them
+    twice as fast as MKL where the CPU is not Intel's; but not where oneDNN has matrix units (AMX) and would round.
     """
-    if device.type == "cuda":
-        with tf32() if rounded else nullcontext():
+    if device.type == "cuda" and rounded:
+        with tf32():
             yield
-    elif rounded or _onednn_is_exact():
+    elif device.type == "cpu" and _onednn_is_exact():
         with _onednn():
             yield
     else:
         yield
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether ``device`` is a CPU with instructions for products of bfloat16: two or three times those of float32."""
+    import torch
+
+    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 @contextmanager

@@ -242,6 +242,21 @@ def test_rounded_products_do_most_of_the_work_and_nothing_to_the_proof(classes: 
     assert exact < rough, counts
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+def test_a_cpu_with_and_without_bfloat16_gives_the_same_solutions(
+    classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X, y = make_features(400, 60, classes)
+    found = []
+    for fast in (True, False):
+        monkeypatch.setattr("pipeline.heads.solver.bfloat16_is_fast", lambda device, fast=fast: fast)
+        design, solutions = solved(scaled(X), y, [1e-4, 1e-2, 1.0, 100.0])
+        assert (design.rough is not None) == fast
+        assert float(solutions.gap.max()) <= 1e-8
+        found.append(solutions.objective)
+    assert torch.allclose(*found, rtol=1e-8)
+
+
 @pytest.mark.parametrize("shape", [(160, 30, 3), (900, 24, 2), (300, 80, 6)])
 def test_a_gpu_chooses_the_same_strength_in_few_batches(
     shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
