@@ -9,7 +9,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -57,7 +57,7 @@ def spawn(job: Callable[..., Any], *arguments: Any, fate: Fate | None = None, no
 
 
 def run(job: Callable[..., Any], *arguments: Any, fate: Fate | None = None, note: Path) -> dict[str, Any]:
-    """As `spawn`, and wait: ``exit``, with ``result``, ``events`` or ``phase`` where the child got to tell."""
+    """As `spawn`, and wait: ``exit``, with ``result``, ``events`` and ``phases``, or ``phase``, if the child told."""
     for file in (note, note.with_suffix(".phase")):
         file.unlink(missing_ok=True)
     process = spawn(job, *arguments, fate=fate, note=note)
@@ -79,12 +79,13 @@ def _run(job: Callable[..., Any], arguments: tuple[Any, ...], fate: Fate, note: 
     clock.install()
     result = job(*arguments)
     clock.left = -1
-    Path(note).write_text(json.dumps({"result": result, "events": clock.seen}))
+    Path(note).write_text(json.dumps({"result": result, "events": clock.seen, "phases": clock.phases}))
 
 
 class _Countdown:
     def __init__(self, at: int, note: str) -> None:
         self.left, self.note, self.seen = at, note, 0
+        self.phases: dict[str, list[int]] = {}  # the numbers of each one's events
 
     def install(self) -> None:
         """Count file operations, syncs, writes to the journal, and calls of the decoder and the backbone."""
@@ -109,6 +110,7 @@ class _Countdown:
         if phase is None or self.left < 0:
             return
         self.seen += 1
+        self.phases.setdefault(phase, []).append(self.seen)
         if self.seen == self.left:
             self.left = -1
             with open(Path(self.note).with_suffix(".phase"), "w") as file:
@@ -137,3 +139,9 @@ def fates(seed: int, tries: int, events: int) -> list[Fate]:
     """Seeded moments spread over all events of an uninterrupted run."""
     draw = random.Random(seed)
     return [Fate(at=draw.randint(1, events)) for _ in range(tries)]
+
+
+def fates_of_phases(seed: int, tries: int, phases: Mapping[str, Sequence[int]]) -> list[Fate]:
+    """Seeded moments of each phase of an uninterrupted run, also of those that have few."""
+    draw = random.Random(seed)
+    return [Fate(at=at) for each in phases.values() for at in draw.sample(each, min(tries, len(each)))]

@@ -61,6 +61,7 @@ class Ground:
     root: Path
     features: dict[bytes, bytes] = field(default_factory=dict)
     events: int = 0
+    phases: dict[str, list[int]] = field(default_factory=dict)
 
     def settings(self, cache: Path, *more: str, root: Path | None = None) -> list[str]:
         """Overrides for a cache; every batch becomes a part."""
@@ -116,14 +117,14 @@ def mounted(disk: Path, size: str) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    """Two dozen images in the split layout, their features, and how many events extracting them has."""
+    """Two dozen images in the split layout, their features, and which events extracting them has."""
     folder = tmp_path_factory.mktemp("ground")
     for number in range(IMAGES):
         split, label = "val" if number % 3 == 0 else "train", ("cat", "dog")[number % 2]
         write_image(folder / "images" / split / label / f"{number:02}.jpg", number)
     made = Ground(folder, folder / "images")
     told = made.run(jobs.extract_job, made.settings(folder / "cache"))
-    made.features, made.events = read_rows(folder / "cache"), told["events"]
+    made.features, made.events, made.phases = read_rows(folder / "cache"), told["events"], told["phases"]
     assert told["result"]["forwarded"] == len(made.features) == IMAGES
     return made
 

@@ -14,11 +14,12 @@ import pytest
 from tests.finetune.support import tiny_params
 
 from . import jobs
-from .children import Fate, fates
+from .children import Fate, fates, fates_of_phases
 from .conftest import IMAGES, Ground, Tally
 
 Begin = Callable[[str], Tally]
 EXTRACT, CLOCK, TRAIN, BLOCKS, COLLECT, TUNE = 200, 40, 60, 24, 40, 20
+EACH_PHASE = 4
 SEED = 20_260_101
 EARLY = 80  # events before a head is trained
 
@@ -36,7 +37,8 @@ def test_extract_killed_at_any_event(ground: Ground, tmp_path: Path, tally: Begi
     count, phases, draw = tally("extract killed at an event"), Counter[str](), random.Random(SEED)
     cache = tmp_path / "cache"
     settings = ground.settings(cache)
-    moments = iter(fates(SEED, 10 * EXTRACT, ground.events))
+    each = fates_of_phases(SEED, EACH_PHASE, ground.phases)
+    moments = iter([*each, *fates(SEED, 10 * EXTRACT, ground.events)])
     while count.tries < EXTRACT:
         told = ground.run(jobs.extract_job, settings, fate=next(moments))
         if told["exit"] == 0:  # what earlier ones had published left fewer events than this
@@ -45,7 +47,7 @@ def test_extract_killed_at_any_event(ground: Ground, tmp_path: Path, tally: Begi
         count.tries += 1
         phases[told["phase"]] += 1
         ground.judge(cache, count, complete=False)
-        if draw.random() < 0.4:  # otherwise the next one is killed on top
+        if count.tries <= len(each) or draw.random() < 0.4:  # otherwise the next one is killed on top
             assert_complete(ground, settings, cache, count)
             if draw.random() < 0.3:
                 ground.run(jobs.verify_job, settings)
