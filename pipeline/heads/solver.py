@@ -579,8 +579,7 @@ class Search:
                 self._retire(active)
                 continue
             forcing = (distance / objective).float().pow(0.25).clamp(*FORCING)
-            model = Model.build(self.design, self.problems, self.gradient, spread, self.residuals)
-            direction, iterations = self._newton_step(model, forcing, ENOUGH * tolerance * objective, limit)
+            direction, iterations = self._newton_step(spread, forcing, ENOUGH * tolerance * objective, limit)
             self._step(direction, spread, distance, objective)
             self.iterations[self.place] += iterations + 1
             limit -= int(iterations.max()) + 1
@@ -602,8 +601,9 @@ class Search:
         for name in ("weights", "logits", "residuals", "losses", "gradient", "stuck"):
             setattr(self, name, getattr(self, name)[active])
 
-    def _newton_step(self, model: Model, forcing: Tensor, goal: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    def _newton_step(self, spread: Tensor, forcing: Tensor, goal: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         """A direction downhill (p, k, r + 1): about Newton's step; and the iterations it took (p,)."""
+        model = Model.build(self.design, self.problems, self.gradient, spread, self.residuals)
         step, iterations = conjugate_gradients(model, forcing, goal, limit)
         step = step.to(self.gradient.dtype)
         downhill = _dot(self.gradient, step) > 0
