@@ -170,7 +170,24 @@ def stats(folder: Path, count: int) -> None:
 
 
 def head(folder: Path, count: int, width: int, kind: str) -> None:
-    """Ten classes; each fit in a process of its own, whose largest size is that of everything in it."""
+    """Ten classes; each fit in a process of its own, whose largest size is that of everything in it.
+
+    The features are made in another one: a process begins with the largest size of the one that starts it.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pool.submit(_make, folder, count, width).result()
+    told = {}
+    for how in ("nothing", "memory", "blocks"):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            told[how] = pool.submit(_fit, str(folder), how, kind).result()
+    print(f"| C, proven gap, right of 2,000 | {told['blocks'][2:]} | in memory | {told['memory'][2:]} | |")
+    row(f"fit {kind} to {count} rows of {width}, by blocks", told["blocks"][0], "in memory", told["memory"][0])
+    megabytes = {how: float(values[1]) / 1000 for how, values in told.items()}
+    row("largest size of the process, MB", megabytes["blocks"], "in memory", megabytes["memory"])
+    row("largest size of the process, MB", megabytes["blocks"], "without features", megabytes["nothing"])
+
+
+def _make(folder: Path, count: int, width: int) -> None:
     np.save(folder / "targets.npy", np.random.default_rng(0).integers(0, 10, count))
     targets = np.load(folder / "targets.npy")
     centres = 0.04 * np.random.default_rng(1).normal(size=(10, width)).astype(np.float32)
@@ -182,16 +199,6 @@ def head(folder: Path, count: int, width: int, kind: str) -> None:
             noise * np.geomspace(1, 0.1, width, dtype=np.float32) + centres[mine], 0
         )
     features.flush()
-    del features
-    told = {}
-    for how in ("nothing", "memory", "blocks"):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            told[how] = pool.submit(_fit, str(folder), how, kind).result()
-    print(f"| C, proven gap, right of 2,000 | {told['blocks'][2:]} | in memory | {told['memory'][2:]} | |")
-    row(f"fit {kind} to {count} rows of {width}, by blocks", told["blocks"][0], "in memory", told["memory"][0])
-    megabytes = {how: float(values[1]) / 1000 for how, values in told.items()}
-    row("largest size of the process, MB", megabytes["blocks"], "in memory", megabytes["memory"])
-    row("largest size of the process, MB", megabytes["blocks"], "without features", megabytes["nothing"])
 
 
 def _fit(folder: str, how: str, kind: str) -> tuple[float, int, float | None, float | None, int]:
