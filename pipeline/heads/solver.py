@@ -22,7 +22,7 @@ Solutions whose bound is above the tolerance are polished with gradients of floa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -139,23 +139,20 @@ class Design:
         """Logits (p, k, n) for weights (p, k, r + 1), in the precision of the weights; of factors that may be
         ``rounded`` where that is faster.
         """
-        flat = weights.flatten(0, 1)
-        if rounded and self.rough is not None:
-            product = (flat.bfloat16() @ self.rough.T).float()
-        else:
-            with fast_products(self.device, rounded=rounded):
-                product = flat @ self.rows(flat.dtype).T
-        return product.view(*weights.shape[:2], -1)
+        return self._times(weights, lambda rows: rows.T, rounded)
 
     def backward(self, residuals: Tensor, *, rounded: bool = False) -> Tensor:
         """Sums (p, k, r + 1) over rows of features times residuals (p, k, n), as `logits`."""
-        flat = residuals.flatten(0, 1)
+        return self._times(residuals, lambda rows: rows, rounded)
+
+    def _times(self, factor: Tensor, side: Callable[[Tensor], Tensor], rounded: bool) -> Tensor:
+        flat = factor.flatten(0, 1)
         if rounded and self.rough is not None:
-            sums = (flat.bfloat16() @ self.rough).float()
+            product = (flat.bfloat16() @ side(self.rough)).float()
         else:
             with fast_products(self.device, rounded=rounded):
-                sums = flat @ self.rows(flat.dtype)
-        return sums.view(*residuals.shape[:2], -1)
+                product = flat @ side(self.rows(flat.dtype))
+        return product.view(*factor.shape[:2], -1)
 
     def feature_weights(self, weights: Tensor) -> Tensor:
         """Weights (..., d) of the features, without intercepts, from weights (..., r + 1) of the columns."""
