@@ -87,6 +87,17 @@ class TestDevice:
         assert torch.allclose(product.double(), factor.double() @ factor.double(), rtol=0, atol=1e-4)
         assert torch.backends.mkldnn.matmul.fp32_precision == before
 
+    def test_threads_whose_fast_products_overlap_leave_nothing_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.runtime.device._onednn_is_exact", lambda: True)
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        first, second = (fast_products(torch.device("cpu"), rounded=False) for _ in range(2))
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # the second's are not done
+        second.__exit__(None, None, None)
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+
     @pytest.mark.parametrize("exact", [True, False])
     def test_a_cpu_that_would_round_is_left_as_it_is(self, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("pipeline.runtime.device._onednn_is_exact", lambda: exact)

@@ -124,9 +124,7 @@ def _onednn() -> Iterator[None]:
         yield
     finally:
         with _blocks_lock:
-            before = _blocks.pop()
-            if not _blocks:  # the last of all threads to leave finds what the first had found
-                backend.matmul.fp32_precision = before
+            backend.matmul.fp32_precision = _blocks.pop()  # what the first had found goes to the last to leave
 
 
 @cache
